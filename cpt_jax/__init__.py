@@ -1,0 +1,1 @@
+"""Continued pre-training of language models in JAX."""

@@ -1,0 +1,267 @@
+"""`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from cpt_jax.core.errors import UserError
+
+
+def _adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from cpt_jax.recipe.defaults import adapt_recipe, explain
+    from cpt_jax.recipe.run import run
+
+    recipe, reasons = adapt_recipe(
+        base=arguments.base,
+        new=arguments.new,
+        replay=arguments.replay,
+        watch=arguments.watch,
+        new_tokens=arguments.new_tokens,
+        method=arguments.method,
+        tokens=arguments.tokens,
+        replay_share=arguments.replay_share,
+        text_field=arguments.text_field,
+        workdir=arguments.workdir,
+    )
+    recipe = _overridden(recipe, overrides)
+    print(explain(recipe, reasons), file=sys.stderr, flush=True)
+    run(recipe, arguments.workdir, update=arguments.update)
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from cpt_jax.recipe.find import find_recipe
+    from cpt_jax.recipe.run import run
+
+    recipe = _overridden(find_recipe(arguments.recipe), overrides)
+    run(recipe, arguments.workdir or Path("runs") / recipe.name, update=arguments.update, only=arguments.only)
+
+
+def _overridden(recipe, overrides: list[str]):
+    from cpt_jax.recipe.find import apply_overrides
+
+    return apply_overrides(recipe, overrides)
+
+
+def _tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import tokenizer_extend
+
+    tokenizer_extend(
+        base=arguments.base,
+        corpora=arguments.corpus,
+        new_tokens=arguments.new_tokens,
+        method=arguments.method,
+        text_field=arguments.text_field,
+        out=arguments.out,
+    )
+
+
+def _tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import tokenizer_report
+
+    tokenizer_report(
+        base=arguments.base,
+        tokenizer=arguments.tokenizer,
+        corpora=arguments.corpus,
+        text_field=arguments.text_field,
+        json_path=arguments.json,
+    )
+
+
+def _model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.checkpoint.gguf import import_gguf
+
+    import_gguf(arguments.gguf, arguments.out)
+    print(arguments.out)
+
+
+def _model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import model_inspect
+
+    model_inspect(arguments.model)
+
+
+def _model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import model_extend
+
+    model_extend(arguments.model, arguments.tokenizer, arguments.init, arguments.out)
+
+
+def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import data_prepare
+
+    data_prepare(arguments.tokenizer, arguments.input, arguments.out, text_field=arguments.text_field)
+
+
+def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import evaluate_model
+
+    evaluate_model(
+        model=arguments.model,
+        against=arguments.against,
+        data=arguments.data,
+        text_field=arguments.text_field,
+        max_bytes=arguments.max_bytes,
+        json_path=arguments.json,
+    )
+
+
+def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.commands import generate_text
+
+    generate_text(arguments.model, arguments.prompt, new_tokens=arguments.new_tokens)
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.run import export_run
+
+    export_run(arguments.run, arguments.out, weights=arguments.weights)
+
+
+def _report(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.report import compare_reports, write_report
+
+    for run in arguments.run:
+        print(write_report(run))
+    if len(arguments.run) > 1:
+        print(compare_reports(arguments.run, arguments.out))
+
+
+def _named_spec(text: str) -> tuple[str, str]:
+    name, separator, spec = text.partition("=")
+    if not separator or not name or not spec:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SPEC, as in zh=law.jsonl")
+    return name, spec
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cpt", description="Continued pre-training of language models in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(parent, name: str, function, help: str, *, overrides: bool = False) -> argparse.ArgumentParser:
+        sub = parent.add_parser(name, help=help, description=help)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        sub.set_defaults(function=function, takes_overrides=overrides)
+        return sub
+
+    def group(name: str, help: str):
+        return commands.add_parser(name, help=help).add_subparsers(required=True, metavar="COMMAND")
+
+    def text_field(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+    def json_out(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", type=Path, help="also write the figures to this file")
+
+    spec = dict(type=_named_spec, nargs="+", metavar="NAME=SPEC")
+    sub = command(
+        commands, "adapt", _adapt, "The whole pipeline on your own model and text, without writing a recipe.", overrides=True
+    )
+    sub.add_argument("--base", required=True, help="a HF directory, a .gguf file or a hub id")
+    sub.add_argument("--new", required=True, help="what is to be learnt", **spec)
+    sub.add_argument("--replay", default=[], help="what is to be kept, replayed in training", **spec)
+    sub.add_argument("--watch", default=[], help="what is measured only", **spec)
+    sub.add_argument("--workdir", required=True, type=Path)
+    sub.add_argument("--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)")
+    sub.add_argument("--method", choices=("lora", "full", "embeddings"), default="lora")
+    sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
+    sub.add_argument("--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)")
+    sub.add_argument("--update", action="store_true", help="go on with changed settings; what they do not touch is kept")
+    text_field(sub)
+
+    sub = command(commands, "run", _run, "Runs a recipe; called again, it continues where it stopped.", overrides=True)
+    sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
+    sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
+    sub.add_argument("--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept")
+    sub.set_defaults(only=None)
+
+    sub = command(commands, "train", _run, "Runs a recipe up to the last training stage: no export, no report.", overrides=True)
+    sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
+    sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
+    sub.add_argument("--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept")
+    sub.set_defaults(only="train")
+
+    tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
+    sub = command(tokenizer, "extend", _tokenizer_extend, "Adds new pieces; every id of the base keeps its meaning.")
+    sub.add_argument("--base", required=True, help="a HF directory with tokenizer.json")
+    sub.add_argument("--corpus", required=True, nargs="+", metavar="SPEC")
+    sub.add_argument("--new-tokens", required=True, type=int)
+    sub.add_argument("--method", choices=("union", "continued-bpe"), default="continued-bpe")
+    sub.add_argument("--out", required=True, type=Path)
+    text_field(sub)
+    sub = command(tokenizer, "report", _tokenizer_report, "Compares two tokenizers on text.")
+    sub.add_argument("--base", required=True, type=Path)
+    sub.add_argument("--tokenizer", required=True, type=Path)
+    sub.add_argument("--corpus", required=True, nargs="+", metavar="SPEC")
+    text_field(sub)
+    json_out(sub)
+
+    model = group("model", "import, extend and inspect models")
+    sub = command(model, "import-gguf", _model_import_gguf, "A GGUF file as a HF directory (dequantised).")
+    sub.add_argument("--gguf", required=True, type=Path)
+    sub.add_argument("--out", required=True, type=Path)
+    sub = command(model, "extend", _model_extend, "Grows the embedding (and an untied head) to the tokenizer's size.")
+    sub.add_argument("--model", required=True)
+    sub.add_argument("--tokenizer", required=True, type=Path)
+    sub.add_argument("--init", choices=("random", "mean", "subword-mean"), default="subword-mean")
+    sub.add_argument("--out", required=True, type=Path)
+    sub = command(model, "inspect", _model_inspect, "Family, sizes and the table of parameters.")
+    sub.add_argument("--model", required=True)
+
+    data = group("data", "prepare corpora")
+    sub = command(data, "prepare", _data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
+    sub.add_argument("--tokenizer", required=True, type=Path)
+    sub.add_argument("--input", required=True, **spec)
+    sub.add_argument("--out", required=True, type=Path)
+    text_field(sub)
+
+    sub = command(commands, "eval", _eval, "Bits per byte by domain.")
+    sub.add_argument("--model", required=True)
+    sub.add_argument("--against", help="another model, to show the difference to")
+    sub.add_argument("--data", required=True, **spec)
+    sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
+    text_field(sub)
+    json_out(sub)
+
+    sub = command(commands, "generate", _generate, "Continues a prompt, greedily.")
+    sub.add_argument("--model", required=True)
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--new-tokens", type=int, default=100)
+
+    sub = command(commands, "export", _export, "A run's result as a HF model directory.")
+    sub.add_argument("--run", required=True, type=Path)
+    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--weights", choices=("ema", "last"), default="last")
+
+    sub = command(commands, "report", _report, "A run's HTML report; with several runs, a page that compares them.")
+    sub.add_argument("run", nargs="+", type=Path)
+    sub.add_argument("--out", type=Path, default=Path("compare.html"))
+    return parser
+
+
+def _fail(message: str, status: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `cpt`."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Libraries' own logging would tear the progress display.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        arguments.function(arguments, rest)
+    except UserError as error:
+        _fail(str(error), 2, arguments.debug)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again to continue", 1, arguments.debug)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)

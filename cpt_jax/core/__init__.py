@@ -1,0 +1,1 @@
+"""What every other room stands on: errors, trees of weights, configuration, storage, progress."""

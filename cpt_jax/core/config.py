@@ -1,0 +1,153 @@
+"""Frozen dataclasses as JSON and back, overrides by path, and what differs between two of them."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from cpt_jax.core.errors import UserError, nearest
+
+Config = TypeVar("Config")
+KIND = "kind"
+
+
+def to_json(config: Any) -> Any:
+    """Plain JSON values; each dataclass carries its class's name under "kind"."""
+    if dataclasses.is_dataclass(config):
+        fields = {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {KIND: type(config).__name__, **fields}
+    if isinstance(config, Mapping):
+        return {key: to_json(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_json(value) for value in config]
+    return config
+
+
+def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
+    """The value of the annotated type that `to_json` made this of.
+
+    Raises:
+      UserError: a field is unknown, missing or of another type; the nearest name is given.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _union_from_json(arguments, value, where)
+    if dataclasses.is_dataclass(annotation):
+        return _dataclass_from_json(annotation, value, where)
+    if origin is tuple:
+        _check(isinstance(value, list), where, value, "a list")
+        return tuple(from_json(arguments[0], item, f"{where}.{index}") for index, item in enumerate(value))
+    if origin is dict:
+        _check(isinstance(value, dict), where, value, "an object")
+        return {key: from_json(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal:
+        _check(value in arguments, where, value, "one of " + ", ".join(map(str, arguments)))
+        return value
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(type(value) is annotation, where, value, f"a value of type {annotation.__name__}")
+    return value
+
+
+def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    classes = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+    if classes and isinstance(value, dict):
+        kind = value.get(KIND, "")
+        _check(kind in classes, where, kind, "one of " + ", ".join(classes))
+        return from_json(classes[kind], value, where)
+    (plain,) = [choice for choice in choices if choice is not type(None)] if not classes else [type(None)]
+    return from_json(plain, value, where)
+
+
+def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
+    _check(isinstance(value, dict), where, value, f"an object ({cls.__name__})")
+    annotations = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    given = {name: item for name, item in value.items() if name != KIND}
+    for name in given:
+        if name not in fields:
+            raise UserError(f"{where} has no field {nearest(name, fields)}")
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in given and not has_default:
+            raise UserError(f"{where} lacks the field {name!r} of {cls.__name__}")
+    return cls(**{name: from_json(annotations[name], item, f"{where}.{name}") for name, item in given.items()})
+
+
+def _check(good: bool, where: str, value: Any, expected: str) -> None:
+    if not good:
+        raise UserError(f"{where} is {value!r}: give {expected}")
+
+
+def override(config: Config, path: str, text: str) -> Config:
+    """A copy with the value at a dotted path replaced, its text read as JSON where that is what the field holds.
+
+    `override(recipe, "stages.1.optimizer.learning_rate", "1e-3")`: digits index tuples.
+
+    Raises:
+      UserError: no such name (the nearest is given), or a value that does not fit.
+    """
+    document = to_json(config)
+    *parents, last = path.split(".")
+    node, walked = document, []
+    for name in parents:
+        node = node[_key(node, name, walked)]
+        walked.append(name)
+    key = _key(node, last, walked)
+    current = node[key]
+    if isinstance(current, dict):
+        names = ", ".join(name for name in current if name != KIND)
+        raise UserError(f"override {path!r} names a group: give one of its fields ({names})")
+    node[key] = text if isinstance(current, str) else _parse(text)
+    return from_json(type(config), document, type(config).__name__.lower())
+
+
+def _key(node: Any, name: str, walked: list[str]) -> Any:
+    where = ".".join(walked) or "the top"
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise UserError(f"override: {where} has entries 0 to {len(node) - 1}, not {name!r}")
+        return int(name)
+    names = [key for key in node if key != KIND] if isinstance(node, dict) else []
+    if name not in names:
+        raise UserError(f"override: there is no {nearest(name, names)} at {where}; there are: {', '.join(names) or 'no fields'}")
+    return name
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            return float(text)
+        except ValueError:
+            return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def differences(saved: Any, given: Any, where: str = "") -> list[str]:
+    """What differs between two JSON documents, a line each: "stages.1.tokens: 120 in the work directory, 200 given"."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        names = list(saved) + [name for name in given if name not in saved]
+        pairs = [(name, saved.get(name), given.get(name)) for name in names]
+    elif isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
+        pairs = [(str(index), a, b) for index, (a, b) in enumerate(zip(saved, given, strict=True))]
+    elif saved == given:
+        return []
+    else:
+        return [f"{where}: {_short(saved)} in the work directory, {_short(given)} given"]
+    return [line for name, a, b in pairs for line in differences(a, b, f"{where}.{name}" if where else name)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def fingerprint(document: Any) -> str:
+    """SHA-256 of a JSON document, independent of its keys' order."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,24 @@
+"""Which numbers are computed in which type."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
+
+    Frozen matrices are held in `compute`; vectors (norms, biases) stay float32: they cost nothing.
+    """
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.compute)
+
+    def dtype_of(self, path: str) -> Any:
+        """The type of a frozen leaf, by its path."""
+        return jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias")) else self.dtype

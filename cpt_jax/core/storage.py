@@ -1,0 +1,58 @@
+"""Files that are whole or not there: written beside their place and renamed into it."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpt_jax.core.errors import UserError
+
+
+@contextlib.contextmanager
+def disk_full_is_told(path: Path) -> Iterator[None]:
+    """Turns "no space left" into a UserError that says where; earlier files are as they were."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk is full while writing {path}: free some space and run the same command again") from error
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all (UTF-8)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk_full_is_told(path):
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: object) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which appears at `path` (replacing what is there) once all of it was written."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk_full_is_told(path):
+            partial.mkdir(parents=True)
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

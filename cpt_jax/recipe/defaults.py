@@ -1,0 +1,176 @@
+"""The recipe of `cpt adapt`: defaults from the model, the text and the hardware, each with its reason."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import default_precision
+from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.schedules import Cosine
+from cpt_jax.recipe.recipe import Domain, Recipe, Samples, Stage, Vocabulary
+from cpt_jax.vocab.extend import ContinuedBPE
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+# Text read to decide: enough for the tokenizer's rate, and whole for a small corpus.
+SAMPLE_BYTES = 16 << 20
+# Below this many bytes a token the base's tokenizer wastes tokens on the text (English: 4 to 5; Chinese with an English one: 1.7).
+WASTEFUL_BYTES_PER_TOKEN = 3.0
+# What some ten minutes on a small CPU machine hold for a 135M model.
+CPU_TOKENS = 150_000
+ACCELERATOR_TOKENS = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSample:
+    """What a look at the new text found."""
+
+    bytes: int
+    tokens: int
+    whole: bool
+    first: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+def sample_text(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> TextSample:
+    texts, size, whole = [], 0, True
+    for corpus in corpora:
+        taken = 0
+        for document in read(corpus, SkipCounts()):
+            texts.append(document.text)
+            taken += len(document.text.encode())
+            if taken > SAMPLE_BYTES:
+                whole = False
+                break
+        size += taken
+    probe = texts[:: max(1, len(texts) // 500)]
+    probe_bytes = sum(len(text.encode()) for text in probe)
+    probe_tokens = sum(len(ids) for ids in tokenizer.encode_documents(probe))
+    return TextSample(bytes=size, tokens=max(1, probe_tokens * size // max(1, probe_bytes)), whole=whole, first=texts[0])
+
+
+def _new_pieces(sample: TextSample, given: int | None) -> tuple[int, str]:
+    rate = f"the base's tokenizer makes a token of every {sample.bytes_per_token:.2f} bytes of the new text"
+    if given is not None:
+        return given, f"as given; {rate}"
+    if sample.bytes_per_token >= WASTEFUL_BYTES_PER_TOKEN:
+        return 0, f"{rate}: good enough (from {WASTEFUL_BYTES_PER_TOKEN:.1f} on)"
+    pieces = 2000 if sample.whole else 8000
+    return pieces, f"{rate}: wasteful (below {WASTEFUL_BYTES_PER_TOKEN:.1f})"
+
+
+def _training_tokens(sample: TextSample, new_share: float, given: int | None, on_cpu: bool) -> tuple[int, str]:
+    if given is not None:
+        return given, "as given"
+    epoch = round(sample.tokens / new_share)
+    limit = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
+    if sample.whole and epoch <= limit:
+        return epoch, "the new text once, with its replay"
+    return limit, f"a limit for {'a CPU' if on_cpu else 'this accelerator'}: more is better, give --tokens"
+
+
+def _method(name: str, grows: bool) -> Method:
+    if name == "lora":
+        return LoRA(rank=16, alpha=32, new_rows=grows)
+    if name == "full":
+        return Full()
+    return Embeddings(rows="new" if grows else "all")
+
+
+def adapt_recipe(
+    *,
+    base: str,
+    new: Sequence[tuple[str, str]],
+    replay: Sequence[tuple[str, str]],
+    watch: Sequence[tuple[str, str]],
+    new_tokens: int | None,
+    method: str,
+    tokens: int | None,
+    replay_share: float,
+    text_field: str,
+    workdir: Path,
+) -> tuple[Recipe, dict[str, str]]:
+    """A recipe for the user's own model and text, and the reason for each default.
+
+    Raises:
+      UserError: a replay share outside [0, 1), or whatever is wrong with the model or the corpora.
+    """
+    from cpt_jax.checkpoint.hf import resolve_base
+
+    if not 0 <= replay_share < 1:
+        raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
+    share = replay_share if replay else 0.0
+    domains = tuple(
+        Domain(corpus=Corpus(name=name, spec=spec, text_field=text_field), role=role)
+        for role, given in (("new", new), ("replay", replay), ("watch", watch))
+        for name, spec in given
+    )
+    tokenizer = Tokenizer(resolve_base(base, workdir / "source"))
+    sample = sample_text([domain.corpus for domain in domains if domain.role == "new"], tokenizer)
+    on_cpu = jax.default_backend() == "cpu"
+    pieces, pieces_reason = _new_pieces(sample, new_tokens)
+    total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
+    mixture = {name: (1 - share) / len(new) for name, _ in new} | {name: share / len(replay) for name, _ in replay if share}
+    shape = dict(batch_size=2, sequence_length=256) if on_cpu else dict(batch_size=8 * jax.device_count(), sequence_length=2048)
+    main_method = _method(method, pieces > 0)
+    peak = {"lora": 1e-3, "full": 5e-5, "embeddings": 5e-3}[method]
+    stages = []
+    if pieces and method != "embeddings":
+        only_new = {name: 1 / len(new) for name, _ in new}
+        stages.append(
+            Stage(
+                name="embeddings",
+                method=Embeddings(rows="new"),
+                mixture=only_new,
+                tokens=total // 5,
+                optimizer=AdamW.for_rows(learning_rate=5e-3),
+                **shape,
+            )
+        )
+    stages.append(
+        Stage(
+            name=method,
+            method=main_method,
+            mixture=mixture,
+            tokens=total - sum(stage.tokens for stage in stages),
+            optimizer=AdamW(learning_rate=peak),
+            schedule=Cosine(),
+            ema=EMA(decay=0.98 if on_cpu else 0.999),
+            **shape,
+        )
+    )
+    recipe = Recipe(
+        name=workdir.name or "adapt",
+        base=base,
+        domains=domains,
+        vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
+        stages=tuple(stages),
+        precision=default_precision(),
+        samples=Samples(prompts=(sample.first[:40],)),
+    )
+    reasons = {
+        "new pieces": f"{pieces:,}: {pieces_reason}",
+        "tokens": f"{total:,}: {total_reason}",
+        "replay": f"{share:.0%} of the tokens" if replay else "none: no --replay was given, expect the old domain to be forgotten",
+        "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
+        "precision": recipe.precision.compute,
+    }
+    return recipe, reasons
+
+
+def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
+    """The choices as lines to print before a run starts."""
+    lines = [f"cpt adapt: {recipe.base}"]
+    lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
+    lines += [f"  {stage.name:<12} {stage.steps} steps, learning rate {stage.optimizer.learning_rate:g}" for stage in recipe.stages]
+    lines.append("  (all of it is saved in config.json; change any of it with --FIELD VALUE, as in --stages.0.tokens 50000)")
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""From what is typed on the command line to a recipe."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cpt_jax.core.config import from_json, override
+from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.recipe.recipe import Recipe
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe from `module:function`, from a function of `configs/`, or from a saved `config.json`.
+
+    Raises:
+      UserError: there is none of that name (the nearest one is named), or it is no recipe.
+    """
+    if name.endswith(".json"):
+        return _saved_recipe(Path(name))
+    # Recipes are the user's own files: they are looked for from the directory the command is called in.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    if ":" in name:
+        module_name, _, function_name = name.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"recipe {name!r}: there is no module {error.name!r} here") from error
+        functions = _recipe_functions(module)
+    else:
+        function_name, functions = name, _functions_of_configs()
+    if function_name not in functions:
+        raise UserError(f"there is no recipe {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}")
+    return functions[function_name]()
+
+
+def _saved_recipe(path: Path) -> Recipe:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the config.json of a run's directory")
+    try:
+        return from_json(Recipe, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}): give the config.json of a run's directory") from error
+
+
+def _recipe_functions(module) -> dict[str, Callable[[], Recipe]]:
+    """The functions of a module that are annotated to return a Recipe and need no arguments."""
+    found = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ != module.__name__ or name.startswith("_"):
+            continue
+        signature = inspect.signature(function)
+        required = [p for p in signature.parameters.values() if p.default is p.empty]
+        if signature.return_annotation in (Recipe, "Recipe") and not required:
+            found[name] = function
+    return found
+
+
+def _functions_of_configs() -> dict[str, Callable[[], Recipe]]:
+    try:
+        package = importlib.import_module("configs")
+    except ModuleNotFoundError:
+        return {}
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        found |= _recipe_functions(importlib.import_module(f"configs.{module.name}"))
+    return found
+
+
+def apply_overrides(recipe: Recipe, arguments: list[str]) -> Recipe:
+    """Applies `--stages.1.optimizer.learning_rate 1e-3` (or `--seed=1`) to a recipe.
+
+    Raises:
+      UserError: a name that does not exist (the nearest is named), or a value of another type.
+    """
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            raise UserError(f"{name!r} is no override: write --FIELD VALUE, as in --stages.0.tokens 20000")
+        name, separator, value = name[2:].partition("=")
+        if not separator:
+            if not rest:
+                raise UserError(f"override --{name} lacks its value")
+            value = rest.pop(0)
+        recipe = override(recipe, name.replace("-", "_"), value)
+    return recipe

@@ -1,0 +1,135 @@
+"""The recipe: everything that decides what a run computes. It is saved as the run's config.json, which replays it."""
+
+import dataclasses
+from typing import Literal
+
+from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import Precision
+from cpt_jax.data.holdout import Holdout
+from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.schedules import Cosine, Schedule
+from cpt_jax.vocab.extend import ContinuedBPE, Extension
+from cpt_jax.vocab.gate import Limits
+from cpt_jax.vocab.init_rows import InitRows, SubwordMean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Domain:
+    """A corpus and its part in the run: `new` is to be learnt, `replay` is to be kept, `watch` is measured and never trained on."""
+
+    corpus: Corpus
+    role: Literal["new", "replay", "watch"]
+    # The share of documents (or groups) that neither the tokenizer nor training ever sees, chosen by hash.
+    heldout: Holdout = Holdout()
+
+    @property
+    def name(self) -> str:
+        return self.corpus.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """How the tokenizer grows on the new domains' training text, and what the new rows start from."""
+
+    extension: Extension = ContinuedBPE(new_tokens=2000)
+    initial_rows: InitRows = SubwordMean()
+    limits: Limits = Limits()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training: what trains, on which mixture, for how many tokens, and how fast.
+
+    `mixture` gives each domain's share of the tokens. A step takes `batch_size` rows of `sequence_length` tokens; with
+    `accumulate` > 1 it computes them in that many parts, one after the other.
+    """
+
+    name: str
+    method: Method
+    mixture: dict[str, float]
+    tokens: int
+    batch_size: int
+    sequence_length: int
+    optimizer: AdamW
+    schedule: Schedule = Cosine()
+    ema: EMA | None = None
+    accumulate: int = 1
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
+            if getattr(self, field) < 1:
+                raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)}: give a number of at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"stage {self.name!r}: a batch of {self.batch_size} rows does not divide into accumulate={self.accumulate} parts"
+            )
+        if not self.name or "/" in self.name or self.name in ("base", "extended"):
+            raise UserError(f"stage name {self.name!r}: give one without '/' that is neither 'base' nor 'extended'")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: enough for at least `tokens` tokens."""
+        return -(-self.tokens // (self.batch_size * self.sequence_length))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How bits per byte are measured: rows of `sequence_length`, in float32 unless told otherwise."""
+
+    sequence_length: int = 512
+    batch_size: int = 4
+    precision: Precision = Precision(compute="float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Prompts continued greedily by the base and by the result."""
+
+    prompts: tuple[str, ...] = ()
+    new_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. `base` is a HF directory, a .gguf file or a hub id."""
+
+    name: str
+    base: str
+    domains: tuple[Domain, ...]
+    stages: tuple[Stage, ...]
+    vocabulary: Vocabulary | None = None
+    precision: Precision = Precision(compute="bfloat16")
+    evaluation: Evaluation = Evaluation()
+    samples: Samples = Samples()
+    # Which weights leave the house: the last ones or their moving average.
+    export_weights: Literal["last", "ema"] = "last"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [domain.name for domain in self.domains]
+        for kind, given in (("domain", names), ("stage", [stage.name for stage in self.stages])):
+            if len(set(given)) != len(given):
+                raise UserError(f"{kind} names must differ: {', '.join(given)}")
+        if not self.named("new"):
+            raise UserError("a recipe needs at least one domain with role 'new': there is nothing to learn")
+        watched = set(self.named("watch"))
+        for stage in self.stages:
+            for domain in stage.mixture:
+                if domain not in names:
+                    raise UserError(f"stage {stage.name!r} mixes {domain!r}, but the domains are {', '.join(names)}")
+                if domain in watched:
+                    raise UserError(f"stage {stage.name!r} trains on {domain!r}, whose role is 'watch': make it 'replay'")
+            if self.vocabulary is None and stage.method == Embeddings(rows="new"):
+                raise UserError(f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage")
+        if self.export_weights == "ema" and (not self.stages or self.stages[-1].ema is None):
+            raise UserError("export_weights is 'ema', but the last stage keeps no EMA: give it one, or export 'last'")
+
+    def named(self, role: str) -> list[str]:
+        return [domain.name for domain in self.domains if domain.role == role]
+
+
+__all__ = ["Domain", "Embeddings", "Evaluation", "Full", "LoRA", "Recipe", "Samples", "Stage", "Vocabulary"]

@@ -1,0 +1,89 @@
+"""A run's directory: whose it is, and which of its stations are done.
+
+A station is a part of the run with inputs and outputs (the tokenizer, a domain's data, a stage of training). It is skipped when it was
+finished with the same inputs, continued when it was begun with the same inputs, and made anew otherwise.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cpt_jax.core.config import differences, fingerprint, to_json
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.recipe.recipe import Recipe
+
+# Part of every fingerprint: raise it when the meaning of a station's outputs changes.
+FORMAT = 1
+
+
+def identity(path: Path) -> list:
+    """What tells whether a file, or a directory of files, is still the one that was read: names, sizes, times."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+class Workdir:
+    """One run's directory, locked by this process.
+
+    Raises:
+      UserError: another process runs in it, it holds something that is no run, or it belongs to another recipe
+        (and `update` is not set); nothing in it is changed then.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, update: bool = False) -> None:
+        self.path = path
+        config = to_json(recipe)
+        existing = path / "config.json"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"work directory {path} is a file: choose another --workdir")
+        if existing.exists():
+            self._check_owner(json.loads(existing.read_text()), config, update)
+        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
+            raise UserError(f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is running in {path}: wait for it, or choose another --workdir") from error
+        write_json_atomic(existing, config)
+        self.seconds: dict[str, float] = {}
+
+    def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
+        changes = differences(saved, config)
+        if changes and not update:
+            shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+            raise UserError(
+                f"work directory {self.path} belongs to another recipe ({shown}): choose another --workdir, "
+                "or pass --update to go on with the new one"
+            )
+
+    def station(self, name: str, inputs: object, outputs: Sequence[Path], build: Callable[[], None]) -> str:
+        """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow).
+
+        Args:
+          inputs: JSON of all that decides the outputs, the fingerprints of earlier stations among it.
+          outputs: what it writes: removed before it is begun with other inputs, kept when it is continued.
+          build: does the work; may find outputs of an interrupted try with the same inputs.
+        """
+        mark = self.path / ".stations" / f"{name}.json"
+        expected = fingerprint({"inputs": inputs, "format": FORMAT})
+        found = json.loads(mark.read_text()) if mark.exists() else {}
+        done_before = found.get("seconds", 0.0) if found.get("fingerprint") == expected else 0.0
+        if found.get("fingerprint") == expected and found["done"] and all(path.exists() for path in outputs):
+            self.seconds[name] = done_before
+            return expected
+        if found.get("fingerprint") != expected:
+            for path in outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
+        started = time.monotonic()
+        build()
+        self.seconds[name] = done_before + time.monotonic() - started
+        write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
+        return expected
