@@ -1,0 +1,1 @@
+"""How it trains: learning-rate schedules, the optimizer, the moving average of the weights."""

@@ -1,0 +1,84 @@
+"""Learning rate against step. Each begins with a re-warming: a trained model's optimizer state is gone, and a jump to the peak
+costs what it knew (Ibrahim et al. 2024, arXiv 2403.08763)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+from cpt_jax.core.errors import UserError
+
+
+def _check_shares(schedule) -> None:
+    for field in dataclasses.fields(schedule):
+        value = getattr(schedule, field.name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{type(schedule).__name__}.{field.name} is {value}: give a share between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear to the peak over `warmup` (a share of the steps), then level."""
+
+    warmup: float = 0.05
+
+    __post_init__ = _check_shares
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm = _warm_steps(self.warmup, steps)
+        return lambda step: peak * _warming(step, warm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear to the peak over `warmup`, then half a cosine down to `final` times the peak at the last step."""
+
+    warmup: float = 0.05
+    final: float = 0.05
+
+    __post_init__ = _check_shares
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm = _warm_steps(self.warmup, steps)
+
+        def schedule(step):
+            done = jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+            return peak * _warming(step, warm) * (self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+
+        return schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Linear to the peak over `warmup`, level, then linear down to `final` times the peak over the last `decay`
+    (Hu et al. 2024, arXiv 2404.06395)."""
+
+    warmup: float = 0.05
+    decay: float = 0.3
+    final: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+        if self.warmup + self.decay > 1:
+            raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm, decay = _warm_steps(self.warmup, steps), max(1, round(self.decay * steps))
+
+        def schedule(step):
+            done = jnp.clip((step - (steps - decay)) / max(1, decay - 1), 0.0, 1.0)
+            return peak * _warming(step, warm) * (1 - (1 - self.final) * done)
+
+        return schedule
+
+
+Schedule = Constant | Cosine | WarmupStableDecay
+
+
+def _warm_steps(share: float, steps: int) -> int:
+    return round(share * steps)
+
+
+def _warming(step, warm: int):
+    """1/warm at step 0, 1 from step warm-1 on: no step is wasted at a learning rate of zero."""
+    return jnp.minimum(1.0, (step + 1) / max(1, warm))

@@ -1,0 +1,1 @@
+"""The heart: a pure step, and the loop around it."""
