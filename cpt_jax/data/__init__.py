@@ -1,0 +1,1 @@
+"""Text in, packed batches out: sources, held-out documents, preparation, packing, mixture, loader."""

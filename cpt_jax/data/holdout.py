@@ -1,0 +1,93 @@
+"""Documents that neither the tokenizer nor training ever sees, chosen by hash: the same ones whatever else is in the corpus."""
+
+import dataclasses
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
+
+
+def _unit_hash(text: str) -> float:
+    """SHA-256 as a number in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
+
+
+def text_hash(text: str) -> bytes:
+    """What tells two texts apart, in 16 bytes."""
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holdout:
+    """The share of keys held out, and how much of their text is used to evaluate (bytes, and per document)."""
+
+    share: float = 0.1
+    max_bytes: int = 20_000
+    max_document_bytes: int = 4_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"holdout share is {self.share}: give a share above 0, at most 1 (1: the domain is only measured)")
+        if self.max_bytes < 1 or self.max_document_bytes < 1:
+            raise UserError("holdout max_bytes and max_document_bytes must be at least 1")
+
+    def holds_out(self, document: Document) -> bool:
+        return _unit_hash(document.key) < self.share
+
+
+def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
+    """Writes heldout.jsonl, the documents to evaluate on, in the order of their hashes, up to `max_bytes`; and heldout_hashes.bin,
+    16 bytes for each held-out text, by which equal texts elsewhere in the corpus are kept out of training.
+
+    Raises:
+      UserError: the hash held out none (the corpus is too small).
+    """
+    hashes: set[bytes] = set()
+    # The first max_bytes by hash, without keeping the rest: a heap with the largest hash on top.
+    chosen: list[tuple[float, str]] = []
+    size = 0
+    for document in read(corpus, SkipCounts()):
+        if not holdout.holds_out(document):
+            continue
+        digest = text_hash(document.text)
+        length = len(document.text.encode())
+        if digest in hashes or length > holdout.max_document_bytes:
+            hashes.add(digest)
+            continue
+        hashes.add(digest)
+        heapq.heappush(chosen, (-_unit_hash(document.text), document.text))
+        size += length
+        while size > holdout.max_bytes and len(chosen) > 1:
+            size -= len(heapq.heappop(chosen)[1].encode())
+    if not chosen:
+        raise UserError(
+            f"corpus {corpus.name}: no document of at most {holdout.max_document_bytes} bytes fell into the held-out share of "
+            f"{holdout.share:g}: raise heldout.share, or heldout.max_document_bytes"
+        )
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(chosen, reverse=True)]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "heldout_hashes.bin").write_bytes(b"".join(sorted(hashes)))
+    write_text_atomic(directory / "heldout.jsonl", "".join(lines))
+
+
+def read_heldout(directory: Path) -> list[str]:
+    """The texts to evaluate on."""
+    return [json.loads(line)["text"] for line in (directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def training_documents(corpus: Corpus, holdout: Holdout, directory: Path, skipped: SkipCounts) -> Iterator[str]:
+    """The texts that may be learnt from: not held out, nor equal to one that is."""
+    packed = (directory / "heldout_hashes.bin").read_bytes()
+    hashes = {packed[i : i + 16] for i in range(0, len(packed), 16)}
+    for document in read(corpus, skipped):
+        if holdout.holds_out(document):
+            skipped["held out"] += 1
+        elif text_hash(document.text) in hashes:
+            skipped["equal to a held-out text"] += 1
+        else:
+            yield document.text

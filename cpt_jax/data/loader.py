@@ -1,0 +1,80 @@
+"""The loader: prepared domains to batches, in an order that the seed decides, and that continues exactly from a saved state."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.data.mixture import TokenMix, check_mixture
+from cpt_jax.data.packing import SplitDocuments, packed
+from cpt_jax.data.prepare import decode_record, read_manifest
+
+Batch = dict[str, np.ndarray]
+
+
+class Loader:
+    """Batches without end, each domain shuffled anew every epoch.
+
+    A batch holds inputs, targets, positions, segment_ids, domains (int32 [batch_size, sequence_length]; domains index the mixture's names) and
+    weights (float32, 0 on padding). Every process builds the same global batches and takes its own rows: the order of documents does
+    not depend on how many there are.
+
+    Raises:
+      UserError: shares that are no mixture, or a domain that is not prepared, or was prepared with another tokenizer.
+    """
+
+    def __init__(
+        self,
+        mixture: Mapping[str, float],
+        directories: Mapping[str, Path],
+        *,
+        sequence_length: int,
+        batch_size: int,
+        start_id: int,
+        end_id: int,
+        tokenizer: str,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        check_mixture(mixture)
+        if batch_size % process_count:
+            raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
+        self.names = tuple(mixture)
+        self.records: dict[str, int] = {}
+        pieces = []
+        for index, name in enumerate(self.names):
+            source = _documents(directories[name], tokenizer, seed + index)
+            self.records[name] = read_manifest(directories[name]).records
+            split = SplitDocuments(sequence_length, start_id, end_id, index)
+            pieces.append(grain.experimental.FlatMapIterDataset(source, split))
+        rows = packed(TokenMix(pieces, tuple(mixture.values())), sequence_length, seed)
+        self._iterator = iter(rows.batch(batch_size, drop_remainder=True))
+        share = batch_size // process_count
+        self._rows = slice(process_index * share, (process_index + 1) * share)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return {name: array[self._rows] for name, array in next(self._iterator).items()}
+
+    def state(self) -> dict:
+        """Where it stands, as JSON."""
+        return self._iterator.get_state()
+
+    def restore(self, state: dict) -> None:
+        """Continues where `state` was taken: the same batches follow, bit for bit."""
+        self._iterator.set_state(state)
+
+
+def _documents(directory: Path, tokenizer: str, seed: int) -> grain.IterDataset:
+    manifest = read_manifest(directory)
+    if manifest.tokenizer != tokenizer:
+        raise UserError(f"{directory} was prepared with another tokenizer: run `cpt data prepare` with this one")
+    source = grain.sources.ArrayRecordDataSource([str(directory / shard) for shard in sorted(manifest.shards)])
+    documents = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map(decode_record)
+    # One thread reads ahead: the records are small, and order is kept.
+    return documents.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))

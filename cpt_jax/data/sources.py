@@ -1,0 +1,223 @@
+"""Corpora: from a path, a glob, a TFDS or a Hugging Face name to documents; what is skipped is counted by reason."""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from cpt_jax.core.errors import UserError
+
+SUFFIXES = (".jsonl", ".txt", ".parquet", ".arrayrecord")
+COMPRESSIONS = (".gz", ".zst")
+
+SkipCounts = collections.Counter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst),
+    `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
+
+    A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are held out together.
+    In a .txt file, documents are separated by empty lines.
+    """
+
+    name: str
+    spec: str
+    text_field: str = "text"
+    group_field: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"corpus name {self.name!r}: use letters, digits, '-' and '_'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text, and what decides whether it is held out: its group, or the text itself."""
+
+    text: str
+    key: str
+
+
+def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
+    """The documents of a corpus, in order; what is not usable is counted in `skipped` by reason.
+
+    Raises:
+      UserError: nothing is there, the format is unknown, or no record is usable.
+    """
+    count = 0
+    for record in _records(corpus, skipped):
+        document = _document(corpus, record, skipped)
+        if document is not None:
+            count += 1
+            yield document
+    if not count:
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in skipped.most_common()) or "it is empty"
+        raise UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons})")
+
+
+def _document(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | None:
+    text = record.get(corpus.text_field)
+    if not isinstance(text, str):
+        skipped[f"no text field {corpus.text_field!r}"] += 1
+        return None
+    if not text.strip():
+        skipped["empty"] += 1
+        return None
+    if corpus.group_field is None:
+        return Document(text, text)
+    if corpus.group_field not in record:
+        skipped[f"no group field {corpus.group_field!r}"] += 1
+        return None
+    return Document(text, str(record[corpus.group_field]))
+
+
+def files_of(corpus: Corpus) -> list[Path]:
+    """The files a corpus is read from, sorted; none for `tfds:` and `hf:`."""
+    if corpus.spec.startswith(("tfds:", "hf:")):
+        return []
+    paths = sorted(Path(name) for name in glob.glob(str(Path(corpus.spec).expanduser()), recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")
+    return paths
+
+
+def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
+    if corpus.spec.startswith("tfds:"):
+        yield from _tfds_records(corpus)
+    elif corpus.spec.startswith("hf:"):
+        yield from _hf_records(corpus)
+    else:
+        for path in files_of(corpus):
+            yield from _file_records(path, corpus, skipped)
+
+
+def _file_records(path: Path, corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
+    suffixes = [suffix for suffix in path.suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
+    kind = suffixes[0] if suffixes else ""
+    if kind == ".jsonl":
+        yield from _json_lines(_lines(path, skipped), skipped)
+    elif kind == ".txt":
+        yield from _paragraphs(_lines(path, skipped), corpus.text_field)
+    elif kind == ".parquet":
+        yield from _parquet_rows(path, corpus)
+    elif kind == ".arrayrecord":
+        yield from _json_lines(_array_records(path), skipped)
+    else:
+        known = ", ".join(SUFFIXES)
+        raise UserError(f"corpus {corpus.name}: {path} is of no known format; known: {known} ({', '.join(COMPRESSIONS)} of the first two)")
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb")))  # type: ignore[arg-type]
+    return path.open("rb")
+
+
+def _lines(path: Path, skipped: SkipCounts) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            for line in file:
+                try:
+                    yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+                except UnicodeDecodeError:
+                    skipped["not UTF-8"] += 1
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is truncated or not compressed as its name says ({error})") from error
+
+
+def _json_lines(lines: Iterable[str], skipped: SkipCounts) -> Iterator[dict]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            skipped["malformed JSON"] += 1
+            continue
+        if isinstance(record, dict):
+            yield record
+        else:
+            skipped["not a JSON object"] += 1
+
+
+def _paragraphs(lines: Iterable[str], field: str) -> Iterator[dict]:
+    block: list[str] = []
+    for line in lines:
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield {field: "".join(block).rstrip("\n")}
+            block = []
+    if block:
+        yield {field: "".join(block).rstrip("\n")}
+
+
+def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is truncated or no Parquet file ({error})") from error
+    wanted = [name for name in (corpus.text_field, corpus.group_field) if name in file.schema_arrow.names]
+    if corpus.text_field not in wanted:
+        raise UserError(f"{path} has no column {corpus.text_field!r}; it has: {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(columns=wanted):
+        yield from batch.to_pylist()
+
+
+def _array_records(path: Path) -> Iterator[str]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
+    for index in range(reader.num_records()):
+        yield reader.read([index])[0].decode()
+    reader.close()
+
+
+def _name_and_split(spec: str) -> tuple[str, str]:
+    name, _, split = spec.partition(":")[2].partition(":")
+    return name, split or "train"
+
+
+def _tfds_records(corpus: Corpus) -> Iterator[dict]:
+    import tensorflow_datasets
+
+    name, split = _name_and_split(corpus.spec)
+    try:
+        # as_data_source reads ArrayRecord without TensorFlow; as_dataset would need it.
+        source = tensorflow_datasets.data_source(name, split=split)
+    except Exception as error:
+        raise UserError(f"corpus {corpus.name}={corpus.spec}: TFDS cannot open it ({str(error).splitlines()[0]})") from error
+    for record in source:
+        yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
+
+
+def _hf_records(corpus: Corpus) -> Iterator[dict]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(f"corpus {corpus.name}={corpus.spec} needs the package datasets: pip install datasets") from error
+    name, split = _name_and_split(corpus.spec)
+    try:
+        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            source = datasets.load_from_disk(name)
+            source = source[split] if isinstance(source, dict) else source
+        else:
+            source = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:
+        raise UserError(f"corpus {corpus.name}={corpus.spec} cannot be opened ({str(error).splitlines()[0]})") from error
+    yield from source
