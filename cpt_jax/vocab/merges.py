@@ -1,0 +1,98 @@
+"""Learning BPE merges on text that is already segmented, with incremental pair counts in arrays.
+
+Every merge touches only the places where its pair occurs: 3 million characters and 2,000 merges take seconds.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+_END = -1
+
+
+class PairCounts:
+    """A text as a chain of tokens, cut into words, with the count and the places of each adjacent pair.
+
+    Args:
+      words: token ids of each distinct word.
+      weights: how often each word occurs.
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]], weights: Sequence[int]) -> None:
+        lengths = np.fromiter((len(word) for word in words), np.int64, len(words))
+        self.tokens = np.fromiter((token for word in words for token in word), np.int64, int(lengths.sum()))
+        self.weights = np.repeat(np.asarray(weights, np.int64), lengths)
+        places = np.arange(len(self.tokens))
+        self.after, self.before = places + 1, places - 1
+        ends = np.cumsum(lengths)[lengths > 0] - 1
+        self.after[ends] = _END
+        self.before[np.concatenate([[0], ends[:-1] + 1])] = _END
+        self.counts: dict[tuple[int, int], int] = {}
+        self._places: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._queue: list[tuple[int, tuple[int, int]]] = []
+        self._add(places[self.after != _END])
+
+    def _groups(self, starts: np.ndarray):
+        """(pair, places) of the pairs that begin at `starts`."""
+        first, second = self.tokens[starts], self.tokens[self.after[starts]]
+        keys = first << 32 | second
+        order = np.argsort(keys, kind="stable")
+        keys, starts = keys[order], starts[order]
+        borders = np.flatnonzero(np.diff(keys)) + 1
+        for part in np.split(np.arange(len(keys)), borders) if len(keys) else ():
+            key = int(keys[part[0]])
+            yield (key >> 32, key & 0xFFFFFFFF), starts[part]
+
+    def _add(self, starts: np.ndarray) -> None:
+        for pair, places in self._groups(starts):
+            self.counts[pair] = self.counts.get(pair, 0) + int(self.weights[places].sum())
+            self._places.setdefault(pair, []).append(places)
+            heapq.heappush(self._queue, (-self.counts[pair], pair))
+
+    def _remove(self, starts: np.ndarray) -> None:
+        for pair, places in self._groups(starts):
+            self.counts[pair] -= int(self.weights[places].sum())
+
+    def most_frequent(self, allowed: Callable[[tuple[int, int]], bool]) -> tuple[tuple[int, int], int] | None:
+        """The most frequent allowed pair and its count (ties: the lowest ids); None when none is left."""
+        while self._queue:
+            negative, pair = self._queue[0]
+            count = self.counts[pair]
+            if -negative != count:
+                # An old count: the pair has become rarer, or stands in the queue again.
+                heapq.heappop(self._queue)
+                if 0 < count < -negative:
+                    heapq.heappush(self._queue, (-count, pair))
+                continue
+            if count and allowed(pair):
+                return pair, count
+            heapq.heappop(self._queue)
+        return None
+
+    def merge(self, pair: tuple[int, int], merged: int) -> None:
+        """Replaces the pair by the token `merged`, left to right, wherever it occurs."""
+        found = np.unique(np.concatenate(self._places.pop(pair)))
+        # Places are never taken off the lists: what has changed since is sorted out here.
+        found = found[(self.tokens[found] == pair[0]) & (self.after[found] != _END)]
+        found = found[self.tokens[self.after[found]] == pair[1]]
+        if pair[0] == pair[1]:
+            found = self._every_other(found)
+        second = self.after[found]
+        left, right = self.before[found], self.after[second]
+        old = np.unique(np.concatenate([left[left != _END], found, second[right != _END]]))
+        self._remove(old)
+        self.tokens[found], self.tokens[second] = merged, _END
+        self.after[found] = right
+        self.before[right[right != _END]] = found[right != _END]
+        # A left neighbour that was itself merged away has its place taken by its own left half.
+        left = self.before[found]
+        self._add(np.unique(np.concatenate([left[left != _END], found[right != _END]])))
+
+    def _every_other(self, found: np.ndarray) -> np.ndarray:
+        """In a run of one token (a a a a), the pairs that do not overlap, from the left."""
+        if not len(found):
+            return found
+        continues = np.concatenate([[False], self.after[found[:-1]] == found[1:]])
+        run_start = np.maximum.accumulate(np.where(continues, 0, np.arange(len(found))))
+        return found[(np.arange(len(found)) - run_start) % 2 == 0]
