@@ -92,9 +92,12 @@ class Decoder(nnx.Module):
         return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A decoder without weights: how to rebuild it, its weights' shapes, and their logical axes."""
+    """A decoder without weights: how to rebuild it, its weights' shapes, and their logical axes.
+
+    One object a configuration (`abstract_decoder` keeps them), compared by identity: it is a key of compiled functions.
+    """
 
     config: DecoderConfig
     lora: LoRAConfig | None

@@ -53,6 +53,7 @@ class Workdir:
             raise UserError(f"another process is running in {path}: wait for it, or choose another --workdir") from error
         write_json_atomic(existing, config)
         self.seconds: dict[str, float] = {}
+        self._found_done: set[str] = set()
 
     def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
         changes = differences(saved, config)
@@ -77,6 +78,7 @@ class Workdir:
         done_before = found.get("seconds", 0.0) if found.get("fingerprint") == expected else 0.0
         if found.get("fingerprint") == expected and found["done"] and all(path.exists() for path in outputs):
             self.seconds[name] = done_before
+            self._found_done.add(name)
             return expected
         if found.get("fingerprint") != expected:
             for path in outputs:
@@ -87,3 +89,7 @@ class Workdir:
         self.seconds[name] = done_before + time.monotonic() - started
         write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
         return expected
+
+    def was_done(self, name: str) -> bool:
+        """Whether a station was found done, and nothing was computed."""
+        return name in self._found_done

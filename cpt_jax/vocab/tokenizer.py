@@ -40,7 +40,7 @@ class Tokenizer:
         path = self.directory / "tokenizer_config.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Rows that an embedding needs: the highest id, and one."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1

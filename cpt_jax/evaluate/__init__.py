@@ -1,0 +1,1 @@
+"""How good it is: bits per byte by domain, the only loss that compares models with different tokenizers."""

@@ -1,0 +1,129 @@
+"""Bits per byte of whole documents: every byte counted once, each document predicted from its start token alone."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.tree import Tree
+from cpt_jax.models.decoder import Network, apply, head_path
+from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Loss on a set of documents. `tokens` and `nats_per_token` are of the model's own tokenizer; bits per byte compares."""
+
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """A stretch of a document: `inputs` predict `targets`, of which the last `counted` count."""
+
+    inputs: list[int]
+    targets: list[int]
+    counted: int
+
+
+def _windows(tokens: list[int], start_id: int, length: int) -> list[_Window]:
+    """One window for a document of up to `length` tokens; a longer one goes on in windows that see half a window of what came before."""
+    framed = [start_id, *tokens]
+    windows = [_Window(framed[:-1][:length], framed[1:][:length], min(len(tokens), length))]
+    end = length
+    while end < len(tokens):
+        step = min(length // 2, len(tokens) - end)
+        end += step
+        windows.append(_Window(framed[end - length : end], framed[end - length + 1 : end + 1], step))
+    return windows
+
+
+def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
+    """Windows packed whole into rows [n, length], longest first, each into the fullest row that has room."""
+    rows: list[list[_Window]] = []
+    room: list[int] = []
+    for window in sorted(windows, key=lambda window: -len(window.inputs)):
+        size = len(window.inputs)
+        fitting = [index for index, free in enumerate(room) if free >= size]
+        if fitting:
+            index = min(fitting, key=lambda index: room[index])
+        else:
+            index = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[index].append(window)
+        room[index] -= size
+    names = ("inputs", "targets", "positions", "segment_ids", "weights")
+    arrays = {name: np.zeros((len(rows), length), np.float32 if name == "weights" else np.int32) for name in names}
+    for number, row in enumerate(rows):
+        first = 0
+        for segment, window in enumerate(row, start=1):
+            size = len(window.inputs)
+            place = slice(first, first + size)
+            arrays["inputs"][number, place] = window.inputs
+            arrays["targets"][number, place] = window.targets
+            arrays["positions"][number, place] = np.arange(size)
+            arrays["segment_ids"][number, place] = segment
+            arrays["weights"][number, first + size - window.counted : first + size] = 1
+            first += size
+    return arrays
+
+
+@functools.lru_cache(maxsize=8)
+def _nats_function(network: Network, compute: str) -> Callable:
+    table = head_path(network.config)
+
+    @jax.jit
+    def nats(weights: Tree, rows: dict[str, jax.Array]) -> jax.Array:
+        hidden = apply(network, weights, rows["inputs"], rows["positions"], rows["segment_ids"], compute_dtype=compute)
+        tables = tuple(weights[table][part] for part in ("base", "new") if part in weights[table])
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        none_train = (False,) * len(tables)
+        return token_losses(flat, tables, rows["targets"].reshape(-1), rows["weights"].reshape(-1), jnp.dtype(compute), none_train)[0]
+
+    return nats
+
+
+def bits_per_byte(
+    network: Network,
+    weights: Tree,
+    tokenizer: Tokenizer,
+    documents: Sequence[str],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    precision: Precision,
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> Result:
+    """The loss of `documents` (at least one), each whole and alone; the end token is not counted.
+
+    Args:
+      weights: on the device, in `precision`'s types.
+      sequence_length: the longest context; longer documents are read in windows that overlap by half.
+      on_progress: called with the number of rows done.
+    """
+    encoded = tokenizer.encode_documents(list(documents))
+    windows = [window for tokens in encoded for window in _windows(tokens, tokenizer.start_id, sequence_length)]
+    rows = _rows(windows, sequence_length)
+    function = _nats_function(network, precision.compute)
+    count = len(rows["inputs"])
+    total = 0.0
+    for first in range(0, count, batch_size):
+        batch = {name: array[first : first + batch_size] for name, array in rows.items()}
+        missing = batch_size - len(batch["inputs"])
+        # One shape for all: the last batch is filled up with empty rows.
+        batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in batch.items()}
+        total += float(function(weights, batch))
+        on_progress(batch_size - missing)
+    tokens = sum(len(ids) for ids in encoded)
+    size = sum(len(document.encode()) for document in documents)
+    return Result(bits_per_byte=total / size / math.log(2), nats_per_token=total / tokens, tokens=tokens, bytes=size)

@@ -1,0 +1,76 @@
+"""The model of a run: the base's weights as read from its files, with what each stage trained laid over them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpt_jax.adapt import Method
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.tree import Tree, flatten, unflatten
+from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
+from cpt_jax.models.linear import LoRAConfig, merge_lora
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder's weights on the host, in the files' types (what was trained: float32), and what it takes to run and save them."""
+
+    config: DecoderConfig
+    weights: Tree
+    hf_config: dict
+    lora: LoRAConfig | None = None
+
+    @property
+    def network(self) -> Network:
+        return abstract_decoder(self.config, self.lora)
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in flatten(self.weights).values())
+
+    def overlaid(self, trained: Tree) -> "Model":
+        """This model with the trained leaves in the place of its own."""
+        return dataclasses.replace(self, weights=unflatten(flatten(self.weights) | flatten(trained)))
+
+    def merged(self) -> "Model":
+        """This model with its adapters added into the kernels."""
+        if self.lora is None:
+            return self
+        return dataclasses.replace(self, weights=merge_lora(self.weights, self.lora), lora=None)
+
+    def adapted(self, method: Method, seed: int) -> "Model":
+        """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change nothing yet."""
+        lora = method.lora_config()
+        model = self.merged()
+        if lora is None:
+            return model
+        network = abstract_decoder(model.config, lora)
+        fresh = flatten(initial_weights(network, jax.random.key(seed)))
+        adapters = {path: np.asarray(leaf) for path, leaf in fresh.items() if path.endswith(("/lora_a", "/lora_b"))}
+        return dataclasses.replace(model.overlaid(unflatten(adapters)), lora=lora)
+
+    def unrolled(self, unroll: bool) -> "Model":
+        """This model with its layers compiled one by one, or as a loop."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop="unroll" if unroll else "scan"))
+
+    def on_device(self, precision: Precision) -> Tree:
+        """The weights as arrays of the computation's types."""
+        flat = flatten(self.weights)
+        return unflatten({path: jnp.asarray(np.asarray(leaf).astype(precision.dtype_of(path))) for path, leaf in flat.items()})
+
+
+def load_model(directory: Path, base_rows: int | None = None) -> Model:
+    """Reads a HF directory; rows of the vocabulary from `base_rows` on become the new rows' own leaf."""
+    config, weights, hf_config = load(directory)
+    if base_rows is not None and base_rows < config.vocab_size:
+        flat = flatten(weights)
+        for table in ("embed", "head"):
+            if (whole := flat.pop(f"{table}/base", None)) is not None:
+                flat[f"{table}/base"], flat[f"{table}/new"] = whole[:base_rows], whole[base_rows:]
+        weights = unflatten(flat)
+        config = dataclasses.replace(config, vocab_size=base_rows, new_rows=config.vocab_size - base_rows)
+    return Model(config=config, weights=weights, hf_config=hf_config)

@@ -1,0 +1,385 @@
+"""The pipeline: every station of a recipe, in order, each skipped when it is done."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from cpt_jax.checkpoint.hf import resolve_base
+from cpt_jax.checkpoint.train_state import read_trained
+from cpt_jax.core.config import from_json, to_json
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import Plan, clock, progress, quiet_libraries, say
+from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
+from cpt_jax.data.loader import Loader
+from cpt_jax.data.prepare import prepare, read_manifest
+from cpt_jax.data.sources import SkipCounts, files_of
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte
+from cpt_jax.recipe.export import export_model, sample_page
+from cpt_jax.recipe.grow import check_fits, grow_model, grow_tokenizer
+from cpt_jax.recipe.model import Model, load_model
+from cpt_jax.recipe.recipe import Domain, Recipe, Stage
+from cpt_jax.recipe.report import domain_table, write_report
+from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.training.loop import Training, train
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+
+def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None = None) -> None:
+    """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the report's path.
+
+    `only="train"` ends after the last stage's evaluation, without export, samples and report.
+
+    Raises:
+      UserError: wrong input, told before anything is computed as far as it can be.
+    """
+    quiet_libraries()
+    pipeline = Pipeline(recipe, Workdir(workdir, recipe, update=update))
+    pipeline.run(only)
+    entries = json.loads((workdir / "eval.json").read_text())
+    print(domain_table(entries, [domain.name for domain in recipe.domains]))
+    if only is None:
+        print(f"\nmodel:  {workdir / 'export'}\nreport: {workdir / 'report.html'}")
+
+
+class Pipeline:
+    """The stations of one run. Each method makes sure that its station is done; fingerprints link those that depend on each other."""
+
+    def __init__(self, recipe: Recipe, workdir: Workdir) -> None:
+        self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
+        self.marks: dict[str, str] = {}
+        # The model after the last station that changed it, kept so that the next one need not read it again.
+        self._model: tuple[str, Model] | None = None
+        self.plan: Plan | None = None
+
+    def run(self, only: str | None) -> None:
+        self.resolve()
+        for domain in self.recipe.domains:
+            self.hold_out(domain)
+        self.plan = self._plan()
+        self.evaluate("base", "last")
+        self.vocabulary()
+        if self.recipe.vocabulary is not None:
+            self.evaluate("extended", "last")
+        for name in {name: None for stage in self.recipe.stages for name in stage.mixture}:
+            self.prepare(next(domain for domain in self.recipe.domains if domain.name == name))
+        for index, stage in enumerate(self.recipe.stages):
+            self.train(index, stage)
+            for weights in ("last", "ema") if stage.ema is not None else ("last",):
+                self.evaluate(stage.name, weights)
+        if only is None:
+            self.export()
+            self.samples()
+            self.report()
+
+    def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
+        def work() -> None:
+            if self.plan is not None:
+                self.plan.begin(name)
+            build()
+
+        self.marks[name] = self.workdir.station(name, inputs, outputs, work)
+        if self.plan is not None:
+            self.plan.end(name)
+            if self.workdir.was_done(name):
+                self.plan.skip(name)
+
+    # Inputs
+
+    def resolve(self) -> None:
+        """The base as a model directory, its configuration and its tokenizer checked."""
+        self.source = resolve_base(self.recipe.base, self.path / "source")
+        self.base_tokenizer = Tokenizer(self.source)
+        self.marks["base"] = json.dumps(identity(self.source))
+        model = self._after("base", "last")
+        check_fits(self.base_tokenizer, model.config.total_rows, self.source)
+        self.parameters = model.parameters
+        longest = max([self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)])
+        if longest > model.config.max_position_embeddings:
+            raise UserError(f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}")
+
+    def _data(self, domain: Domain) -> Path:
+        return self.path / "data" / domain.name
+
+    def hold_out(self, domain: Domain) -> None:
+        out = self._data(domain)
+        files = [identity(path) for path in files_of(domain.corpus)]
+        self._station(
+            f"hold-out-{domain.name}",
+            [to_json(domain), files],
+            [out / "heldout.jsonl", out / "heldout_hashes.bin"],
+            lambda: write_heldout(domain.corpus, domain.heldout, out),
+        )
+
+    def _training_texts(self, role: str):
+        for domain in self.recipe.domains:
+            if domain.role == role:
+                yield from training_documents(domain.corpus, domain.heldout, self._data(domain), SkipCounts())
+
+    def vocabulary(self) -> None:
+        """The tokenizer and the base model, grown if the recipe says so."""
+        recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
+        if recipe.vocabulary is None:
+            inputs = ["unchanged", self.marks["base"]]
+            self._station("tokenizer", inputs, [tokenizer], lambda: _copy_tokenizer(self.source, tokenizer))
+            self._station("base-model", inputs, [base], lambda: _link_directory(self.source, base))
+            self.tokenizer = Tokenizer(tokenizer)
+            return
+        vocabulary = recipe.vocabulary
+        roles = {domain.name: domain.role for domain in recipe.domains}
+        upstream = [self.marks[f"hold-out-{name}"] for name in roles]
+
+        def extend() -> None:
+            say(f"tokenizer: learning {vocabulary.extension.new_tokens:,} new pieces")
+            heldout = {domain.name: read_heldout(self._data(domain)) for domain in recipe.domains}
+            grow_tokenizer(
+                self.source,
+                vocabulary,
+                lambda: self._training_texts("new"),
+                lambda: self._training_texts("replay"),
+                heldout,
+                recipe.named("replay"),
+                tokenizer,
+                self.path / "fertility.json",
+            )
+
+        outputs = [tokenizer, self.path / "fertility.json"]
+        self._station("tokenizer", [to_json(vocabulary), self.marks["base"], upstream], outputs, extend)
+        self._station(
+            "base-model",
+            [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
+            [base],
+            lambda: grow_model(self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base),
+        )
+        self.tokenizer = Tokenizer(tokenizer)
+
+    def prepare(self, domain: Domain) -> None:
+        out = self._data(domain)
+
+        def tokenise() -> None:
+            say(f"data: tokenising {domain.name}")
+            skipped = SkipCounts()
+            texts = training_documents(domain.corpus, domain.heldout, out, skipped)
+            prepare(domain.name, texts, skipped, self.tokenizer, out)
+
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint]
+        self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise)
+
+    # Training
+
+    def _directory(self, index: int, stage: Stage) -> Path:
+        return self.path / "stages" / f"{index + 1}-{stage.name}"
+
+    def _after(self, stage_name: str, weights: str) -> Model:
+        """The model after a stage ("base": as it came, "extended": grown)."""
+        key = f"{stage_name} {weights}"
+        if self._model is not None and self._model[0] == key:
+            return self._model[1]
+        self._model = None
+        names = [stage.name for stage in self.recipe.stages]
+        if stage_name == "base":
+            model = load_model(self.source)
+        elif stage_name == "extended":
+            grown = self.recipe.vocabulary is not None
+            model = load_model(self.path / "base", self.base_tokenizer.size if grown else None)
+        else:
+            index = names.index(stage_name)
+            stage = self.recipe.stages[index]
+            before = self._after(names[index - 1] if index else "extended", "last")
+            trained = read_trained(self._directory(index, stage) / "checkpoints")
+            model = before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
+        self._model = (key, model)
+        return model
+
+    def train(self, index: int, stage: Stage) -> None:
+        directory = self._directory(index, stage)
+        names = [earlier.name for earlier in self.recipe.stages[:index]]
+        upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
+        data = [self.marks[f"data-{name}"] for name in stage.mixture]
+        settings = to_json(stage)
+        # How often it is saved does not change what is computed.
+        settings.pop("checkpoint_seconds")
+
+        def build() -> None:
+            seed = self.recipe.seed + index
+            model = self._after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
+            model = model.unrolled(jax.default_backend() == "cpu")
+            loader = self._loader(stage, seed)
+            self._model = None
+            train(self._training(stage, model, loader, directory), self.plan)
+
+        inputs = [settings, to_json(self.recipe.precision), self.recipe.seed + index, upstream, data]
+        self._station(f"stage-{stage.name}", inputs, [directory], build)
+
+    def _loader(self, stage: Stage, seed: int) -> Loader:
+        directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
+        for name, share in stage.mixture.items():
+            tokens = read_manifest(directories[name]).tokens
+            if (epochs := stage.steps * stage.batch_size * stage.sequence_length * share / tokens) > 4:
+                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
+        return Loader(
+            stage.mixture,
+            directories,
+            sequence_length=stage.sequence_length,
+            batch_size=stage.batch_size,
+            start_id=self.tokenizer.start_id,
+            end_id=self.tokenizer.end_id,
+            tokenizer=self.tokenizer.fingerprint,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path) -> Training:
+        return Training(
+            name=f"stage-{stage.name}",
+            network=model.network,
+            weights=model.weights,
+            trains=stage.method.trains,
+            loader=loader,
+            optimizer=stage.optimizer,
+            schedule=stage.schedule,
+            ema=stage.ema,
+            steps=stage.steps,
+            accumulate=stage.accumulate,
+            precision=self.recipe.precision,
+            mesh=make_mesh(),
+            directory=directory,
+            checkpoint_seconds=stage.checkpoint_seconds,
+        )
+
+    # Results
+
+    def evaluate(self, stage_name: str, weights: str) -> None:
+        """Bits per byte on every domain, into evaluations/ and eval.json."""
+        name = f"evaluate-{stage_name}-{weights}"
+        out = self.path / "evaluations" / f"{stage_name}-{weights}.json"
+        trained = {"base": "base", "extended": "base-model"}.get(stage_name, f"stage-{stage_name}")
+        heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
+        inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout]
+        self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
+        self._collect()
+
+    def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
+        settings = self.recipe.evaluation
+        tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
+        model = self._after(stage_name, weights)
+        on_device = model.on_device(settings.precision)
+        entries = []
+        texts = {domain.name: read_heldout(self._data(domain)) for domain in self.recipe.domains}
+        tokens = sum(len(ids) for documents in texts.values() for ids in tokenizer.encode_documents(documents))
+        with progress(name, -(-tokens // settings.sequence_length), "rows", self.plan) as shown:
+            for domain, documents in texts.items():
+                result = bits_per_byte(
+                    model.network,
+                    on_device,
+                    tokenizer,
+                    documents,
+                    sequence_length=settings.sequence_length,
+                    batch_size=settings.batch_size,
+                    precision=settings.precision,
+                    on_progress=shown.advance,
+                )
+                entries.append({"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)})
+        return entries
+
+    def _collect(self) -> None:
+        """eval.json: what has been evaluated so far, in the run's order."""
+        order = ["base", "extended", *(stage.name for stage in self.recipe.stages)]
+        files = [self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")]
+        done = {f"evaluate-{file.stem}" for file in files if f"evaluate-{file.stem}" in self.marks}
+        entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
+        write_json_atomic(self.path / "eval.json", entries)
+
+    def _final(self) -> tuple[str, str]:
+        return (self.recipe.stages[-1].name if self.recipe.stages else "extended"), self.recipe.export_weights
+
+    def export(self) -> None:
+        out = self.path / "export"
+        stage, weights = self._final()
+        inputs = [weights, self.marks.get(f"stage-{stage}", self.marks["base-model"])]
+        texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
+        self._station("export", inputs, [out], lambda: export_model(self._after(stage, weights), self.path / "tokenizer", texts, out))
+
+    def samples(self) -> None:
+        out = self.path / "samples.md"
+        stage, weights = self._final()
+        settings = self.recipe.samples
+
+        def write() -> None:
+            say("samples: continuing the prompts")
+            after = sample_page(self._after(stage, weights), self.tokenizer, settings)
+            before = sample_page(self._after("base", "last"), self.base_tokenizer, settings)
+            parts = ["# The same prompts, before and after\n"]
+            for prompt, old, new in zip(settings.prompts, before, after, strict=True):
+                parts.append(f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n")
+            write_text_atomic(out, "".join(parts))
+
+        self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
+
+    def report(self) -> None:
+        write_json_atomic(self.path / "timings.json", self.workdir.seconds)
+        write_report(self.path)
+        say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")
+
+    def _plan(self) -> Plan:
+        """Work in training tokens: an evaluated token costs half of one; the rest is given in seconds for a rate of 4 FLOPs a parameter."""
+        rate = 4 * self.parameters / (2e11 if jax.default_backend() == "cpu" else 2e14)
+        documents = {domain.name: read_heldout(self._data(domain)) for domain in self.recipe.domains}
+        before = sum(len(ids) for texts in documents.values() for ids in self.base_tokenizer.encode_documents(texts))
+        grows = self.recipe.vocabulary is not None
+        after = before * 0.6 if grows else before
+        work = {"evaluate-base-last": before / 2}
+        if grows:
+            work |= {"tokenizer": 25 / rate, "base-model": 3 / rate, "evaluate-extended-last": after / 2}
+        for name in {name for stage in self.recipe.stages for name in stage.mixture}:
+            work[f"data-{name}"] = 5 / rate
+        for stage in self.recipe.stages:
+            work[f"stage-{stage.name}"] = stage.steps * stage.batch_size * stage.sequence_length + 15 / rate
+            for weights in ("last", "ema") if stage.ema is not None else ("last",):
+                work[f"evaluate-{stage.name}-{weights}"] = after / 2
+        return Plan(work | {"export": 10 / rate, "samples": 20 / rate}, rate)
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    with atomic_directory(out) as directory:
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
+                if path.name not in ("config.json", "generation_config.json"):
+                    shutil.copyfile(path, directory / path.name)
+
+
+def _link_directory(source: Path, out: Path) -> None:
+    """The same files under another name, without a copy where the file system can do that."""
+    with atomic_directory(out) as directory:
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors"):
+                try:
+                    os.link(path.resolve(), directory / path.name)
+                except OSError:
+                    shutil.copyfile(path, directory / path.name)
+
+
+def export_run(run_directory: Path, out: Path, *, weights: str) -> None:
+    """Exports a finished run's result elsewhere, or with other weights than its recipe says.
+
+    Raises:
+      UserError: no run, not finished, or no such weights.
+    """
+    config = run_directory / "config.json"
+    if not config.exists():
+        raise UserError(f"{run_directory} is no run's directory (no config.json)")
+    recipe = from_json(Recipe, json.loads(config.read_text()))
+    if weights == "ema" and (not recipe.stages or recipe.stages[-1].ema is None):
+        raise UserError(f"{run_directory} kept no EMA in its last stage: export --weights last")
+    pipeline = Pipeline(recipe, Workdir(run_directory, recipe))
+    pipeline.resolve()
+    texts = [read_heldout(pipeline._data(domain))[0] for domain in recipe.domains]
+    model = pipeline._after(recipe.stages[-1].name if recipe.stages else "extended", weights)
+    export_model(model, run_directory / "tokenizer", texts, out)
+    print(out)
