@@ -52,7 +52,7 @@ def quickstart() -> Recipe:
                 method=Embeddings(rows="new"),
                 mixture={"statutes": 1.0},
                 tokens=20 * STEP_TOKENS,
-                optimizer=AdamW(learning_rate=5e-3),
+                optimizer=AdamW(learning_rate=5e-3, new_rows_epsilon=1e-3),
                 **SHAPE,
             ),
             Stage(

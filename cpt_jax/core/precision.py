@@ -10,10 +10,10 @@ import jax.numpy as jnp
 class Precision:
     """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
 
-    Frozen matrices are held in `compute`; vectors (norms, biases) stay float32: they cost nothing.
+    "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms, biases) stay float32: they cost nothing.
     """
 
-    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: Literal["float32", "bfloat16", "float64"] = "bfloat16"
 
     @property
     def dtype(self) -> Any:
@@ -22,3 +22,8 @@ class Precision:
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
         return jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias")) else self.dtype
+
+
+def default_precision() -> Precision:
+    """bfloat16 everywhere: accelerators and CPUs with AVX-512 BF16 or AMX multiply it twice as fast, others no slower than float32."""
+    return Precision(compute="bfloat16")

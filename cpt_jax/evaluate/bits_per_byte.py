@@ -93,37 +93,54 @@ def _nats_function(network: Network, compute: str) -> Callable:
     return nats
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedDocuments:
+    """Documents under one tokenizer, ready to be evaluated: rows [n, sequence_length] and what they count."""
+
+    rows: dict[str, np.ndarray]
+    tokens: int
+    bytes: int
+
+    def __len__(self) -> int:
+        return len(self.rows["inputs"])
+
+
+def pack_documents(tokenizer: Tokenizer, documents: Sequence[str], sequence_length: int) -> PackedDocuments:
+    """Packs documents (at least one) whole; one longer than `sequence_length` tokens is read in windows that overlap by half."""
+    encoded = tokenizer.encode_documents(list(documents))
+    windows = [window for tokens in encoded for window in _windows(tokens, tokenizer.start_id, sequence_length)]
+    return PackedDocuments(
+        _rows(windows, sequence_length), sum(len(ids) for ids in encoded), sum(len(document.encode()) for document in documents)
+    )
+
+
 def bits_per_byte(
     network: Network,
     weights: Tree,
-    tokenizer: Tokenizer,
-    documents: Sequence[str],
+    documents: PackedDocuments,
     *,
-    sequence_length: int,
     batch_size: int,
     precision: Precision,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Result:
-    """The loss of `documents` (at least one), each whole and alone; the end token is not counted.
+    """The loss on documents; end tokens are not counted.
 
     Args:
       weights: on the device, in `precision`'s types.
-      sequence_length: the longest context; longer documents are read in windows that overlap by half.
-      on_progress: called with the number of rows done.
+      on_progress: called with the number of rows done since the last call.
     """
-    encoded = tokenizer.encode_documents(list(documents))
-    windows = [window for tokens in encoded for window in _windows(tokens, tokenizer.start_id, sequence_length)]
-    rows = _rows(windows, sequence_length)
     function = _nats_function(network, precision.compute)
-    count = len(rows["inputs"])
     total = 0.0
-    for first in range(0, count, batch_size):
-        batch = {name: array[first : first + batch_size] for name, array in rows.items()}
+    for first in range(0, len(documents), batch_size):
+        batch = {name: array[first : first + batch_size] for name, array in documents.rows.items()}
         missing = batch_size - len(batch["inputs"])
         # One shape for all: the last batch is filled up with empty rows.
         batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in batch.items()}
         total += float(function(weights, batch))
         on_progress(batch_size - missing)
-    tokens = sum(len(ids) for ids in encoded)
-    size = sum(len(document.encode()) for document in documents)
-    return Result(bits_per_byte=total / size / math.log(2), nats_per_token=total / tokens, tokens=tokens, bytes=size)
+    return Result(
+        bits_per_byte=total / documents.bytes / math.log(2),
+        nats_per_token=total / documents.tokens,
+        tokens=documents.tokens,
+        bytes=documents.bytes,
+    )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,7 +28,8 @@ class Cache(NamedTuple):
 
 def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
     """Rotary angles (Su et al. 2021, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # In NumPy, rounded where transformers rounds: XLA's power is some units in the last place off, and positions multiply that.
+    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -81,7 +83,7 @@ class Attention(nnx.Module):
         # The heads of a group are rows of one product: no copies of its keys and values are made.
         q = q.reshape(batch, self.groups, self.heads // self.groups, length, self.head_dim)
         scores = contract("bgrsh,bgkh->bgrsk", q, k, dtype)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         mixed = contract("bgrsk,bgkh->bgrsh", jax.nn.softmax(scores, axis=-1), v, dtype)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, self.heads * self.head_dim)
         return self.o(mixed, dtype), cache

@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
             self.head = VocabTable(config.vocab_size, config.new_rows, config.hidden_size, rngs)
 
     def __call__(self, tokens, positions, mask, dtype, cache: Cache | None = None, index=None):
-        x = constrain(self.embed.lookup(tokens), "batch", "sequence", "hidden")
+        x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         graphdef, stacked = nnx.split(self.layers)
 

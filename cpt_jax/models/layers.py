@@ -11,7 +11,7 @@ from cpt_jax.sharding.rules import constrain
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * scale, in the residual's own type (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         self.epsilon = epsilon
@@ -19,7 +19,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * inverse * self.scale[...].astype(jnp.float32)[None, None, :]
+        return x * inverse * self.scale[...].astype(x.dtype)[None, None, :]
 
 
 class FeedForward(nnx.Module):

@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def sum_type(dtype: jnp.dtype) -> jnp.dtype:
+    """What products of inputs of `dtype` are summed in: float32, but float64 for the exact mode in which exports are checked."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Float[Array, "*rows i"], weight: Float[Array, "i o"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
     """`x @ weight`, inputs rounded to `dtype`, result float32."""
@@ -19,16 +24,16 @@ def matmul(x: Float[Array, "*rows i"], weight: Float[Array, "i o"], dtype: jnp.d
 
 def _matmul_forward(x, weight, dtype):
     low = x.astype(dtype)
-    y = jnp.matmul(low, weight.astype(dtype), preferred_element_type=jnp.float32)
+    y = jnp.matmul(low, weight.astype(dtype), preferred_element_type=sum_type(dtype))
     return y, (low, weight)
 
 
 def _matmul_backward(dtype, residuals, cotangent):
     x, weight = residuals
     low = cotangent.astype(dtype)
-    dx = jnp.matmul(low, weight.astype(dtype).T, preferred_element_type=jnp.float32)
+    dx = jnp.matmul(low, weight.astype(dtype).T, preferred_element_type=sum_type(dtype))
     rows = tuple(range(x.ndim - 1))
-    dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=sum_type(dtype))
     # x reached the forward pass as float32: only its rounded copy was kept.
     return dx, dweight.astype(weight.dtype)
 
@@ -44,7 +49,7 @@ def contract(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
 
 def _contract_forward(spec, a, b, dtype):
     a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32), (a, b)
+    return jnp.einsum(spec, a, b, preferred_element_type=sum_type(dtype)), (a, b)
 
 
 def _contract_backward(spec, dtype, residuals, cotangent):
@@ -52,8 +57,8 @@ def _contract_backward(spec, dtype, residuals, cotangent):
     inputs, out = spec.split("->")
     first, second = inputs.split(",")
     low = cotangent.astype(dtype)
-    da = jnp.einsum(f"{out},{second}->{first}", low, b, preferred_element_type=jnp.float32)
-    db = jnp.einsum(f"{first},{out}->{second}", a, low, preferred_element_type=jnp.float32)
+    da = jnp.einsum(f"{out},{second}->{first}", low, b, preferred_element_type=sum_type(dtype))
+    db = jnp.einsum(f"{first},{out}->{second}", a, low, preferred_element_type=sum_type(dtype))
     return da, db
 
 

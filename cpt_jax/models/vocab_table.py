@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.linear import Weight
-from cpt_jax.models.products import matmul
+from cpt_jax.models.products import matmul, sum_type
 
 
 class VocabTable(nnx.Module):
@@ -23,12 +23,13 @@ class VocabTable(nnx.Module):
             new = 0.02 * jax.random.normal(rngs.params(), (new_rows, width))
             self.new = Weight(new, logical_axes=("new_vocab", "embed"))
 
-    def lookup(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """The tokens' rows, float32."""
-        rows = self.base[...].at[jnp.minimum(tokens, self.base_rows - 1)].get(mode="promise_in_bounds").astype(jnp.float32)
+    def lookup(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        """The tokens' rows, in the type that products with inputs of `dtype` are summed in."""
+        wide = sum_type(dtype)
+        rows = self.base[...].at[jnp.minimum(tokens, self.base_rows - 1)].get(mode="promise_in_bounds").astype(wide)
         if not self.new_rows:
             return rows
-        new = self.new[...].at[jnp.maximum(tokens - self.base_rows, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
+        new = self.new[...].at[jnp.maximum(tokens - self.base_rows, 0)].get(mode="promise_in_bounds").astype(wide)
         return jnp.where((tokens >= self.base_rows)[..., None], new, rows)
 
     def logits(self, hidden: Float[Array, "*rows D"], dtype: jnp.dtype) -> Float[Array, "*rows V"]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import optax
 
 from cpt_jax.core.errors import UserError
@@ -26,7 +25,7 @@ class AdamW:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     new_rows_multiplier: float = 1.0
-    new_rows_epsilon: float = 1e-4
+    new_rows_epsilon: float = 5e-5
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "epsilon", "clip_norm", "new_rows_multiplier", "new_rows_epsilon"):
@@ -54,6 +53,3 @@ class AdamW:
             optax.scale_by_learning_rate(schedule),
         )
 
-
-def global_norm(tree: Tree) -> jax.Array:
-    return optax.global_norm(tree)

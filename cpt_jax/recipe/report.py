@@ -1,6 +1,243 @@
-"""placeholder"""
+"""The report of a run: one self-contained HTML page that begins with the answer, and the domain table for the terminal."""
+
+import html
+import json
+from collections.abc import Sequence
 from pathlib import Path
-def domain_table(entries, domains):
-    return "\n".join(f"{e['stage']:12} {e['weights']:5} {e['domain']:10} {e['bits_per_byte']:.4f}" for e in entries)
-def write_report(run): (Path(run)/'report.html').write_text('')
-def compare_reports(runs,out): ...
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import clock
+from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.recipe.plots import curves_plot, fertility_plot, runs_plot, stages_plot
+
+STYLE = """
+:root { --ink: #1c2127; --soft: #5f6670; --line: #e2e5ea; --paper: #ffffff; --band: #f5f7f9; --accent: #1f6f8b; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --soft: #a0a7b1; --line: #333a43; --paper: #15191e; --band: #1d2229; --accent: #6fb7cf; }
+  figure svg { background: #f7f8fa; border-radius: 6px; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.2rem 1.2rem 5rem; max-width: 62rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.8rem 0 .7rem; }
+.sub, .note { color: var(--soft); font-size: .9rem; } .answer { font-size: 1.12rem; margin: 1.4rem 0; padding-left: 1rem; border-left: 4px solid var(--accent); }
+.answer p { margin: .35rem 0; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; min-width: 100%; }
+th, td { padding: .42rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
+td small { display: block; color: var(--soft); } td.best { font-weight: 700; color: var(--accent); }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
+pre { background: var(--band); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .88rem; }
+details summary { cursor: pointer; color: var(--soft); } .pieces span { display: inline-block; background: var(--band); border-radius: 4px; padding: .05rem .5rem; margin: .15rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+@media print { body { max-width: none; } pre { white-space: pre-wrap; } }
+"""
+
+
+def _load(run: Path) -> tuple[dict, list[dict]]:
+    if not (run / "config.json").exists() or not (run / "eval.json").exists():
+        raise UserError(f"{run} is no run's directory, or nothing was evaluated in it yet (no config.json or eval.json)")
+    return json.loads((run / "config.json").read_text()), json.loads((run / "eval.json").read_text())
+
+
+def _label(entry: dict) -> str:
+    return entry["stage"] + (" EMA" if entry["weights"] == "ema" else "")
+
+
+def _final_label(config: dict) -> str:
+    stages = config.get("stages") or []
+    last = stages[-1]["name"] if stages else "extended"
+    return last + (" EMA" if config.get("export_weights") == "ema" else "")
+
+
+def _grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dict]]:
+    labels = list(dict.fromkeys(_label(entry) for entry in entries))
+    return labels, {(_label(entry), entry["domain"]): entry for entry in entries}
+
+
+def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
+    """Bits per byte by stage and domain, with the change from the base, as aligned text; the lowest is marked with *."""
+    labels, cells = _grid(entries)
+    rows = [["bits per byte", *domains]]
+    lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
+    for label in labels:
+        row = [label]
+        for name in domains:
+            value, base = cells[label, name]["bits_per_byte"], cells[labels[0], name]["bits_per_byte"]
+            change = "" if label == labels[0] else f" ({value / base - 1:+.1%})"
+            row.append(f"{value:.3f}{change}{'*' if value == lowest[name] else ' '}")
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> str:
+    labels, cells = _grid(entries)
+    final = _final_label(config) if _final_label(config) in labels else labels[-1]
+    lines = []
+    for domain in config["domains"]:
+        name, role = domain["corpus"]["name"], domain["role"]
+        before, after = cells[labels[0], name]["bits_per_byte"], cells[final, name]["bits_per_byte"]
+        change = after / before - 1
+        words = {
+            "new": f"<b>{html.escape(name)}</b>, the new domain, went from {before:.3f} to <b>{after:.3f} bits per byte</b> ({change:+.1%}).",
+            "replay": f"<b>{html.escape(name)}</b>, replayed, went from {before:.3f} to <b>{after:.3f}</b> ({change:+.1%}): "
+            + ("nothing was forgotten." if change <= 0 else "some of it was forgotten."),
+            "watch": f"<b>{html.escape(name)}</b>, never trained on, went from {before:.3f} to <b>{after:.3f}</b> ({change:+.1%}).",
+        }[role]
+        rates = next((c for c in (fertility or {}).get("corpora", []) if c["name"] == name), None)
+        if rates and role == "new":
+            words += f" It takes {rates['base']['tokens_per_character']:.2f} → {rates['extended']['tokens_per_character']:.2f} tokens per character."
+        lines.append(f"<p>{words}</p>")
+    return f'<div class="answer">{"".join(lines)}</div>'
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _domain_section(entries: Sequence[dict], domains: Sequence[str], plots: Path) -> str:
+    labels, cells = _grid(entries)
+    lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
+    rows = []
+    for label in labels:
+        row = [html.escape(label)]
+        for name in domains:
+            entry, base = cells[label, name], cells[labels[0], name]
+            value = entry["bits_per_byte"]
+            change = f"{value / base['bits_per_byte'] - 1:+.1%}" if label != labels[0] else f"{entry['bytes']:,} bytes"
+            best = value == lowest[name]
+            row.append(f'<td{" class=best" if best else ""}>{value:.3f}{" ★" if best else ""}<small>{change}</small></td>')
+        rows.append(row)
+    note = "On held-out documents, whole, every byte counted once; changes are from the base on the same documents; ★ the lowest."
+    table = _html_table(["bits per byte", *map(html.escape, domains)], rows)
+    return f"<h2>What it knows</h2>{table}<p class=note>{note}</p><figure>{stages_plot(entries, domains, plots)}</figure>"
+
+
+def _vocabulary_section(fertility: dict, plots: Path) -> str:
+    rows = [
+        [
+            html.escape(c["name"]),
+            f"{c['base']['tokens_per_character']:.3f} → {c['extended']['tokens_per_character']:.3f}",
+            f"{c['base']['bytes_per_token']:.2f} → {c['extended']['bytes_per_token']:.2f}",
+            f"{c['documents_changed']:.1%}",
+            str(c["round_trip_failures"]),
+        ]
+        for c in fertility["corpora"]
+    ]
+    header = ["held-out text", "tokens per character", "bytes per token", "documents tokenised differently", "round-trip failures"]
+    pieces = "".join(f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in fertility["most_frequent"])
+    longest = "".join(f"<span>{html.escape(piece)}</span>" for piece in fertility["longest"])
+    used = (
+        f"{fertility['new_pieces']:,} new pieces; {fertility['unreachable_pieces']:,} of them never occur in the text they were learnt from: "
+        "they are steps on the way to longer ones."
+    )
+    return (
+        f"<h2>The vocabulary</h2>{_html_table(header, rows)}<p class=note>{used}</p><figure>{fertility_plot(fertility['corpora'], plots)}</figure>"
+        f"<p class=note>Most used new pieces</p><div class=pieces>{pieces}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
+    )
+
+
+def _training_section(run: Path, plots: Path) -> str:
+    stages = {}
+    for path in sorted((run / "stages").glob("*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("-")[0])):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if lines:
+            stages[path.parent.name.split("-", 1)[1]] = lines
+    if not stages:
+        return ""
+    rows = [
+        [html.escape(name), f"{len(lines):,}", f"{sum(x['tokens'] for x in lines):,}", clock(sum(x["seconds"] for x in lines)),
+         f"{sum(x['tokens'] for x in lines) / sum(x['seconds'] for x in lines):,.0f}"]
+        for name, lines in stages.items()
+    ]  # fmt: skip
+    table = _html_table(["stage", "steps", "tokens", "time", "tokens per second"], rows)
+    return f"<h2>How it trained</h2>{table}<figure>{curves_plot(stages, plots)}</figure>"
+
+
+def _data_section(run: Path) -> str:
+    rows = []
+    for path in sorted((run / "data").glob("*/manifest.json")):
+        m = json.loads(path.read_text())
+        skipped = ", ".join(f"{count:,} {html.escape(reason)}" for reason, count in m["skipped"].items()) or "none"
+        rows.append([html.escape(m["name"]), f"{m['records']:,}", f"{m['bytes'] / 1e6:,.2f} MB", f"{m['tokens']:,}", skipped])
+    return f"<h2>What it read from</h2>{_html_table(['domain', 'documents', 'text', 'tokens', 'left out'], rows)}" if rows else ""
+
+
+def _samples_section(run: Path) -> str:
+    path = run / "samples.md"
+    if not path.exists():
+        return ""
+    blocks = []
+    for part in path.read_text().split("\n## ")[1:]:
+        prompt = part.split("\n", 1)[0]
+        texts = [block.split("\n```", 1)[0] for block in part.split("```text\n")[1:]]
+        if len(texts) == 2:
+            sides = "".join(f"<div><span class=note>{side}</span><pre>{html.escape(text)}</pre></div>" for side, text in zip(("before", "after"), texts, strict=True))
+            blocks.append(f"<p><b>{html.escape(prompt)}</b></p><div class=pair>{sides}</div>")
+    return f"<h2>Samples, continued greedily</h2>{''.join(blocks)}" if blocks else ""
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.html of a run's directory, and plots/*.png. Parts whose files are not there are left out.
+
+    Raises:
+      UserError: it is no run's directory, or nothing was evaluated yet.
+    """
+    config, entries = _load(run)
+    domains = [domain["corpus"]["name"] for domain in config["domains"]]
+    plots = run / "plots"
+    fertility = json.loads((run / "fertility.json").read_text()) if (run / "fertility.json").exists() and config.get("vocabulary") else None
+    timings = json.loads((run / "timings.json").read_text()) if (run / "timings.json").exists() else {}
+    timing_rows = [[html.escape(name), clock(seconds)] for name, seconds in timings.items() if seconds >= 0.5]
+    total = f" in {clock(sum(timings.values()))}" if timings else ""
+    sections = [
+        _answer(config, entries, fertility),
+        _domain_section(entries, domains, plots),
+        _training_section(run, plots),
+        _vocabulary_section(fertility, plots) if fertility else "",
+        _samples_section(run),
+        _data_section(run),
+        f"<h2>Where the time went</h2>{_html_table(['station', 'time'], timing_rows)}" if timing_rows else "",
+        f"<h2>The recipe</h2><details><summary>config.json, which replays this run</summary><pre>{html.escape(json.dumps(config, ensure_ascii=False, indent=2))}</pre></details>",
+    ]
+    name = html.escape(config["name"])
+    base = html.escape(Path(config["base"]).name if Path(config["base"]).exists() else config["base"])
+    out = run / "report.html"
+    write_text_atomic(out, _page(name, f"continued pre-training of {base}{total}", "".join(sections)))
+    return out
+
+
+def _page(title: str, subtitle: str, body: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1><div class=sub>{subtitle}</div>{body}</body></html>\n"
+    )
+
+
+def compare_reports(runs: Sequence[Path], out: Path) -> Path:
+    """Writes one page that sets several runs side by side, on the domains that all of them have."""
+    rows, points, shared, roles = [], [], None, {}
+    for run in runs:
+        config, entries = _load(run)
+        roles = {domain["corpus"]["name"]: domain["role"] for domain in config["domains"]}
+        shared = [name for name in roles if shared is None or name in shared]
+        labels, cells = _grid(entries)
+        final = _final_label(config) if _final_label(config) in labels else labels[-1]
+        points.append((config["name"], {n: (cells[labels[0], n]["bits_per_byte"], cells[final, n]["bits_per_byte"]) for n in roles}))
+    assert shared is not None
+    for name, values in points:
+        cells_ = [f"<td>{values[n][1]:.3f}<small>{values[n][1] / values[n][0] - 1:+.1%}</small></td>" for n in shared]
+        rows.append([html.escape(name), *cells_])
+    table = _html_table(["bits per byte at the end", *map(html.escape, shared)], rows)
+    new, old = ([n for n in shared if roles.get(n) == role] for role in ("new", "replay"))
+    figure = ""
+    if new and old:
+        dots = [
+            {"name": n, "new": v[new[0]][1], "old": v[old[0]][1], "new_base": v[new[0]][0], "old_base": v[old[0]][0]} for n, v in points
+        ]
+        figure = f"<figure>{runs_plot(dots, new[0], old[0], out.parent / 'plots')}</figure>"
+    write_text_atomic(out, _page("Runs compared", f"{len(runs)} runs; changes are from each run's own base", f"<h2>Results</h2>{table}{figure}"))
+    return out

@@ -18,7 +18,7 @@ from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
-from cpt_jax.evaluate.bits_per_byte import bits_per_byte
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.recipe.export import export_model, sample_page
 from cpt_jax.recipe.grow import check_fits, grow_model, grow_tokenizer
 from cpt_jax.recipe.model import Model, load_model
@@ -270,17 +270,17 @@ class Pipeline:
         tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
         model = self._after(stage_name, weights)
         on_device = model.on_device(settings.precision)
+        packed = {
+            domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
+            for domain in self.recipe.domains
+        }
         entries = []
-        texts = {domain.name: read_heldout(self._data(domain)) for domain in self.recipe.domains}
-        tokens = sum(len(ids) for documents in texts.values() for ids in tokenizer.encode_documents(documents))
-        with progress(name, -(-tokens // settings.sequence_length), "rows", self.plan) as shown:
-            for domain, documents in texts.items():
+        with progress(name, sum(len(documents) for documents in packed.values()), "rows", self.plan) as shown:
+            for domain, documents in packed.items():
                 result = bits_per_byte(
                     model.network,
                     on_device,
-                    tokenizer,
                     documents,
-                    sequence_length=settings.sequence_length,
                     batch_size=settings.batch_size,
                     precision=settings.precision,
                     on_progress=shown.advance,

@@ -1,0 +1,124 @@
+"""The report's pictures, as SVG text and PNG files."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+ACCENT, GREY, PALE = "#1f6f8b", "#8a8f98", "#c9ced6"
+DOMAIN_COLOURS = ("#1f6f8b", "#c8553d", "#6a7f3c", "#7d5ba6", "#b08900", "#4a5568")
+
+
+def _figure(columns: int, width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("agg")
+    # Text stays text, and the same data gives the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cpt_jax", "font.family": "DejaVu Sans", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, list(axes[0])
+
+
+def _saved(figure, directory: Path, name: str) -> str:
+    from matplotlib import pyplot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    figure.savefig(directory / f"{name}.png", dpi=160, facecolor="white")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Sizes in points would not shrink on a phone.
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+
+
+def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path) -> str:
+    """Bits per byte by stage, a panel a domain; the base as a dashed line."""
+    figure, axes = _figure(len(domains), 3.3 * len(domains), 2.7)
+    for axis, domain in zip(axes, domains, strict=True):
+        rows = [entry for entry in entries if entry["domain"] == domain]
+        labels = [entry["stage"] + (" EMA" if entry["weights"] == "ema" else "") for entry in rows]
+        values = [entry["bits_per_byte"] for entry in rows]
+        best = values.index(min(values))
+        axis.bar(range(len(rows)), values, color=[ACCENT if i == best else PALE for i in range(len(rows))], width=0.66)
+        axis.axhline(values[0], color=GREY, linestyle="--", linewidth=1)
+        for index, value in enumerate(values):
+            axis.annotate(f"{value:.3f}", (index, value), ha="center", va="bottom", fontsize=8, xytext=(0, 1), textcoords="offset points")
+        axis.set_xticks(range(len(rows)), labels, rotation=35, ha="right")
+        axis.set_ylim(0, max(values) * 1.14)
+        axis.set_title(domain, loc="left", fontweight="bold")
+        axis.set_ylabel("bits per byte")
+    return _saved(figure, directory, "stages")
+
+
+def _smooth(values: Sequence[float], span: int) -> list[float]:
+    smoothed, current = [], values[0]
+    for value in values:
+        current += (value - current) * 2 / (span + 1)
+        smoothed.append(current)
+    return smoothed
+
+
+def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
+    """Training loss by domain (a step's value pale, its running mean on top) and the learning rate, over all stages' steps."""
+    figure, (loss, rate) = _figure(2, 9.6, 3.0)
+    names = sorted({key for lines in stages.values() for line in lines for key in line if key.startswith("nats/")})
+    first = 0
+    for number, (stage, lines) in enumerate(stages.items()):
+        steps = [first + line["step"] for line in lines]
+        for index, name in enumerate(names):
+            points = [(step, line[name]) for step, line in zip(steps, lines, strict=True) if name in line]
+            if not points:
+                continue
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            colour = DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)]
+            loss.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
+            loss.plot(x, _smooth(y, 15), color=colour, linewidth=1.7, label=name.split("/", 1)[1] if number == len(stages) - 1 else None)
+        rate.plot(steps, [line["learning_rate"] for line in lines], color=ACCENT, linewidth=1.7)
+        for axis in (loss, rate):
+            if first:
+                axis.axvline(first + 0.5, color=GREY, linestyle=":", linewidth=1)
+            axis.text(first + 1, 1.01, stage, transform=axis.get_xaxis_transform(), fontsize=8, color=GREY, va="bottom")
+        first = steps[-1] if steps else first
+    loss.set_ylabel("training loss, nats per token")
+    rate.set_ylabel("learning rate")
+    for axis in (loss, rate):
+        axis.set_xlabel("step")
+    if names:
+        loss.legend(frameon=False, fontsize=8)
+    rate.set_ylim(bottom=0)
+    return _saved(figure, directory, "curves")
+
+
+def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
+    """Tokens per character before and after, by corpus."""
+    figure, (axis,) = _figure(1, 5.2, 2.5)
+    for index, corpus in enumerate(corpora):
+        for offset, key, colour in ((-0.18, "base", PALE), (0.18, "extended", ACCENT)):
+            value = corpus[key]["tokens_per_character"]
+            axis.bar(index + offset, value, 0.34, color=colour, label=key if index == 0 else None)
+            axis.annotate(f"{value:.3f}", (index + offset, value), ha="center", va="bottom", fontsize=8)
+    axis.set_xticks(range(len(corpora)), [corpus["name"] for corpus in corpora])
+    axis.set_ylabel("tokens per character")
+    axis.margins(y=0.12)
+    axis.legend(frameon=False, fontsize=8)
+    return _saved(figure, directory, "fertility")
+
+
+def runs_plot(runs: Sequence[dict], new: str, old: str, directory: Path) -> str:
+    """New-domain against old-domain bits per byte, a point a run: down and left is better; the base as a cross."""
+    figure, (axis,) = _figure(1, 6.0, 4.0)
+    for index, run in enumerate(runs):
+        axis.scatter(run["new"], run["old"], s=46, color=DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)], label=run["name"], zorder=3)
+        axis.scatter(run["new_base"], run["old_base"], s=46, marker="x", color=GREY, label="base" if index == 0 else None, zorder=2)
+    axis.set_xlabel(f"{new}: bits per byte")
+    axis.set_ylabel(f"{old}: bits per byte")
+    axis.legend(frameon=False, fontsize=8)
+    return _saved(figure, directory, "runs")
