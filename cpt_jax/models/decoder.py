@@ -6,6 +6,7 @@ arrays, with paths like "layers/attention/q/kernel" (all layers stacked along th
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.tree import Tree
+from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.attention import Cache, document_mask, rotation
 from cpt_jax.models.layers import Block, RMSNorm
 from cpt_jax.models.linear import LoRAConfig
@@ -129,10 +130,18 @@ def abstract_decoder(config: DecoderConfig, lora: LoRAConfig | None = None) -> N
     return Network(config, lora, graphdef, state, shapes, logical_axes)
 
 
-def initial_weights(network: Network, key: Array) -> Tree:
-    """Random weights, float32: matrices normal by their inputs' number, tables normal 0.02, norms one, adapters' B zero."""
-    module = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Decoder(network.config, network.lora, nnx.Rngs(key)))))
-    return module(key)
+def initial_weights(network: Network, key: Array, wanted: Callable[[str], bool] = lambda path: True) -> Tree:
+    """Random weights, float32: matrices normal by their inputs' number, tables normal 0.02, norms one, adapters' B zero.
+
+    Only those whose path is `wanted` are computed.
+    """
+
+    @jax.jit
+    def draw(key: Array) -> dict[str, Array]:
+        weights = flatten(nnx.to_pure_dict(nnx.state(Decoder(network.config, network.lora, nnx.Rngs(key)))))
+        return {path: leaf for path, leaf in weights.items() if wanted(path)}
+
+    return unflatten(draw(key))
 
 
 def apply(

@@ -49,9 +49,8 @@ class Model:
         if lora is None:
             return model
         network = abstract_decoder(model.config, lora)
-        fresh = flatten(initial_weights(network, jax.random.key(seed)))
-        adapters = {path: np.asarray(leaf) for path, leaf in fresh.items() if path.endswith(("/lora_a", "/lora_b"))}
-        return dataclasses.replace(model.overlaid(unflatten(adapters)), lora=lora)
+        adapters = initial_weights(network, jax.random.key(seed), lambda path: path.endswith(("/lora_a", "/lora_b")))
+        return dataclasses.replace(model.overlaid(jax.tree.map(np.asarray, adapters)), lora=lora)
 
     def unrolled(self, unroll: bool) -> "Model":
         """This model with its layers compiled one by one, or as a loop."""

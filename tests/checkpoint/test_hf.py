@@ -1,0 +1,134 @@
+"""Hugging Face directories: an exact round trip, and every way in which one can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inputs import hf_config, random_weights, tiny_config
+from safetensors.numpy import load_file, save_file
+
+from cpt_jax.checkpoint import hf
+from cpt_jax.checkpoint.gguf import import_gguf
+from cpt_jax.checkpoint.hf import load, resolve_base, save
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.tree import flatten
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
+def test_what_is_saved_is_loaded_exactly(tmp_path, monkeypatch, tied, shard_bytes):
+    monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)
+    config = tiny_config(tie_word_embeddings=tied)
+    weights = random_weights(config)
+    save(tmp_path / "model", config, weights, hf_config(config), tmp_path)
+    assert (tmp_path / "model" / hf.INDEX).exists() == (shard_bytes < hf.SHARD_BYTES)
+    again, loaded, _ = load(tmp_path / "model")
+    assert again == config
+    for path, leaf in flatten(weights).items():
+        np.testing.assert_array_equal(flatten(loaded)[path], leaf)
+
+
+def test_base_and_new_rows_are_saved_as_one_table(tmp_path):
+    config = tiny_config(new_rows=7)
+    weights = random_weights(config)
+    save(tmp_path / "model", config, weights, hf_config(config), tmp_path)
+    table = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table, np.concatenate([weights["embed"]["base"], weights["embed"]["new"]]))
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 327
+
+
+def edit_config(directory: Path, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickle_only(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+WRONG = {
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
+    "pickle": (pickle_only, "pickle only .*convert them to safetensors"),
+    "truncated": (truncate, "truncated or corrupt"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
+    "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "ll'), "not valid JSON"),
+    "architecture": (lambda d: edit_config(d, model_type="mamba"), "model_type 'mamba' is not supported; supported: llama"),
+    "rope scaling": (lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2}), "rope_scaling of type 'yarn'"),
+    "bias": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True"),
+    "field missing": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "lacks the field 'num_attention_heads'"),
+    "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, 'model.norm.weight' first"),
+    "tensor too many": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.extra": np.zeros(2, np.float32)})),
+        "tensor 'model.extra' that this architecture does not have",
+    ),
+    "rows": (lambda d: edit_config(d, vocab_size=400), r"shape \[320, 32\], config.json asks for \[400, 32\]: run `cpt model extend`"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_directories_are_refused(tiny_model, tmp_path, spoil, message):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["no/such/place", "missing.gguf", "./model"])
+def test_a_base_that_is_nowhere_is_told(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"neither a model directory|does not exist"):
+        resolve_base(name, tmp_path / "cache")
+
+
+def test_a_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_base("HuggingFaceTB/SmolLM2-135M", tmp_path / "cache") == tmp_path
+    assert asked["name"] == "HuggingFaceTB/SmolLM2-135M"
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["patterns"])
+
+
+def test_files_that_are_no_gguf_are_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(UserError, match="no whole GGUF file"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_gguf_import_is_that_of_transformers(smollm2):
+    """Every tensor of the real SmolLM2 as transformers dequantises it, and its own tokenizer's ids."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = Path(".cache/quickstart").absolute()
+    reference = AutoModelForCausalLM.from_pretrained(gguf, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
+    expected = reference.state_dict()
+    ours = load_file(smollm2 / "model.safetensors")
+    assert ours.keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, expected[name].numpy(), err_msg=name)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.tokenize("In 2024, 中") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "ä¸Ń"]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")

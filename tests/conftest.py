@@ -1,0 +1,38 @@
+"""Eight fake CPU devices, no silent broadcasting of ranks, and the small inputs that tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from pathlib import Path
+
+import jax
+import pytest
+from inputs import english, hf_config, random_weights, tiny_config, write_tokenizer
+
+from cpt_jax.checkpoint.hf import save
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A tiny random Llama with a tokenizer that knows some English and no Chinese, as a HF directory."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_tokenizer(root / "tokenizer", english(300))
+    config = tiny_config()
+    save(root / "model", config, random_weights(config), hf_config(config), root / "tokenizer")
+    return root / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """The real SmolLM2-135M as a HF directory, imported from its GGUF file."""
+    from cpt_jax.checkpoint.gguf import import_gguf
+
+    gguf = Path(".cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert gguf.exists(), "run `make inputs` first"
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    import_gguf(gguf, out)
+    return out

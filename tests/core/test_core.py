@@ -1,0 +1,131 @@
+"""Configuration, trees and files."""
+
+import dataclasses
+import errno
+
+import pytest
+
+from cpt_jax.adapt import Embeddings, LoRA
+from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import Plan, clock
+from cpt_jax.core.storage import atomic_directory, write_text_atomic
+from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
+from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.recipe.recipe import Domain, Recipe, Stage, Vocabulary
+
+
+def recipe() -> Recipe:
+    stage = Stage(
+        name="first",
+        method=Embeddings(),
+        mixture={"zh": 1.0},
+        tokens=1000,
+        batch_size=2,
+        sequence_length=64,
+        optimizer=AdamW(learning_rate=1e-3),
+        ema=EMA(decay=0.9),
+    )
+    second = dataclasses.replace(stage, name="second", method=LoRA(rank=4, alpha=8, targets=("q", "v")), ema=None)
+    domains = (Domain(corpus=Corpus(name="zh", spec="a.jsonl"), role="new"),)
+    return Recipe(name="r", base="model", domains=domains, stages=(stage, second), vocabulary=Vocabulary())
+
+
+def test_a_recipe_comes_back_from_its_json():
+    assert from_json(Recipe, to_json(recipe())) == recipe()
+
+
+def test_overrides_reach_everywhere_and_keep_types():
+    changed = override(recipe(), "stages.1.optimizer.learning_rate", "2e-3")
+    assert changed.stages[1].optimizer.learning_rate == 2e-3
+    assert changed.stages[0] == recipe().stages[0]
+    assert override(recipe(), "stages.0.tokens", "2048").stages[0].tokens == 2048
+    assert override(recipe(), "name", "12").name == "12"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("stages.1.optimizer.lerning_rate", "1", "did you mean 'learning_rate'"),
+        ("stages.7.tokens", "1", "entries 0 to 1"),
+        ("stages.0.tokens", "many", "'many'"),
+        ("stages.0.tokens", "1.5", "1.5"),
+        ("stages.0", "1", "names a group"),
+        ("precision.compute", "float16", "one of float32, bfloat16"),
+    ],
+)
+def test_wrong_overrides_are_told(path, value, message):
+    with pytest.raises(UserError, match=message):
+        override(recipe(), path, value)
+
+
+def test_differences_name_place_and_values():
+    changed = dataclasses.replace(recipe(), seed=5)
+    assert differences(to_json(recipe()), to_json(changed)) == ["seed: 0 in the work directory, 5 given"]
+    assert differences(to_json(recipe()), to_json(recipe())) == []
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+def test_partition_and_combine_are_inverse():
+    tree = {"a": {"x": 1, "y": 2}, "b": 3}
+    yes, no = partition(tree, lambda path: path.endswith("x"))
+    assert yes == {"a": {"x": 1}}
+    assert combine(yes, no) == tree
+    assert unflatten(flatten(tree)) == tree
+    with pytest.raises(ValueError, match="a/x"):
+        combine(yes, tree)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    assert match(["layers/*/kernel"], ["layers/q/kernel", "embed/base"]) == {"layers/q/kernel"}
+    with pytest.raises(UserError, match="embed/base"):
+        match(["head/*"], ["embed/base"])
+
+
+def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as directory:
+        (directory / "half").write_text("x")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "kept"
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="the disk is full while writing"):
+        write_text_atomic(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_real_full_disk_is_told(tmp_path):
+    from pathlib import Path
+
+    from cpt_jax.core.storage import disk_full_is_told
+
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(UserError, match="disk is full"), disk_full_is_told(tmp_path), Path("/dev/full").open("w") as file:
+        file.write("x")
+        file.flush()
+
+
+def test_the_plan_corrects_its_guess(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    plan = Plan({"a": 100.0, "b": 300.0}, seconds_per_unit=1.0)
+    assert plan.seconds_left() == 400
+    plan.begin("a")
+    now[0] = 200.0
+    plan.end("a")
+    assert 550 < plan.seconds_left() < 650
+    assert plan.seconds_left("b", current_left=10.0) == 10
+    plan.skip("b")
+    assert plan.seconds_left() == 0
+    assert (clock(59.6), clock(125), clock(7300)) == ("1 min 00 s", "2 min 05 s", "2 h 01 min")

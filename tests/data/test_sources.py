@@ -1,0 +1,99 @@
+"""Corpora in every format, what is skipped, and what is held out."""
+
+import gzip
+import json
+
+import pytest
+from inputs import english, write_jsonl
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
+from cpt_jax.data.prepare import decode_record, encode_record
+from cpt_jax.data.sources import Corpus, SkipCounts, read
+
+TEXTS = ["first document", "второй", "第三 篇"]
+
+
+def texts_of(spec, **settings) -> list[str]:
+    return [document.text for document in read(Corpus(name="c", spec=str(spec), **settings), SkipCounts())]
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    import zstandard
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    plain = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS, "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+    for text in TEXTS:
+        writer.write(json.dumps({"text": text}).encode())
+    writer.close()
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.parquet", "a.arrayrecord"):
+        assert texts_of(tmp_path / name) == TEXTS, name
+    assert texts_of(tmp_path / "a.jsonl*") == TEXTS * 3
+
+
+def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    lines = [b'{"text": "good"}', b"{not json", b'{"body": "x"}', b'{"text": "  "}', b'{"text": "\xff"}', b"[1]", b""]
+    path.write_bytes(b"\n".join(lines))
+    skipped = SkipCounts()
+    assert [document.text for document in read(Corpus(name="c", spec=str(path)), skipped)] == ["good"]
+    assert skipped == {"malformed JSON": 1, "no text field 'text'": 1, "empty": 1, "not UTF-8": 1, "not a JSON object": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "there is no such file"),
+        ("empty.jsonl", b"", "it is empty"),
+        ("bad.jsonl", b'{"body": "x"}\n', "1 x no text field 'text'"),
+        ("data.csv", b"a,b\n", "no known format"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-20], "truncated"),
+        ("cut.parquet", b"PAR1xxxx", "no Parquet file"),
+    ],
+)
+def test_unusable_corpora_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        texts_of(tmp_path / name)
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path):
+    texts = english(400)
+    records = [{"text": text, "book": f"book {index // 8}"} for index, text in enumerate(texts)]
+    # A text of every group once more in another group: whichever is held out, its double must not be learnt.
+    records += [{"text": record["text"], "book": "doubles"} for record in records[::8]]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    corpus, holdout = Corpus(name="c", spec=str(path), group_field="book"), Holdout(share=0.3, max_bytes=3000)
+    write_heldout(corpus, holdout, tmp_path)
+    heldout, skipped = read_heldout(tmp_path), SkipCounts()
+    training = list(training_documents(corpus, holdout, tmp_path, skipped))
+    assert not set(heldout) & set(training)
+    assert 1500 < sum(len(text.encode()) for text in heldout) <= 3000
+    assert skipped["equal to a held-out text"] > 0
+    assert len(training) + sum(skipped.values()) == len(records)
+    groups = {record["book"] for record in records if record["text"] in training}
+    assert not groups & {record["book"] for record in records[:400] if record["text"] in heldout}
+
+
+def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):
+    corpus = Corpus(name="c", spec=str(write_jsonl(tmp_path / "a.jsonl", english(300))))
+    holdout = Holdout(share=0.2, max_bytes=10**6)
+    write_heldout(corpus, holdout, tmp_path)
+    before = set(read_heldout(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", english(300) + english(300, seed=1))
+    write_heldout(corpus, holdout, tmp_path)
+    assert before < set(read_heldout(tmp_path))
+
+
+def test_records_come_back():
+    for tokens in ([], [0], [1, 2**31 - 1, 5]):
+        assert decode_record(encode_record(tokens)).tolist() == tokens

@@ -1,0 +1,197 @@
+"""The whole way on a tiny model: from text files to a model that transformers loads; killed and continued; and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inputs import chinese, english, write_jsonl
+from safetensors.numpy import load_file
+
+RECIPE = '''
+from pathlib import Path
+from cpt_jax.adapt import Embeddings, LoRA
+from cpt_jax.core.precision import Precision
+from cpt_jax.data.holdout import Holdout
+from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.recipe.recipe import *
+from cpt_jax.vocab.extend import ContinuedBPE
+from cpt_jax.vocab.gate import Limits
+
+SHAPE = dict(batch_size=4, sequence_length=64)
+
+def tiny() -> Recipe:
+    held = Holdout(share=0.2, max_bytes=4000)
+    return Recipe(
+        name="tiny",
+        base={base!r},
+        domains=(
+            Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new", heldout=held),
+            Domain(corpus=Corpus(name="en", spec="en.jsonl"), role="replay", heldout=held),
+            Domain(corpus=Corpus(name="code", spec="code.txt"), role="watch", heldout=Holdout(share=1.0)),
+        ),
+        vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=40), limits=Limits(unreachable_pieces=1.0)),
+        stages=(
+            Stage(name="rows", method=Embeddings(), mixture={{"zh": 1.0}}, tokens=30 * 256, optimizer=AdamW(learning_rate=1e-2), **SHAPE),
+            Stage(name="lora", method=LoRA(rank=4, alpha=8), mixture={{"zh": 0.75, "en": 0.25}}, tokens=60 * 256,
+                  optimizer=AdamW(learning_rate=1e-2), ema=EMA(decay=0.9), checkpoint_seconds=0.2, **SHAPE),
+        ),
+        evaluation=Evaluation(sequence_length=128),
+        samples=Samples(prompts=("国务院", "the city <b>"), new_tokens=8),
+    )
+
+def no_recipe(needed) -> Recipe: ...
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    write_jsonl(root / "zh.jsonl", chinese(400))
+    write_jsonl(root / "en.jsonl", english(300))
+    (root / "code.txt").write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(40)))
+    (root / "recipes.py").write_text(RECIPE.format(base=str(tiny_model)))
+    return root
+
+
+def cpt(*arguments, cwd, check=True, **settings) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "cpt_jax", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **settings)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    done = cpt("run", "recipes:tiny", "--workdir", "run", cwd=place)
+    return place / "run", done
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    run, done = finished
+    for name in ("config.json", "tokenizer/tokenizer.json", "base/model.safetensors", "data/zh/manifest.json", "samples.md", "report.html"):
+        assert (run / name).exists(), name
+    entries = json.loads((run / "eval.json").read_text())
+    seen = [(entry["stage"], entry["weights"]) for entry in entries]
+    expected = [("base", "last"), ("extended", "last"), ("rows", "last"), ("lora", "last"), ("lora", "ema")]
+    assert list(dict.fromkeys(seen)) == expected
+    assert len(entries) == 15
+    values = {(entry["stage"], entry["weights"], entry["domain"]): entry["bits_per_byte"] for entry in entries}
+    assert values["lora", "last", "zh"] < 0.5 * values["base", "last", "zh"]
+    lines = [json.loads(line) for line in (run / "stages" / "2-lora" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert "bits per byte" in done.stdout
+    assert "report.html" in done.stdout
+    assert "left" in done.stderr
+    page = (run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "&lt;b&gt;" in page
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_export_is_the_trained_model(finished, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cpt_jax.core.config import from_json
+    from cpt_jax.recipe.export import FLOAT32, text_logits
+    from cpt_jax.recipe.model import load_model
+    from cpt_jax.recipe.recipe import Recipe
+    from cpt_jax.recipe.run import Pipeline
+    from cpt_jax.recipe.stations import Workdir
+
+    run, _ = finished
+    tokenizer, model = AutoTokenizer.from_pretrained(run / "export"), AutoModelForCausalLM.from_pretrained(run / "export")
+    ids = tokenizer("国务院应当 the city", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(text_logits(load_model(run / "export"), ids, FLOAT32) - expected).max() < 1e-4
+    recipe = from_json(Recipe, json.loads((run / "config.json").read_text()))
+    pipeline = Pipeline(recipe, Workdir(run, recipe))
+    old = Path.cwd()
+    os.chdir(run.parent)
+    try:
+        pipeline.resolve()
+        trained = pipeline._after("lora", "last")
+    finally:
+        os.chdir(old)
+    assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
+    table = load_file(run / "export" / "model.safetensors")["model.embed_tokens.weight"]
+    base = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table[: len(base)], base)
+    assert len(table) == len(tokenizer) == len(base) + 40
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(run / "export" / "model.safetensors")
+
+
+def test_a_second_call_computes_nothing(finished, place):
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (run / "export").iterdir()}
+    started = time.monotonic()
+    done = cpt("run", "recipes:tiny", "--workdir", "run", cwd=place)
+    assert time.monotonic() - started < 30
+    assert "stage" not in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "export").iterdir()}
+
+
+def test_killed_anywhere_it_ends_with_the_same_figures(finished, place):
+    run, _ = finished
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    killed = place / "killed"
+    command = [sys.executable, "-m", "cpt_jax", "run", "recipes:tiny", "--workdir", str(killed)]
+    watched = ["tokenizer", "stages/1-rows/metrics.jsonl", "stages/2-lora/metrics.jsonl", "export.unchecked"]
+    for name in watched:
+        process = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not (killed / name).exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    cpt("run", "recipes:tiny", "--workdir", killed, cwd=place)
+    assert (killed / "eval.json").read_text() == (run / "eval.json").read_text()
+
+
+REFUSED = {
+    "unknown recipe": (["run", "recipes:tinny"], "did you mean 'tiny'"),
+    "unknown module": (["run", "nowhere:tiny"], "no module 'nowhere'"),
+    "unknown override": (["run", "recipes:tiny", "--stages.0.tokenz", "3", "--workdir", "new"], "did you mean 'tokens'"),
+    "other recipe": (["run", "recipes:tiny", "--seed", "5", "--workdir", "run"], "seed: 0 in the work directory, 5 given"),
+    "work directory in use": (["run", "recipes:tiny", "--workdir", "."], "not empty and holds no run"),
+    "missing corpus": (["run", "recipes:tiny", "--domains.0.corpus.spec", "no.jsonl", "--workdir", "new"], "no.jsonl: there is no such file"),
+    "missing base": (["run", "recipes:tiny", "--base", "no-model", "--workdir", "new"], "'no-model' is neither"),
+    "context": (["run", "recipes:tiny", "--stages.0.sequence_length", "999", "--workdir", "new"], "longer than the model's context of 256"),
+    "report of nothing": (["report", "."], "no run's directory"),
+    "mixture": (["run", "recipes:tiny", "--stages.1.mixture.en", "0.5", "--workdir", "new"], "sum to 1.25"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_wrong_input_is_one_line_and_exit_2(finished, place, arguments, message):
+    done = cpt(*arguments, cwd=place, check=False)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_adapt_needs_no_recipe(place, tiny_model):
+    shape = ["--stages.0.batch_size", 4, "--stages.1.batch_size", 4, "--evaluation.sequence_length", 128]
+    lengths = ["--stages.0.sequence_length", 64, "--stages.1.sequence_length", 64, "--vocabulary.limits.unreachable_pieces", 1.0]
+    done = cpt(
+        "adapt", "--base", tiny_model, "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "adapted",
+        "--new-tokens", 30, "--tokens", 4000, *shape, *lengths, cwd=place,
+    )  # fmt: skip
+    assert "25% of the tokens" in done.stderr
+    assert done.stderr.index("replay") < done.stderr.index("steps,")
+    config = json.loads((place / "adapted" / "config.json").read_text())
+    assert config["vocabulary"]["extension"]["new_tokens"] == 30
+    assert (place / "adapted" / "export" / "model.safetensors").exists()

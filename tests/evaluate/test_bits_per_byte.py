@@ -1,0 +1,81 @@
+"""Bits per byte against a plain computation with transformers, document by document."""
+
+import math
+
+import numpy as np
+import pytest
+from inputs import english
+
+from cpt_jax.core.precision import Precision
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
+from cpt_jax.recipe.model import load_model
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+FLOAT32 = Precision(compute="float32")
+
+
+def reference_nats(directory, tokenizer, documents) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    total = 0.0
+    for document in documents:
+        ids = [tokenizer.start_id, *tokenizer.encode(document)]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+        total -= logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum().item()
+    return total
+
+
+def test_documents_packed_are_documents_alone(tiny_model):
+    tokenizer, model = Tokenizer(tiny_model), load_model(tiny_model)
+    documents = english(25, seed=4)
+    packed = pack_documents(tokenizer, documents, 128)
+    result = bits_per_byte(model.network, model.on_device(FLOAT32), packed, batch_size=3, precision=FLOAT32)
+    nats = reference_nats(tiny_model, tokenizer, documents)
+    size = sum(len(document.encode()) for document in documents)
+    assert result.bytes == size
+    assert result.tokens == sum(len(tokenizer.encode(document)) for document in documents)
+    assert result.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert result.nats_per_token == pytest.approx(nats / result.tokens, rel=1e-5)
+
+
+def test_a_long_document_counts_every_token_once(tiny_model):
+    tokenizer = Tokenizer(tiny_model)
+    document = " ".join(english(12, seed=2))
+    tokens = len(tokenizer.encode(document))
+    for length in (32, 48, 64, 512):
+        packed = pack_documents(tokenizer, [document], length)
+        counted = packed.rows["weights"] > 0
+        assert counted.sum() == tokens
+        assert sorted(packed.rows["targets"][counted]) == sorted(tokenizer.encode(document))
+        # Half a window stands before every later one.
+        assert packed.rows["positions"][counted].min() == 0
+        assert np.count_nonzero(packed.rows["positions"][counted] < length // 2) == min(tokens, length // 2)
+
+
+@pytest.mark.slow
+def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
+    """Three digits on real statutes, English and Python, in float32; and the logits, below 1e-4."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from configs.quickstart import quickstart
+    from cpt_jax.data.sources import SkipCounts, read
+    from cpt_jax.recipe.export import FLOAT32 as EXPORT_FLOAT32
+    from cpt_jax.recipe.export import text_logits
+
+    tokenizer, model = Tokenizer(smollm2), load_model(smollm2)
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for domain in quickstart().domains:
+        documents = [document.text for _, document in zip(range(400), read(domain.corpus, SkipCounts()), strict=False)]
+        documents = [text for text in documents if 200 < len(text.encode()) < 1500][:4]
+        packed = pack_documents(tokenizer, documents, 512)
+        result = bits_per_byte(model.network, model.on_device(FLOAT32), packed, batch_size=2, precision=FLOAT32)
+        expected = reference_nats(smollm2, tokenizer, documents) / result.bytes / math.log(2)
+        assert f"{result.bits_per_byte:.3g}" == f"{expected:.3g}", domain.name
+        ids = [tokenizer.start_id, *tokenizer.encode(documents[0])][:64]
+        with torch.no_grad():
+            logits = reference(torch.tensor([ids])).logits[0].numpy()
+        assert np.abs(text_logits(model, ids, EXPORT_FLOAT32) - logits).max() < 1e-4, domain.name

@@ -1,0 +1,91 @@
+"""Small inputs that tests share: texts, a tokenizer, random weights."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from cpt_jax.core.tree import flatten, unflatten
+from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+
+ENGLISH = "the city river was built old house people water year time state world school began history place under".split()
+CHINESE = ["国务院", "有关部门", "应当", "依照", "本法", "规定", "违反", "处罚", "公民", "权利", "，", "。", "人民法院", "责任"]
+HF_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def english(documents: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(ENGLISH, k=generator.randint(4, 40))) + "." for _ in range(documents)]
+
+
+def chinese(documents: int, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices(CHINESE, k=generator.randint(4, 30))) for _ in range(documents)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_tokenizer(directory: Path, texts: list[str], size: int = 320) -> None:
+    """A byte-level BPE tokenizer as GPT-2's, trained on a few texts, with two special tokens in front."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def tiny_config(**changes) -> DecoderConfig:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=320)
+    return DecoderConfig(**(sizes | dict(max_position_embeddings=256) | changes))
+
+
+def hf_config(config: DecoderConfig) -> dict:
+    return HF_LLAMA | {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.total_rows,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+
+
+def random_weights(config: DecoderConfig, seed: int = 0, lora=None) -> dict:
+    """Weights on the host, large enough that every part of the network matters."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        spread = 0.1 if path.endswith("/scale") else 0.3
+        return (path.endswith("/scale") + generator.normal(0, spread, shape)).astype(np.float32)
+
+    shapes = flatten(abstract_decoder(config, lora).shapes)
+    return unflatten({path: draw(path, leaf.shape) for path, leaf in shapes.items()})

@@ -1,0 +1,259 @@
+"""The step and the loop: freezing, accumulation, averaging, the loss, and continuing bit for bit."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from inputs import random_weights, tiny_config
+
+from cpt_jax.adapt import Embeddings, Full, LoRA
+from cpt_jax.checkpoint.train_state import read_trained
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.tree import flatten, partition
+from cpt_jax.data.loader import Loader
+from cpt_jax.data.prepare import prepare
+from cpt_jax.data.sources import SkipCounts
+from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.training.loop import Training, train
+from cpt_jax.training.loss import make_loss
+from cpt_jax.training.state import initial_state
+from cpt_jax.training.step import make_train_step
+
+FLOAT32 = Precision(compute="float32")
+METHODS = {
+    "embeddings": Embeddings(rows="new"),
+    "all rows": Embeddings(rows="all"),
+    "lora": LoRA(rank=4, alpha=8),
+    "lora without rows": LoRA(rank=4, alpha=8, targets=("q", "down"), new_rows=False),
+    "full": Full(),
+}
+
+
+class Numbers:
+    fingerprint = "numbers"
+
+    def encode_documents(self, texts):
+        return [[int(token) for token in text.split()] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in ("zh", "en"):
+        texts = [" ".join(map(str, generator.integers(2, 330, generator.integers(5, 40)))) for _ in range(120)]
+        prepare(name, iter(texts), SkipCounts(), Numbers(), root / name)
+    return {name: root / name for name in ("zh", "en")}
+
+
+def training(directories, directory, method, *, steps=8, devices=None, **changes) -> Training:
+    config = tiny_config(new_rows=10)
+    network = abstract_decoder(config, method.lora_config())
+    settings = dict(
+        name="stage",
+        network=network,
+        weights=random_weights(config, lora=method.lora_config()),
+        trains=method.trains,
+        loader=Loader(
+            {"zh": 0.75, "en": 0.25}, directories, sequence_length=32, batch_size=8, start_id=0, end_id=1, tokenizer="numbers", seed=1
+        ),
+        optimizer=AdamW(learning_rate=1e-2, weight_decay=0.1, new_rows_multiplier=2.0),
+        schedule=Cosine(),
+        ema=EMA(decay=0.9),
+        steps=steps,
+        accumulate=1,
+        precision=FLOAT32,
+        mesh=make_mesh(jax.devices()[: devices or 1]),
+        directory=directory,
+        checkpoint_seconds=1e9,
+    )
+    return Training(**(settings | changes))
+
+
+def losses(directory) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_does_not_train_is_bit_identical_and_the_rest_moves(directories, tmp_path, method):
+    run = training(directories, tmp_path, method, steps=3)
+    before = jax.tree.map(np.copy, run.weights)
+    train(run)
+    trained = flatten(read_trained(tmp_path / "checkpoints")["last"])
+    expected, frozen = partition(before, method.trains)
+    assert trained.keys() == flatten(expected).keys()
+    for path, leaf in trained.items():
+        assert leaf.dtype == np.float32
+        assert (leaf != flatten(expected)[path]).any(), path
+    # Frozen leaves are not in the checkpoint at all; the ones given are untouched.
+    for path, leaf in flatten(partition(run.weights, method.trains)[1]).items():
+        np.testing.assert_array_equal(leaf, flatten(frozen)[path])
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_path):
+    method = LoRA(rank=4, alpha=8)
+    train(training(directories, tmp_path / "whole", method))
+
+    class Killed(Exception):
+        pass
+
+    interrupted = training(directories, tmp_path / "cut", method, checkpoint_seconds=0.0)
+    draw = iter(interrupted.loader)
+
+    class Dying:
+        names = interrupted.loader.names
+        count = 0
+
+        def __next__(self):
+            self.count += 1
+            if self.count == 6:
+                raise Killed
+            return next(draw)
+
+        def state(self):
+            return interrupted.loader.state()
+
+        def restore(self, state):
+            interrupted.loader.restore(state)
+
+    with pytest.raises(Killed):
+        train(dataclasses.replace(interrupted, loader=Dying()))
+    # A save that was cut off leaves a directory that is no checkpoint.
+    newest = max(int(path.name) for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name.isdigit())
+    assert 0 < newest < 8
+    half = tmp_path / "cut" / "checkpoints" / f"{newest + 1}.orbax-checkpoint-tmp-0"
+    shutil.copytree(tmp_path / "cut" / "checkpoints" / str(newest), half)
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 7, "lo')
+    train(training(directories, tmp_path / "cut", method))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (read_trained(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
+    for kind in ("last", "ema"):
+        for path, leaf in flatten(whole[kind]).items():
+            np.testing.assert_array_equal(leaf, flatten(cut[kind])[path])
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4, alpha=8), Full(), Embeddings(rows="new")], ids=["lora", "full", "new rows"])
+def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
+    for devices in (1, 8):
+        train(training(directories, tmp_path / str(devices), method, devices=devices))
+    np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=1e-5)
+
+
+def test_accumulation_is_the_same_step(directories, tmp_path):
+    for parts in (1, 4):
+        train(training(directories, tmp_path / str(parts), Full(), accumulate=parts, steps=4))
+    np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-5)
+    one, four = (flatten(read_trained(tmp_path / name / "checkpoints")["last"]) for name in ("1", "4"))
+    for path, leaf in one.items():
+        np.testing.assert_allclose(four[path], leaf, atol=2e-4)
+
+
+def test_bfloat16_follows_float32(directories, tmp_path):
+    for compute in ("float32", "bfloat16"):
+        train(training(directories, tmp_path / compute, LoRA(rank=4, alpha=8), precision=Precision(compute=compute)))
+    np.testing.assert_allclose(losses(tmp_path / "bfloat16"), losses(tmp_path / "float32"), rtol=0.02)
+
+
+def test_the_optimizer_sees_only_what_trains(directories, tmp_path):
+    method = LoRA(rank=4, alpha=8)
+    run = training(directories, tmp_path, method)
+    trainable, _ = partition(run.weights, method.trains)
+    state = run.optimizer.build(lambda step: 1e-3, trainable).init(trainable)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in flatten(trainable).values())
+
+
+def test_the_average_is_that_of_float64():
+    generator = np.random.default_rng(0)
+    ema = EMA(decay=0.8)
+    values = generator.normal(size=(11, 5)).astype(np.float32)
+    average, expected = {"x": jnp.asarray(values[0])}, values[0].astype(np.float64)
+    for step in range(10):
+        average = ema.update(average, {"x": jnp.asarray(values[step + 1])}, jnp.asarray(step))
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * values[step + 1]
+    np.testing.assert_allclose(average["x"], expected, rtol=1e-5)
+
+
+def test_a_row_that_is_not_in_the_batch_hardly_moves():
+    optimizer = AdamW(learning_rate=1e-2, new_rows_epsilon=1e-4)
+    weights = {"embed": {"new": jnp.zeros((2, 4))}}
+    transform = optimizer.build(lambda step: 1e-2, weights)
+    gradients = {"embed": {"new": jnp.stack([jnp.full((4,), 2e-3), jnp.full((4,), 1e-7)])}}
+    updates, _ = transform.update(gradients, transform.init(weights), weights)
+    present, absent = np.abs(updates["embed"]["new"]).mean(1)
+    assert present > 0.9e-2
+    assert absent < 1e-4
+
+
+@pytest.mark.parametrize("schedule", [Constant(), Cosine(), WarmupStableDecay()])
+def test_schedules_rewarm_reach_their_peak_and_end(schedule):
+    rates = np.array([schedule.build(2.0, 100)(jnp.asarray(step)) for step in range(100)])
+    assert 0 < rates[0] < 0.5
+    assert rates.max() == pytest.approx(2.0, rel=1e-3)
+    assert (np.diff(rates[:5]) > 0).all()
+    assert rates[-1] == pytest.approx(2.0 if isinstance(schedule, Constant) else 0.1, rel=1e-3)
+
+
+class TestCrossEntropy:
+    """The chunked loss and its own gradient against a plain float64 computation."""
+
+    def inputs(self, tokens=700, width=24, rows=(50, 13)):
+        generator = np.random.default_rng(0)
+        hidden = generator.normal(size=(tokens, width))
+        tables = tuple(generator.normal(size=(count, width)) for count in rows)
+        return hidden, tables, generator.integers(0, sum(rows), tokens), generator.integers(0, 2, tokens) * 1.5
+
+    def reference(self, hidden, tables, targets, weights):
+        logits = np.concatenate([hidden @ table.T for table in tables], axis=1)
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        losses = -np.log(probabilities[np.arange(len(targets)), targets])
+        dlogits = probabilities
+        dlogits[np.arange(len(targets)), targets] -= 1
+        dlogits *= weights[:, None]
+        whole = np.concatenate(tables)
+        dtable = dlogits.T @ hidden
+        return (losses * weights).sum(), losses, dlogits @ whole, (dtable[: len(tables[0])], dtable[len(tables[0]) :])
+
+    def test_value_and_gradients(self):
+        hidden, tables, targets, weights = self.inputs()
+        total, losses, dhidden, dtables = self.reference(hidden, tables, targets, weights)
+
+        def objective(hidden, tables, trains):
+            arguments = (jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", trains)
+            return 2 * token_losses(hidden, tables, *arguments)[0]
+
+        low = jnp.asarray(hidden, jnp.float32), tuple(jnp.asarray(table, jnp.float32) for table in tables)
+        value, (first, second) = jax.value_and_grad(objective, argnums=(0, 1))(*low, (True, True))
+        np.testing.assert_allclose(value, 2 * total, rtol=1e-5)
+        np.testing.assert_allclose(first, 2 * dhidden, atol=1e-4)
+        for mine, reference in zip(second, dtables, strict=True):
+            np.testing.assert_allclose(mine, 2 * reference, atol=1e-3)
+        _, (_, frozen) = jax.value_and_grad(objective, argnums=(0, 1))(*low, (False, True))
+        np.testing.assert_array_equal(frozen[0], 0)
+        np.testing.assert_allclose(frozen[1], 2 * dtables[1], atol=1e-3)
+        _, each = token_losses(*low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", (False, False))
+        np.testing.assert_allclose(each, losses, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp_path):
+    run = training(directories, tmp_path, Full())
+    batch = jax.tree.map(jnp.asarray, next(run.loader))
+    trainable = jax.tree.map(jnp.asarray, run.weights)
+    loss = make_loss(run.network, "float32", run.trains, 2)
+    step = make_train_step(loss, optax.sgd(1.0), lambda _: 1.0, None)
+    state, metrics = jax.jit(step)(initial_state(trainable, optax.sgd(1.0), False), {}, batch)
+    assert metrics["tokens"].sum() == batch["weights"].sum()
+    assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
+    moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)
+    assert optax.global_norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
