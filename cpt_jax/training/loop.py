@@ -138,6 +138,9 @@ def _steps(training, compiled, state, frozen, checkpoints: Checkpoints, metrics_
                 read(*waiting)
             waiting = (number, metrics, tokens)
             if time.monotonic() - last_save > training.checkpoint_seconds:
+                # A checkpoint's own metrics are on disk before it is: a killed run loses no line.
+                read(*waiting)
+                waiting = None
                 checkpoints.save(state, loader_state)
                 last_save = time.monotonic()
         if waiting is not None:

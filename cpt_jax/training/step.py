@@ -48,7 +48,7 @@ def make_train_step(
         average = None if ema is None else ema.update(state.average, trainable, state.step)
         metrics = metrics | {
             "loss": total / count,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, trainable, optimizer_state, average), metrics

@@ -132,7 +132,8 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
     assert 0 < newest < 8
     half = tmp_path / "cut" / "checkpoints" / f"{newest + 1}.orbax-checkpoint-tmp-0"
     shutil.copytree(tmp_path / "cut" / "checkpoints" / str(newest), half)
-    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 7, "lo')
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
     train(training(directories, tmp_path / "cut", method))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (read_trained(tmp_path / name / "checkpoints") for name in ("whole", "cut"))
@@ -256,4 +257,4 @@ def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp
     assert metrics["tokens"].sum() == batch["weights"].sum()
     assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
     moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)
-    assert optax.global_norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
+    assert optax.tree.norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
