@@ -45,10 +45,13 @@ def resolve_base(base: str, cache: Path) -> Path:
     if base.endswith(".gguf"):
         if not path.exists():
             raise UserError(f"base {base} does not exist")
-        if not (cache / "config.json").exists():
-            from cpt_jax.checkpoint.gguf import import_gguf
+        from cpt_jax.checkpoint.gguf import import_gguf
 
+        origin = {"file": str(path.resolve()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
+        mark = cache / "gguf.json"
+        if not mark.exists() or json.loads(mark.read_text()) != origin:
             import_gguf(path, cache)
+            write_json_atomic(mark, origin)
         return cache
     if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise UserError(f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M")

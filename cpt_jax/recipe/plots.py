@@ -85,8 +85,9 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
         for axis in (loss, rate):
             if first:
                 axis.axvline(first + 0.5, color=GREY, linestyle=":", linewidth=1)
-            axis.text(first + 1, 1.01, stage, transform=axis.get_xaxis_transform(), fontsize=8, color=GREY, va="bottom")
-        first = steps[-1] if steps else first
+            middle = (first + steps[-1]) / 2
+            axis.text(middle, 1.01, stage, transform=axis.get_xaxis_transform(), fontsize=8, color=GREY, va="bottom", ha="center")
+        first = steps[-1]
     loss.set_ylabel("training loss, nats per token")
     rate.set_ylabel("learning rate")
     for axis in (loss, rate):

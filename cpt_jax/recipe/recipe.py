@@ -7,6 +7,7 @@ from cpt_jax.adapt import Embeddings, Full, LoRA, Method
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
+from cpt_jax.data.mixture import check_mixture
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
@@ -63,6 +64,7 @@ class Stage:
         for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)}: give a number of at least 1")
+        check_mixture(self.mixture)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"stage {self.name!r}: a batch of {self.batch_size} rows does not divide into accumulate={self.accumulate} parts"

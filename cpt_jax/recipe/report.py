@@ -26,7 +26,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .42rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 td small { display: block; color: var(--soft); } td.best { font-weight: 700; color: var(--accent); }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; } figure.small { max-width: 34rem; } thead th { white-space: normal; vertical-align: bottom; } figure svg { width: 100%; height: auto; display: block; }
 pre { background: var(--band); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .88rem; }
 details summary { cursor: pointer; color: var(--soft); } .pieces span { display: inline-block; background: var(--band); border-radius: 4px; padding: .05rem .5rem; margin: .15rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
@@ -135,7 +135,7 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
         "they are steps on the way to longer ones."
     )
     return (
-        f"<h2>The vocabulary</h2>{_html_table(header, rows)}<p class=note>{used}</p><figure>{fertility_plot(fertility['corpora'], plots)}</figure>"
+        f"<h2>The vocabulary</h2>{_html_table(header, rows)}<p class=note>{used}</p><figure class=small>{fertility_plot(fertility['corpora'], plots)}</figure>"
         f"<p class=note>Most used new pieces</p><div class=pieces>{pieces}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
     )
 

@@ -39,8 +39,10 @@ def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None
       UserError: wrong input, told before anything is computed as far as it can be.
     """
     quiet_libraries()
-    pipeline = Pipeline(recipe, Workdir(workdir, recipe, update=update))
-    pipeline.run(only)
+    for domain in recipe.domains:
+        files_of(domain.corpus)
+    with Workdir(workdir, recipe, update=update) as claimed:
+        Pipeline(recipe, claimed).run(only)
     entries = json.loads((workdir / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
     if only is None:
@@ -96,7 +98,7 @@ class Pipeline:
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
         self.marks["base"] = json.dumps(identity(self.source))
-        model = self._after("base", "last")
+        model = self.after("base", "last")
         check_fits(self.base_tokenizer, model.config.total_rows, self.source)
         self.parameters = model.parameters
         longest = max([self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)])
@@ -175,7 +177,7 @@ class Pipeline:
     def _directory(self, index: int, stage: Stage) -> Path:
         return self.path / "stages" / f"{index + 1}-{stage.name}"
 
-    def _after(self, stage_name: str, weights: str) -> Model:
+    def after(self, stage_name: str, weights: str) -> Model:
         """The model after a stage ("base": as it came, "extended": grown)."""
         key = f"{stage_name} {weights}"
         if self._model is not None and self._model[0] == key:
@@ -190,7 +192,7 @@ class Pipeline:
         else:
             index = names.index(stage_name)
             stage = self.recipe.stages[index]
-            before = self._after(names[index - 1] if index else "extended", "last")
+            before = self.after(names[index - 1] if index else "extended", "last")
             trained = read_trained(self._directory(index, stage) / "checkpoints")
             model = before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
         self._model = (key, model)
@@ -207,7 +209,7 @@ class Pipeline:
 
         def build() -> None:
             seed = self.recipe.seed + index
-            model = self._after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
+            model = self.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.unrolled(jax.default_backend() == "cpu")
             loader = self._loader(stage, seed)
             self._model = None
@@ -268,7 +270,7 @@ class Pipeline:
     def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
         settings = self.recipe.evaluation
         tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
-        model = self._after(stage_name, weights)
+        model = self.after(stage_name, weights)
         on_device = model.on_device(settings.precision)
         packed = {
             domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
@@ -303,8 +305,12 @@ class Pipeline:
         out = self.path / "export"
         stage, weights = self._final()
         inputs = [weights, self.marks.get(f"stage-{stage}", self.marks["base-model"])]
+        self._station("export", inputs, [out], lambda: self.write_export(weights, out))
+
+    def write_export(self, weights: str, out: Path) -> None:
+        """The result with its last or averaged weights, checked on a held-out text of each domain."""
         texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
-        self._station("export", inputs, [out], lambda: export_model(self._after(stage, weights), self.path / "tokenizer", texts, out))
+        export_model(self.after(self._final()[0], weights), self.path / "tokenizer", texts, out)
 
     def samples(self) -> None:
         out = self.path / "samples.md"
@@ -313,8 +319,8 @@ class Pipeline:
 
         def write() -> None:
             say("samples: continuing the prompts")
-            after = sample_page(self._after(stage, weights), self.tokenizer, settings)
-            before = sample_page(self._after("base", "last"), self.base_tokenizer, settings)
+            after = sample_page(self.after(stage, weights), self.tokenizer, settings)
+            before = sample_page(self.after("base", "last"), self.base_tokenizer, settings)
             parts = ["# The same prompts, before and after\n"]
             for prompt, old, new in zip(settings.prompts, before, after, strict=True):
                 parts.append(f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n")
@@ -377,9 +383,8 @@ def export_run(run_directory: Path, out: Path, *, weights: str) -> None:
     recipe = from_json(Recipe, json.loads(config.read_text()))
     if weights == "ema" and (not recipe.stages or recipe.stages[-1].ema is None):
         raise UserError(f"{run_directory} kept no EMA in its last stage: export --weights last")
-    pipeline = Pipeline(recipe, Workdir(run_directory, recipe))
-    pipeline.resolve()
-    texts = [read_heldout(pipeline._data(domain))[0] for domain in recipe.domains]
-    model = pipeline._after(recipe.stages[-1].name if recipe.stages else "extended", weights)
-    export_model(model, run_directory / "tokenizer", texts, out)
+    with Workdir(run_directory, recipe) as claimed:
+        pipeline = Pipeline(recipe, claimed)
+        pipeline.resolve()
+        pipeline.write_export(weights, out)
     print(out)

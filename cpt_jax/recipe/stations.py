@@ -55,9 +55,16 @@ class Workdir:
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()
 
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
     def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
         changes = differences(saved, config)
-        if changes and not update:
+        # Until something was evaluated there is nothing to lose: a recipe that was wrong can be mended in its place.
+        if changes and not update and (self.path / "eval.json").exists():
             shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
             raise UserError(
                 f"work directory {self.path} belongs to another recipe ({shown}): choose another --workdir, "

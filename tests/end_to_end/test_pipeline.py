@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +96,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert not list(run.rglob("*.partial"))
 
 
-def test_the_export_is_the_trained_model(finished, tiny_model):
+def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,14 +114,11 @@ def test_the_export_is_the_trained_model(finished, tiny_model):
         expected = model(torch.tensor([ids])).logits[0].numpy()
     assert np.abs(text_logits(load_model(run / "export"), ids, FLOAT32) - expected).max() < 1e-4
     recipe = from_json(Recipe, json.loads((run / "config.json").read_text()))
-    pipeline = Pipeline(recipe, Workdir(run, recipe))
-    old = Path.cwd()
-    os.chdir(run.parent)
-    try:
+    monkeypatch.chdir(run.parent)
+    with Workdir(run, recipe) as claimed:
+        pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
-        trained = pipeline._after("lora", "last")
-    finally:
-        os.chdir(old)
+        trained = pipeline.after("lora", "last")
     assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
     table = load_file(run / "export" / "model.safetensors")["model.embed_tokens.weight"]
     base = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
