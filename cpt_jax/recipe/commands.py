@@ -1,0 +1,162 @@
+"""The parts of the pipeline as commands of their own."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+from cpt_jax.checkpoint.hf import read_config, resolve_base
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.progress import progress, quiet_libraries, say
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.tree import flatten
+from cpt_jax.data.prepare import prepare
+from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
+from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.families import family_for
+from cpt_jax.models.generate import generate
+from cpt_jax.recipe.grow import check_fits, grow_model
+from cpt_jax.recipe.model import load_model
+from cpt_jax.vocab.extend import ContinuedBPE, Extension, Union, extend
+from cpt_jax.vocab.fertility import compare
+from cpt_jax.vocab.gate import piece_use
+from cpt_jax.vocab.init_rows import InitRows, Mean, Random, SubwordMean
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+FLOAT32 = Precision(compute="float32")
+# Where a GGUF base is unpacked when a command has no work directory.
+CACHE = Path(".cache/models")
+
+
+def _directory(model: str) -> Path:
+    return resolve_base(model, CACHE / Path(model).stem)
+
+
+def _corpora(specs: Sequence[str], text_field: str) -> list[Corpus]:
+    """Corpora named by their files' names."""
+    return [
+        Corpus(name="".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus", spec=spec, text_field=text_field)
+        for spec in specs
+    ]
+
+
+def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
+    for corpus in corpora:
+        for document in read(corpus, SkipCounts()):
+            yield document.text
+
+
+def tokenizer_extend(*, base: str, corpora: Sequence[str], new_tokens: int, method: str, text_field: str, out: Path) -> None:
+    """`cpt tokenizer extend`."""
+    extension: Extension = ContinuedBPE(new_tokens=new_tokens) if method == "continued-bpe" else Union(new_tokens=new_tokens)
+    count = extend(_directory(base), extension, _texts(_corpora(corpora, text_field)), (), out)
+    print(f"{out}: {count:,} new pieces")
+
+
+def tokenizer_report(*, base: Path, tokenizer: Path, corpora: Sequence[str], text_field: str, json_path: Path | None) -> None:
+    """`cpt tokenizer report`: both tokenizers on each corpus; a piece counts as unreachable when none of the corpora holds it."""
+    before, after = Tokenizer(base), Tokenizer(tokenizer)
+    named = _corpora(corpora, text_field)
+    rows = [compare(corpus.name, before, after, list(_texts([corpus]))) for corpus in named]
+    use = piece_use(before, after, _texts(named))
+    print(f"{'corpus':<16}{'tokens/character':>24}{'bytes/token':>20}{'changed':>10}{'failures':>10}")
+    for row in rows:
+        old, new = row["base"], row["extended"]
+        rates = f"{old['tokens_per_character']:.3f} -> {new['tokens_per_character']:.3f}"
+        sizes = f"{old['bytes_per_token']:.2f} -> {new['bytes_per_token']:.2f}"
+        print(f"{row['name']:<16}{rates:>24}{sizes:>20}{row['documents_changed']:>10.1%}{row['round_trip_failures']:>10}")
+    print(f"{use.new_pieces:,} new pieces, {use.unreachable_pieces:,} of them not in these corpora")
+    if json_path is not None:
+        write_json_atomic(json_path, {"corpora": rows, **dataclasses.asdict(use)})
+
+
+def model_extend(model: str, tokenizer: Path, init: str, out: Path) -> None:
+    """`cpt model extend`."""
+    initial_rows: InitRows = {"random": Random(), "mean": Mean(), "subword-mean": SubwordMean()}[init]
+    grow_model(_directory(model), tokenizer, initial_rows, 0, out)
+    print(out)
+
+
+def model_inspect(model: str) -> None:
+    """`cpt model inspect`: from config.json alone."""
+    directory = _directory(model)
+    hf_config = read_config(directory)
+    network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
+    shapes, axes = flatten(network.shapes), flatten(network.logical_axes)
+    total = sum(leaf.size for leaf in shapes.values())
+    print(f"{hf_config['model_type']}, {total:,} parameters")
+    for field in dataclasses.fields(network.config):
+        print(f"  {field.name:<26}{getattr(network.config, field.name)}")
+    width = max(map(len, shapes)) + 2
+    print(f"{'weight':<{width}}{'shape':<22}{'axes':<26}{'parameters':>14}")
+    for path, leaf in shapes.items():
+        print(f"{path:<{width}}{' x '.join(map(str, leaf.shape)):<22}{', '.join(axes[path]):<26}{leaf.size:>14,}")
+
+
+def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, *, text_field: str) -> None:
+    """`cpt data prepare`."""
+    reader = Tokenizer(tokenizer)
+    for name, spec in inputs:
+        skipped = SkipCounts()
+        texts = (document.text for document in read(Corpus(name=name, spec=spec, text_field=text_field), skipped))
+        manifest = prepare(name, texts, skipped, reader, out / name, lambda count: say(f"{name}: {count:,} documents"))
+        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
+        print(f"{out / name}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens; left out: {left_out}")
+
+
+def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
+    texts, size = [], 0
+    for text in _texts([corpus]):
+        size += len(text.encode())
+        if texts and size > max_bytes:
+            break
+        texts.append(text)
+    return texts
+
+
+def _evaluate(model: str, documents: dict[str, list[str]]) -> dict[str, Result]:
+    directory = _directory(model)
+    tokenizer, loaded = Tokenizer(directory), load_model(directory)
+    check_fits(tokenizer, loaded.config.total_rows, directory)
+    length = min(512, loaded.config.max_position_embeddings)
+    packed = {name: pack_documents(tokenizer, texts, length) for name, texts in documents.items()}
+    weights = loaded.on_device(FLOAT32)
+    with progress(f"evaluate {model}", sum(map(len, packed.values())), "rows") as shown:
+        return {
+            name: bits_per_byte(loaded.network, weights, rows, batch_size=4, precision=FLOAT32, on_progress=shown.advance)
+            for name, rows in packed.items()
+        }
+
+
+def evaluate_model(
+    *, model: str, against: str | None, data: Sequence[tuple[str, str]], text_field: str, max_bytes: int, json_path: Path | None
+) -> None:
+    """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones."""
+    quiet_libraries()
+    documents = {name: _limited(Corpus(name=name, spec=spec, text_field=text_field), max_bytes) for name, spec in data}
+    models = [model] if against is None else [against, model]
+    results = {name: _evaluate(name, documents) for name in models}
+    header = ["domain", *models] + (["difference"] if against else [])
+    print("  ".join(f"{title:>24}" for title in header))
+    entries = []
+    for domain in documents:
+        values = [results[name][domain].bits_per_byte for name in models]
+        row = [domain, *(f"{value:.4f}" for value in values)] + ([f"{values[1] / values[0] - 1:+.1%}"] if against else [])
+        print("  ".join(f"{cell:>24}" for cell in row))
+        for name in models:
+            entries.append({"stage": name, "weights": "last", "domain": domain, **dataclasses.asdict(results[name][domain])})
+    if json_path is not None:
+        write_json_atomic(json_path, {"results": entries})
+
+
+def generate_text(model: str, prompt: str, *, new_tokens: int) -> None:
+    """`cpt generate`."""
+    if new_tokens < 1:
+        raise UserError(f"--new-tokens is {new_tokens}: give at least 1")
+    directory = _directory(model)
+    tokenizer, loaded = Tokenizer(directory), load_model(directory)
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
+    produced = generate(loaded.network, loaded.on_device(FLOAT32), ids, new_tokens=new_tokens, end_ids=(tokenizer.end_id,))
+    print(tokenizer.decode(ids[1:] + produced))

@@ -1,0 +1,79 @@
+"""The commands besides the pipeline, on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+from inputs import chinese, english, write_jsonl
+from safetensors.numpy import load_file
+
+from cpt_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("commands")
+    write_jsonl(root / "zh.jsonl", chinese(200))
+    write_jsonl(root / "en.jsonl", english(100))
+    return root
+
+
+@pytest.fixture
+def cpt(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+
+    def call(*arguments) -> str:
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
+    out = cpt("tokenizer", "extend", "--base", tiny_model, "--corpus", "zh.jsonl", "--new-tokens", 25, "--out", "tokenizer")
+    assert "25 new pieces" in out
+    out = cpt("tokenizer", "report", "--base", tiny_model, "--tokenizer", "tokenizer", "--corpus", "zh.jsonl", "en.jsonl", "--json", "t.json")
+    report = json.loads((place / "t.json").read_text())
+    rates = {corpus["name"]: corpus for corpus in report["corpora"]}
+    assert rates["zh"]["extended"]["tokens_per_character"] < rates["zh"]["base"]["tokens_per_character"]
+    assert report["new_pieces"] == 25
+    cpt("model", "extend", "--model", tiny_model, "--tokenizer", "tokenizer", "--out", "grown")
+    old, new = (load_file(d / "model.safetensors")["model.embed_tokens.weight"] for d in (tiny_model, place / "grown"))
+    np.testing.assert_array_equal(new[: len(old)], old)
+    assert len(new) == len(old) + 25
+    assert "embed/base" in cpt("model", "inspect", "--model", "grown")
+    out = cpt("eval", "--model", "grown", "--against", tiny_model, "--data", "zh=zh.jsonl", "en=en.jsonl", "--max-bytes", 2000, "--json", "e.json")
+    results = json.loads((place / "e.json").read_text())["results"]
+    assert len(results) == 4
+    assert {entry["domain"] for entry in results} == {"zh", "en"}
+    assert "difference" in out
+    assert "tokens" in cpt("data", "prepare", "--tokenizer", "grown", "--input", "zh=zh.jsonl", "--out", "data")
+    assert json.loads((place / "data" / "zh" / "manifest.json").read_text())["records"] == 200
+    assert cpt("generate", "--model", "grown", "--prompt", "the city", "--new-tokens", 3).startswith("the city")
+
+
+WRONG = {
+    "tokenizer too large": (["eval", "--model", "{mixed}", "--data", "en=en.jsonl"], "run `cpt model extend`"),
+    "no tokenizer": (["tokenizer", "report", "--base", "data", "--tokenizer", "data", "--corpus", "en.jsonl"], "no tokenizer.json"),
+    "no pieces": (["tokenizer", "extend", "--base", "{model}", "--corpus", "en.jsonl", "--new-tokens", "0", "--out", "x"], "new_tokens is 0"),
+    "no corpus": (["eval", "--model", "{model}", "--data", "en=nowhere.jsonl"], "there is no such file"),
+    "not named": (["eval", "--model", "{model}", "--data", "en.jsonl"], "is not NAME=SPEC"),
+    "no run": (["export", "--run", "data", "--out", "x"], "no run's directory"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input_exits_with_2(place, tiny_model, monkeypatch, capsys, arguments, message):
+    import shutil
+
+    monkeypatch.chdir(place)
+    mixed = place / "mixed"
+    if not mixed.exists():
+        shutil.copytree(tiny_model, mixed)
+        document = json.loads((mixed / "tokenizer.json").read_text())
+        document["added_tokens"].append({**document["added_tokens"][0], "id": 320, "content": "<extra>"})
+        (mixed / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(model=tiny_model, mixed=mixed) for argument in arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
