@@ -1,4 +1,5 @@
-"""Tokens per second of a training step on SmolLM2-135M: ours, and transformers with PEFT on torch, same batch, one after the other.
+"""Tokens per second of a training step on SmolLM2-135M: ours, and transformers with PEFT on torch, same batch, one
+after the other.
 
     python -m benchmarks.train_step                        # CPU: 2 x 256 tokens
     python -m benchmarks.train_step --batch 16 --sequence 2048 --unroll 0     # an accelerator
@@ -38,7 +39,9 @@ def our_step(method: str, compute: str, batch: int, sequence: int, unroll: bool,
     model = load_model(MODEL).adapted(kind, 0).unrolled(unroll)
     trainable, frozen = partition(model.weights, kind.trains)
     trainable = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trainable)
-    frozen = unflatten({path: jnp.asarray(leaf).astype(precision.dtype_of(path)) for path, leaf in flatten(frozen).items()})
+    frozen = unflatten(
+        {path: jnp.asarray(leaf).astype(precision.dtype_of(path)) for path, leaf in flatten(frozen).items()}
+    )
     optimizer = AdamW(learning_rate=1e-5).build(lambda step: 1e-5, trainable)
     loss = make_loss(model.network, precision.dtype, kind.trains, 1)
     step = jax.jit(make_train_step(loss, optimizer, lambda step: 1e-5, None), donate_argnums=0)
@@ -63,7 +66,11 @@ def our_step(method: str, compute: str, batch: int, sequence: int, unroll: bool,
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return {"seconds": statistics.median(seconds[2:]), "compile_seconds": compile_seconds, "temporaries_mib": temporaries / 2**20}
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "compile_seconds": compile_seconds,
+        "temporaries_mib": temporaries / 2**20,
+    }
 
 
 def torch_step(method: str, compute: str, batch: int, sequence: int, steps: int) -> dict:
@@ -120,12 +127,19 @@ def main() -> None:
                 runs["transformers + PEFT"] = torch_step(method, compute, *size, arguments.steps)
             for name, run in runs.items():
                 rate = arguments.batch * arguments.sequence / run["seconds"]
-                results.append({"program": name, "method": method, "compute": compute, "tokens_per_second": rate, **run})
+                results.append(
+                    {"program": name, "method": method, "compute": compute, "tokens_per_second": rate, **run}
+                )
                 print(f"{name:<22}{compute:<10}{method:<12}{rate:>9,.0f} tokens/s", flush=True)
     device = jax.devices()[0].device_kind
     out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
     out.parent.mkdir(exist_ok=True)
-    machine = {"device": device, "processor": platform.processor() or platform.machine(), "python": platform.python_version(), "jax": jax.__version__}
+    machine = {
+        "device": device,
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
     out.write_text(json.dumps({"machine": machine, "arguments": vars(arguments), "results": results}, indent=2) + "\n")
     print(out)
 

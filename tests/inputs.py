@@ -9,8 +9,42 @@ import numpy as np
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 
-ENGLISH = "the city river was built old house people water year time state world school began history place under".split()
-CHINESE = ["国务院", "有关部门", "应当", "依照", "本法", "规定", "违反", "处罚", "公民", "权利", "，", "。", "人民法院", "责任"]
+ENGLISH = [
+    "the",
+    "city",
+    "river",
+    "was",
+    "built",
+    "old",
+    "house",
+    "people",
+    "water",
+    "year",
+    "time",
+    "state",
+    "world",
+    "school",
+    "began",
+    "history",
+    "place",
+    "under",
+]
+CHINESE = [
+    "国务院",
+    "有关部门",
+    "应当",
+    "依照",
+    "本法",
+    "规定",
+    "违反",
+    "处罚",
+    "公民",
+    "权利",
+    "，",
+    "。",
+    "人民法院",
+    "责任",
+]
 HF_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -52,12 +86,18 @@ def write_tokenizer(directory: Path, texts: list[str], size: int = 320) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def tiny_config(**changes) -> DecoderConfig:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=320)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=320
+    )
     return DecoderConfig(**(sizes | dict(max_position_embeddings=256) | changes))
 
 

@@ -5,7 +5,20 @@ from pathlib import Path
 
 import cpt_jax
 
-ORDER = ["core", "sharding", "models", "vocab", "data", "adapt", "optim", "checkpoint", "evaluate", "training", "recipe", "cli"]
+ORDER = [
+    "core",
+    "sharding",
+    "models",
+    "vocab",
+    "data",
+    "adapt",
+    "optim",
+    "checkpoint",
+    "evaluate",
+    "training",
+    "recipe",
+    "cli",
+]
 ROOT = Path(cpt_jax.__file__).parent
 
 

@@ -1,1 +1,2 @@
-"""Weights on disk: Hugging Face directories and GGUF files in, Hugging Face directories out, and the train state (orbax)."""
+"""Weights on disk: Hugging Face directories and GGUF files in, Hugging Face directories out, and the train state
+(orbax)."""

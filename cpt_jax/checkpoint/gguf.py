@@ -1,6 +1,7 @@
 """A GGUF file as a Hugging Face model directory: dequantised, without torch.
 
-Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises. Llama architecture, byte-level BPE.
+Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises. Llama
+architecture, byte-level BPE.
 """
 
 import json
@@ -97,7 +98,8 @@ def _config(field: Callable) -> dict:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of Q and K rows [heads * head_dim, D], which rotates neighbouring pairs instead of halves."""
+    """Undoes llama.cpp's reordering of Q and K rows [heads * head_dim, D], which rotates neighbouring pairs instead
+    of halves."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -164,7 +166,12 @@ def _write_tokenizer(field: Callable, file: Path, directory: Path) -> None:
         },
     }
     write_text_atomic(directory / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=2))
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    named = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
     settings: dict[str, Any] = {
         key: pieces[index] for key, name in named.items() if (index := field(f"tokenizer.ggml.{name}")) is not None
     }

@@ -34,7 +34,8 @@ SHARD_BYTES = 5 << 30
 
 
 def resolve_base(base: str, cache: Path) -> Path:
-    """A model directory: `base` itself, a .gguf file converted into `cache`, or a hub id fetched to the hub's own cache.
+    """A model directory: `base` itself, a .gguf file converted into `cache`, or a hub id fetched to the hub's own
+    cache.
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
@@ -54,12 +55,18 @@ def resolve_base(base: str, cache: Path) -> Path:
             write_json_atomic(mark, origin)
         return cache
     if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise UserError(f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M")
+        raise UserError(
+            f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M"
+        )
     import huggingface_hub
 
     try:
         # Weights as safetensors only: pickles can run code when they are opened.
-        return Path(huggingface_hub.snapshot_download(base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
     except Exception as error:
         raise UserError(
             f"hub id {base!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
@@ -87,7 +94,9 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)):
-        raise UserError(f"{directory} has its weights as pickle only ({pickles[0]}), which can run code: convert them to safetensors")
+        raise UserError(
+            f"{directory} has its weights as pickle only ({pickles[0]}), which can run code: convert them to safetensors"
+        )
     raise UserError(f"{directory} has no weights (no {SINGLE}): give a whole model directory")
 
 
@@ -110,7 +119,8 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     """A model directory as (our configuration, weights on the host in the files' dtype, its config.json).
 
     Raises:
-      UserError: no weights, pickles only, truncated files, tensors missing or too many, other shapes, unsupported architecture.
+      UserError: no weights, pickles only, truncated files, tensors missing or too many, other shapes, unsupported
+      architecture.
     """
     directory = Path(directory)
     hf_config = read_config(directory)
@@ -124,14 +134,22 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
         if name not in names:
             if name.endswith(DERIVED) or (name == "lm_head.weight" and config.tie_word_embeddings):
                 continue
-            raise UserError(f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?")
+            raise UserError(
+                f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
+            )
         place = names[name]
         path = place.path if place.path in shapes else f"{place.path}/base"
         expected = shapes[path].shape if place.layer is None else shapes[path].shape[1:]
         given = array.T if place.transposed else array
         if given.shape != expected:
-            hint = ": run `cpt model extend`" if path.endswith("/base") else ": config.json and weights do not belong together"
-            raise UserError(f"{directory}: {name} has shape {list(array.shape)}, config.json asks for {list(expected)}{hint}")
+            hint = (
+                ": run `cpt model extend`"
+                if path.endswith("/base")
+                else ": config.json and weights do not belong together"
+            )
+            raise UserError(
+                f"{directory}: {name} has shape {list(array.shape)}, config.json asks for {list(expected)}{hint}"
+            )
         if place.layer is None:
             flat[path] = np.array(given)
         else:
@@ -148,14 +166,23 @@ def _hf_tensors(config: DecoderConfig, weights: Tree, hf_config: dict, dtype: An
     flat = flatten(weights)
     for name, place in family_for(hf_config).weight_names(config).items():
         if place.path in ("embed", "head"):
-            parts = [np.asarray(flat[f"{place.path}/{part}"]) for part in ("base", "new") if f"{place.path}/{part}" in flat]
+            parts = [
+                np.asarray(flat[f"{place.path}/{part}"]) for part in ("base", "new") if f"{place.path}/{part}" in flat
+            ]
             array = np.concatenate([part.astype(dtype) for part in parts])
         else:
             array = np.asarray(flat[place.path] if place.layer is None else flat[place.path][place.layer]).astype(dtype)
         yield name, np.ascontiguousarray(array.T if place.transposed else array)
 
 
-def save(directory: Path, config: DecoderConfig, weights: Tree, hf_config: dict, tokenizer_directory: Path, dtype: Any = np.float32) -> None:
+def save(
+    directory: Path,
+    config: DecoderConfig,
+    weights: Tree,
+    hf_config: dict,
+    tokenizer_directory: Path,
+    dtype: Any = np.float32,
+) -> None:
     """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
 
     Raises:

@@ -18,7 +18,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
         with disk_full_is_told(directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -29,7 +31,10 @@ class Checkpoints:
             return
         with disk_full_is_told(self._directory):
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave({"state": json.dumps(loader_state)}))
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave({"state": json.dumps(loader_state)})
+                ),
             )
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:

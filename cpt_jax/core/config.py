@@ -55,7 +55,7 @@ def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
 def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in choices:
         return None
-    classes = {choice.__name__: choice for choice in choices if dataclasses.is_dataclass(choice)}
+    classes = {getattr(choice, "__name__", ""): choice for choice in choices if dataclasses.is_dataclass(choice)}
     if classes and isinstance(value, dict):
         kind = value.get(KIND, "")
         _check(kind in classes, where, kind, "one of " + ", ".join(classes))
@@ -115,7 +115,9 @@ def _key(node: Any, name: str, walked: list[str]) -> Any:
         return int(name)
     names = [key for key in node if key != KIND] if isinstance(node, dict) else []
     if name not in names:
-        raise UserError(f"override: there is no {nearest(name, names)} at {where}; there are: {', '.join(names) or 'no fields'}")
+        raise UserError(
+            f"override: there is no {nearest(name, names)} at {where}; there are: {', '.join(names) or 'no fields'}"
+        )
     return name
 
 

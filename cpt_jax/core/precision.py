@@ -10,7 +10,8 @@ import jax.numpy as jnp
 class Precision:
     """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
 
-    "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms, biases) stay float32: they cost nothing.
+    "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms,
+    biases) stay float32: they cost nothing.
     """
 
     compute: Literal["float32", "bfloat16", "float64"] = "bfloat16"
@@ -25,5 +26,6 @@ class Precision:
 
 
 def default_precision() -> Precision:
-    """bfloat16 everywhere: accelerators and CPUs with AVX-512 BF16 or AMX multiply it twice as fast, others no slower than float32."""
+    """bfloat16 everywhere: accelerators and CPUs with AVX-512 BF16 or AMX multiply it twice as fast, others no
+    slower than float32."""
     return Precision(compute="bfloat16")

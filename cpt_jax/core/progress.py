@@ -11,7 +11,7 @@ LINE_SECONDS = 10.0
 
 
 def clock(seconds: float) -> str:
-    """"2 min 05 s"."""
+    """ "2 min 05 s"."""
     seconds = round(max(0.0, seconds))
     if seconds < 60:
         return f"{seconds} s"
@@ -26,9 +26,11 @@ def say(text: str) -> None:
 
 
 class Plan:
-    """What a run consists of, with an estimate of each part's work, so that the time left of the whole is known from the start.
+    """What a run consists of, with an estimate of each part's work, so that the time left of the whole is known from
+    the start.
 
-    Work is in any unit that is proportional to time; a first guess of its rate is corrected by what the parts really took.
+    Work is in any unit that is proportional to time; a first guess of its rate is corrected by what the parts really
+    took.
     """
 
     def __init__(self, work: dict[str, float], seconds_per_unit: float) -> None:

@@ -19,7 +19,9 @@ def disk_full_is_told(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"the disk is full while writing {path}: free some space and run the same command again") from error
+        raise UserError(
+            f"the disk is full while writing {path}: free some space and run the same command again"
+        ) from error
 
 
 def write_text_atomic(path: Path, text: str) -> None:

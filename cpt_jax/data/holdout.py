@@ -1,4 +1,5 @@
-"""Documents that neither the tokenizer nor training ever sees, chosen by hash: the same ones whatever else is in the corpus."""
+"""Documents that neither the tokenizer nor training ever sees, chosen by hash: the same ones whatever else is in the
+corpus."""
 
 import dataclasses
 import hashlib
@@ -32,7 +33,9 @@ class Holdout:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise UserError(f"holdout share is {self.share}: give a share above 0, at most 1 (1: the domain is only measured)")
+            raise UserError(
+                f"holdout share is {self.share}: give a share above 0, at most 1 (1: the domain is only measured)"
+            )
         if self.max_bytes < 1 or self.max_document_bytes < 1:
             raise UserError("holdout max_bytes and max_document_bytes must be at least 1")
 
@@ -41,8 +44,9 @@ class Holdout:
 
 
 def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
-    """Writes heldout.jsonl, the documents to evaluate on, in the order of their hashes, up to `max_bytes`; and heldout_hashes.bin,
-    16 bytes for each held-out text, by which equal texts elsewhere in the corpus are kept out of training.
+    """Writes heldout.jsonl, the documents to evaluate on, in the order of their hashes, up to `max_bytes`; and
+    heldout_hashes.bin, 16 bytes for each held-out text, by which equal texts elsewhere in the corpus are kept out of
+    training.
 
     Raises:
       UserError: the hash held out none (the corpus is too small).

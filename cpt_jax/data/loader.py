@@ -1,7 +1,9 @@
-"""The loader: prepared domains to batches, in an order that the seed decides, and that continues exactly from a saved state."""
+"""The loader: prepared domains to batches, in an order that the seed decides, and that continues exactly from a
+saved state."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,9 +19,9 @@ Batch = dict[str, np.ndarray]
 class Loader:
     """Batches without end, each domain shuffled anew every epoch.
 
-    A batch holds inputs, targets, positions, segment_ids, domains (int32 [batch_size, sequence_length]; domains index the mixture's names) and
-    weights (float32, 0 on padding). Every process builds the same global batches and takes its own rows: the order of documents does
-    not depend on how many there are.
+    A batch holds inputs, targets, positions, segment_ids, domains (int32 [batch_size, sequence_length]; domains
+    index the mixture's names) and weights (float32, 0 on padding). Every process builds the same global batches and
+    takes its own rows: the order of documents does not depend on how many there are.
 
     Raises:
       UserError: shares that are no mixture, or a domain that is not prepared, or was prepared with another tokenizer.
@@ -74,7 +76,7 @@ def _documents(directory: Path, tokenizer: str, seed: int) -> grain.IterDataset:
     manifest = read_manifest(directory)
     if manifest.tokenizer != tokenizer:
         raise UserError(f"{directory} was prepared with another tokenizer: run `cpt data prepare` with this one")
-    source = grain.sources.ArrayRecordDataSource([str(directory / shard) for shard in sorted(manifest.shards)])
+    source: Any = grain.sources.ArrayRecordDataSource([str(directory / shard) for shard in sorted(manifest.shards)])
     documents = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map(decode_record)
     # One thread reads ahead: the records are small, and order is kept.
     return documents.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))

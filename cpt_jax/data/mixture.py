@@ -1,4 +1,5 @@
-"""Domains mixed by tokens: at every moment, the next document comes from the domain that is furthest behind its share."""
+"""Domains mixed by tokens: at every moment, the next document comes from the domain that is furthest behind its
+share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +16,14 @@ def check_mixture(mixture: Mapping[str, float]) -> None:
         if not share > 0:
             raise UserError(f"mixture: the share of {name!r} is {share}: give a number above 0, or leave it out")
     if abs((total := sum(mixture.values())) - 1) > 1e-6:
-        raise UserError(f"mixture: the shares sum to {total:g}, not to 1 ({', '.join(f'{k} {v:g}' for k, v in mixture.items())})")
+        raise UserError(
+            f"mixture: the shares sum to {total:g}, not to 1 ({', '.join(f'{k} {v:g}' for k, v in mixture.items())})"
+        )
 
 
 class TokenMix(grain.IterDataset):
-    """Pieces of several domains in one stream, exact in tokens to within one piece, whatever the lengths of their documents."""
+    """Pieces of several domains in one stream, exact in tokens to within one piece, whatever the lengths of their
+    documents."""
 
     def __init__(self, parents: Sequence[grain.IterDataset], shares: Sequence[float]) -> None:
         super().__init__(list(parents))

@@ -5,15 +5,17 @@ from typing import Any
 import grain
 import numpy as np
 
-# Rows that are open at a time: first fit among that many leaves about 2% of a row of 256 empty with documents of some 80 tokens.
+# Rows that are open at a time: first fit among that many leaves about 2% of a row of 256 empty with documents of
+# some 80 tokens.
 OPEN_ROWS = 64
 
 
 class SplitDocuments(grain.experimental.FlatMapTransform):
     """Token ids of a document -> pieces of at most `sequence_length` predictions.
 
-    A document is framed by the start and the end token: inputs [start, t1 .. tn] predict targets [t1 .. tn, end]. A longer one continues
-    in the next piece with the token that the piece before predicted last, so that every token is predicted exactly once.
+    A document is framed by the start and the end token: inputs [start, t1 .. tn] predict targets [t1 .. tn, end]. A
+    longer one continues in the next piece with the token that the piece before predicted last, so that every token
+    is predicted exactly once.
     """
 
     def __init__(self, sequence_length: int, start_id: int, end_id: int, domain: int) -> None:
@@ -37,7 +39,8 @@ class SplitDocuments(grain.experimental.FlatMapTransform):
 
 
 def packed(pieces: Any, sequence_length: int, seed: int) -> grain.IterDataset:
-    """Rows [sequence_length] of whole pieces, first fit, as dicts with inputs, targets, positions, segment_ids, domains and weights."""
+    """Rows [sequence_length] of whole pieces, first fit, as dicts with inputs, targets, positions, segment_ids,
+    domains and weights."""
     fields = ("inputs", "targets", "weights", "domains")
     rows = grain.experimental.FirstFitPackIterDataset(
         pieces,

@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,8 +25,7 @@ MANIFEST = "manifest.json"
 class Encoder(Protocol):
     """What preparation needs of a tokenizer."""
 
-    @property
-    def fingerprint(self) -> str: ...
+    fingerprint: Any
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -85,7 +84,12 @@ def prepare(
                 writer, in_shard = ArrayRecordWriter(str(paths[-1]), "group_size:1"), 0
             for text, ids in zip(batch, tokenizer.encode_documents(batch), strict=True):
                 writer.write(encode_record(ids))
-                records, size, characters, tokens = records + 1, size + len(text.encode()), characters + len(text), tokens + len(ids)
+                records, size, characters, tokens = (
+                    records + 1,
+                    size + len(text.encode()),
+                    characters + len(text),
+                    tokens + len(ids),
+                )
                 in_shard += len(ids)
             on_progress(records)
         if writer is not None:

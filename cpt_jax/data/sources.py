@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cpt_jax.core.errors import UserError
 
@@ -23,8 +23,8 @@ class Corpus:
     """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst),
     `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
 
-    A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are held out together.
-    In a .txt file, documents are separated by empty lines.
+    A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
+    held out together. In a .txt file, documents are separated by empty lines.
     """
 
     name: str
@@ -112,7 +112,9 @@ def _file_records(path: Path, corpus: Corpus, skipped: SkipCounts) -> Iterator[d
         yield from _json_lines(_array_records(path), skipped)
     else:
         known = ", ".join(SUFFIXES)
-        raise UserError(f"corpus {corpus.name}: {path} is of no known format; known: {known} ({', '.join(COMPRESSIONS)} of the first two)")
+        raise UserError(
+            f"corpus {corpus.name}: {path} is of no known format; known: {known} ({', '.join(COMPRESSIONS)} of the first two)"
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -199,18 +201,22 @@ def _tfds_records(corpus: Corpus) -> Iterator[dict]:
     name, split = _name_and_split(corpus.spec)
     try:
         # as_data_source reads ArrayRecord without TensorFlow; as_dataset would need it.
-        source = tensorflow_datasets.data_source(name, split=split)
+        source: Any = tensorflow_datasets.data_source(name, split=split)
     except Exception as error:
-        raise UserError(f"corpus {corpus.name}={corpus.spec}: TFDS cannot open it ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"corpus {corpus.name}={corpus.spec}: TFDS cannot open it ({str(error).splitlines()[0]})"
+        ) from error
     for record in source:
         yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
 
 
 def _hf_records(corpus: Corpus) -> Iterator[dict]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
-        raise UserError(f"corpus {corpus.name}={corpus.spec} needs the package datasets: pip install datasets") from error
+        raise UserError(
+            f"corpus {corpus.name}={corpus.spec} needs the package datasets: pip install datasets"
+        ) from error
     name, split = _name_and_split(corpus.spec)
     try:
         if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
@@ -219,5 +225,7 @@ def _hf_records(corpus: Corpus) -> Iterator[dict]:
         else:
             source = datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:
-        raise UserError(f"corpus {corpus.name}={corpus.spec} cannot be opened ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"corpus {corpus.name}={corpus.spec} cannot be opened ({str(error).splitlines()[0]})"
+        ) from error
     yield from source

@@ -11,14 +11,15 @@ import numpy as np
 
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree
-from cpt_jax.models.decoder import Network, apply, head_path
 from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.models.decoder import Network, apply, head_path
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Loss on a set of documents. `tokens` and `nats_per_token` are of the model's own tokenizer; bits per byte compares."""
+    """Loss on a set of documents. `tokens` and `nats_per_token` are of the model's own tokenizer; bits per byte
+    compares."""
 
     bits_per_byte: float
     nats_per_token: float
@@ -36,7 +37,8 @@ class _Window:
 
 
 def _windows(tokens: list[int], start_id: int, length: int) -> list[_Window]:
-    """One window for a document of up to `length` tokens; a longer one goes on in windows that see half a window of what came before."""
+    """One window for a document of up to `length` tokens; a longer one goes on in windows that see half a window of
+    what came before."""
     framed = [start_id, *tokens]
     windows = [_Window(framed[:-1][:length], framed[1:][:length], min(len(tokens), length))]
     end = length
@@ -88,7 +90,9 @@ def _nats_function(network: Network, compute: str) -> Callable:
         tables = tuple(weights[table][part] for part in ("base", "new") if part in weights[table])
         flat = hidden.reshape(-1, hidden.shape[-1])
         none_train = (False,) * len(tables)
-        return token_losses(flat, tables, rows["targets"].reshape(-1), rows["weights"].reshape(-1), jnp.dtype(compute), none_train)[0]
+        return token_losses(
+            flat, tables, rows["targets"].reshape(-1), rows["weights"].reshape(-1), jnp.dtype(compute), none_train
+        )[0]
 
     return nats
 
@@ -106,11 +110,14 @@ class PackedDocuments:
 
 
 def pack_documents(tokenizer: Tokenizer, documents: Sequence[str], sequence_length: int) -> PackedDocuments:
-    """Packs documents (at least one) whole; one longer than `sequence_length` tokens is read in windows that overlap by half."""
+    """Packs documents (at least one) whole; one longer than `sequence_length` tokens is read in windows that overlap
+    by half."""
     encoded = tokenizer.encode_documents(list(documents))
     windows = [window for tokens in encoded for window in _windows(tokens, tokenizer.start_id, sequence_length)]
     return PackedDocuments(
-        _rows(windows, sequence_length), sum(len(ids) for ids in encoded), sum(len(document.encode()) for document in documents)
+        _rows(windows, sequence_length),
+        sum(len(ids) for ids in encoded),
+        sum(len(document.encode()) for document in documents),
     )
 
 

@@ -28,8 +28,11 @@ class Cache(NamedTuple):
 
 def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
     """Rotary angles (Su et al. 2021, arXiv 2104.09864)."""
-    # In NumPy, rounded where transformers rounds: XLA's power is some units in the last place off, and positions multiply that.
-    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    # In NumPy, rounded where transformers rounds: XLA's power is some units in the last place off, and positions
+    # multiply that.
+    frequencies = np.float32(1) / np.float32(theta) ** (
+        np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    )
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -49,7 +52,8 @@ def document_mask(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
 
 
 class Attention(nnx.Module):
-    """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv 2305.13245)."""
+    """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv
+    2305.13245)."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.heads, self.groups, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -77,6 +81,7 @@ class Attention(nnx.Module):
         q = rotate(split(self.q(x, dtype)), angles) * self.head_dim**-0.5
         k, v = rotate(split(self.k(x, dtype)), angles), split(self.v(x, dtype))
         if cache is not None:
+            assert index is not None
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=2)
             cache = Cache(k, v)

@@ -1,7 +1,7 @@
 """Next-token cross-entropy over both vocabulary tables, in chunks of tokens.
 
-Logits and their gradient exist for one chunk at a time, and the gradient is computed in the forward pass, while the chunk's
-exponentials are at hand: the backward pass only scales it.
+Logits and their gradient exist for one chunk at a time, and the gradient is computed in the forward pass, while the
+chunk's exponentials are at hand: the backward pass only scales it.
 """
 
 import functools
@@ -15,7 +15,8 @@ CHUNK_TOKENS = 512
 
 
 def _chunk_losses(hidden, tables, targets):
-    """(losses [N], exponentials and logits' normaliser) of one chunk of tokens; `tables` are the rows [V_i, D], one behind the other."""
+    """(losses [N], exponentials and logits' normaliser) of one chunk of tokens; `tables` are the rows [V_i, D], one
+    behind the other."""
     logits = [jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32) for table in tables]
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
     exponentials = [jnp.exp(part - top[:, None]) for part in logits]
@@ -53,7 +54,6 @@ def _chunks(count: int, *arrays):
     return [array.reshape(-1, size, *array.shape[1:]) for array in filled]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_losses(
     hidden: Float[Array, "N D"],
     tables: tuple[Float[Array, "V D"], ...],
@@ -64,9 +64,14 @@ def token_losses(
 ) -> tuple[Float[Array, ""], Float[Array, "N"]]:
     """(sum of weight times loss, each token's loss in nats) of the next token over all rows of `tables`.
 
-    Products take inputs of `dtype` and sum in float32. `table_gradients` says which tables train: the others get a gradient of zero.
-    Only the sum has a gradient.
+    Products take inputs of `dtype` and sum in float32. `table_gradients` says which tables train: the others get a
+    gradient of zero. Only the sum has a gradient.
     """
+    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, table_gradients))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_losses(hidden, tables, targets, weights, dtype, table_gradients):
     dtype = jnp.dtype(dtype)
     tables = tuple(table.astype(dtype) for table in tables)
 
@@ -86,7 +91,9 @@ def _forward(hidden, tables, targets, weights, dtype, table_gradients):
         losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, table_gradients)
         return tuple(a + b for a, b in zip(sums, dtables, strict=True)), (losses, dhidden)
 
-    zeros = tuple(jnp.zeros(table.shape, jnp.float32) for table, wanted in zip(tables, table_gradients, strict=True) if wanted)
+    zeros = tuple(
+        jnp.zeros(table.shape, jnp.float32) for table, wanted in zip(tables, table_gradients, strict=True) if wanted
+    )
     count = hidden.shape[0]
     sums, (losses, dhidden) = jax.lax.scan(chunk, zeros, tuple(_chunks(count, hidden, targets, weights)))
     losses, dhidden = losses.reshape(-1)[:count], dhidden.reshape(-1, hidden.shape[1])[:count]
@@ -105,4 +112,4 @@ def _backward(dtype, table_gradients, residuals, cotangents):
     return dhidden * cotangent, dtables, None, None
 
 
-token_losses.defvjp(_forward, _backward)
+_token_losses.defvjp(_forward, _backward)

@@ -1,7 +1,7 @@
 """The decoder, and the pure functions that run it on a tree of weights.
 
-The modules are built once, abstractly, and split; from then on a network is its static `graphdef` and weights are nested dicts of
-arrays, with paths like "layers/attention/q/kernel" (all layers stacked along the first axis).
+The modules are built once, abstractly, and split; from then on a network is its static `graphdef` and weights are
+nested dicts of arrays, with paths like "layers/attention/q/kernel" (all layers stacked along the first axis).
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from cpt_jax.sharding.rules import constrain
 class DecoderConfig:
     """Sizes of a decoder. The vocabulary has `vocab_size` rows of the base's and `new_rows` behind them.
 
-    `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and runs about a fifth
-    faster on a CPU. `remat` recomputes each layer's activations in the backward pass.
+    `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
+    runs about a fifth faster on a CPU. `remat` recomputes each layer's activations in the backward pass.
     """
 
     vocab_size: int
@@ -48,7 +48,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}")
+            raise UserError(
+                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
 
@@ -131,7 +133,8 @@ def abstract_decoder(config: DecoderConfig, lora: LoRAConfig | None = None) -> N
 
 
 def initial_weights(network: Network, key: Array, wanted: Callable[[str], bool] = lambda path: True) -> Tree:
-    """Random weights, float32: matrices normal by their inputs' number, tables normal 0.02, norms one, adapters' B zero.
+    """Random weights, float32: matrices normal by their inputs' number, tables normal 0.02, norms one, adapters' B
+    zero.
 
     Only those whose path is `wanted` are computed.
     """
@@ -153,12 +156,15 @@ def apply(
     *,
     compute_dtype: Any,
 ) -> Float[Array, "B S D"]:
-    """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with each."""
+    """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with
+    each."""
     hidden, _ = network.module(weights)(tokens, positions, document_mask(segment_ids), jnp.dtype(compute_dtype))
     return hidden
 
 
-def logits(network: Network, weights: Tree, hidden: Float[Array, "*rows D"], *, compute_dtype: Any) -> Float[Array, "*rows V"]:
+def logits(
+    network: Network, weights: Tree, hidden: Float[Array, "*rows D"], *, compute_dtype: Any
+) -> Float[Array, "*rows V"]:
     """Next-token logits over base and new rows, float32."""
     return network.module(weights).logits(hidden, jnp.dtype(compute_dtype))
 

@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
@@ -21,10 +22,10 @@ PROMPT_MULTIPLE = 64
 def _functions(network: Network, dtype: Any, length: int):
     config = network.config
 
-    def run(weights: Tree, tokens, positions, mask, cache: Cache, index):
+    def run(weights: Tree, tokens, positions, mask, cache: Cache, index) -> tuple[Array, Cache]:
         module = network.module(weights)
-        hidden, cache = module(tokens, positions, mask, dtype, cache, index)
-        return module.logits(hidden, dtype), cache
+        hidden, filled = module(tokens, positions, mask, dtype, cache, index)
+        return module.logits(hidden, dtype), cast(Cache, filled)
 
     @jax.jit
     def read_prompt(weights: Tree, tokens, count):
@@ -54,7 +55,8 @@ def generate(
     end_ids: Sequence[int] = (),
     compute_dtype: Any = "float32",
 ) -> list[int]:
-    """The most likely next tokens, one after the other: up to `new_tokens`, or to one of `end_ids` (which is not returned).
+    """The most likely next tokens, one after the other: up to `new_tokens`, or to one of `end_ids` (which is not
+    returned).
 
     Raises:
       UserError: an empty prompt, or one that leaves no room in the model's context.
@@ -63,7 +65,9 @@ def generate(
         raise UserError("the prompt is empty: give at least one token")
     limit = network.config.max_position_embeddings
     if len(prompt) + new_tokens > limit:
-        raise UserError(f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit in the model's context of {limit}")
+        raise UserError(
+            f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit in the model's context of {limit}"
+        )
     filled = -(-len(prompt) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     length = -(-(filled + new_tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     read_prompt, read_token = _functions(network, jnp.dtype(compute_dtype), length)

@@ -40,9 +40,12 @@ class Weight(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """y = x W + scale (x A) B, the adapter only where it is asked for; never the merged W + scale A B, which costs a full product."""
+    """y = x W + scale (x A) B, the adapter only where it is asked for; never the merged W + scale A B, which costs a
+    full product."""
 
-    def __init__(self, name: str, axes: tuple[str, str], shape: tuple[int, int], lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, name: str, axes: tuple[str, str], shape: tuple[int, int], lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
         inputs, outputs = shape
         normal = jax.random.normal(rngs.params(), shape) * inputs**-0.5
         self.kernel = Weight(normal, logical_axes=axes)

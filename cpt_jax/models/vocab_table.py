@@ -1,7 +1,7 @@
 """The vocabulary as two tables: the base's rows and the new rows.
 
-They are separate weights, so that "train only the new rows" is ordinary freezing: the old rows have no gradient, no optimizer state
-and no weight decay. On export they become one table again.
+They are separate weights, so that "train only the new rows" is ordinary freezing: the old rows have no gradient, no
+optimizer state and no weight decay. On export they become one table again.
 """
 
 import jax

@@ -12,7 +12,8 @@ from cpt_jax.core.tree import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMA:
-    """average = d average + (1 - d) weights after each step, d = min(decay, (1 + step) / (10 + step)): early weights count less."""
+    """average = d average + (1 - d) weights after each step, d = min(decay, (1 + step) / (10 + step)): early weights
+    count less."""
 
     decay: float = 0.999
 

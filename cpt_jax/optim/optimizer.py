@@ -12,10 +12,11 @@ from cpt_jax.core.tree import Tree, flatten, unflatten
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), gradients clipped by their global norm over what trains.
 
-    New rows are special. A row that is absent from a batch still gets a gradient from the softmax, some thousand times smaller than one
-    that is present, and Adam would scale both to full steps: every step would move every row, at random. `new_rows_epsilon`
-    (against gradients of the mean loss) is what separates the two. Their learning rate is `new_rows_multiplier` times the others'.
-    Weight decay is for matrices of the layers only, never for vectors, adapters or the vocabulary's rows.
+    New rows are special. A row that is absent from a batch still gets a gradient from the softmax, some thousand
+    times smaller than one that is present, and Adam would scale both to full steps: every step would move every row,
+    at random. `new_rows_epsilon` (against gradients of the mean loss) is what separates the two. Their learning rate is
+    `new_rows_multiplier` times the others'. Weight decay is for matrices of the layers only, never for vectors,
+    adapters or the vocabulary's rows.
     """
 
     learning_rate: float
@@ -36,15 +37,20 @@ class AdamW:
 
     def build(self, schedule: optax.Schedule, trainable: Tree) -> optax.GradientTransformation:
         """The transformation for a tree of trainable leaves; `schedule` gives the learning rate by step."""
-        groups = unflatten({path: "new_rows" if path in ("embed/new", "head/new") else "rest" for path in flatten(trainable)})
-        decayed = unflatten({path: path.startswith("layers/") and path.endswith("/kernel") for path in flatten(trainable)})
+        groups = unflatten(
+            {path: "new_rows" if path in ("embed/new", "head/new") else "rest" for path in flatten(trainable)}
+        )
+        decayed = unflatten(
+            {path: path.startswith("layers/") and path.endswith("/kernel") for path in flatten(trainable)}
+        )
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.partition(
                 {
                     "rest": optax.scale_by_adam(self.b1, self.b2, self.epsilon),
                     "new_rows": optax.chain(
-                        optax.scale_by_adam(self.b1, self.b2, self.new_rows_epsilon), optax.scale(self.new_rows_multiplier)
+                        optax.scale_by_adam(self.b1, self.b2, self.new_rows_epsilon),
+                        optax.scale(self.new_rows_multiplier),
                     ),
                 },
                 groups,
@@ -52,4 +58,3 @@ class AdamW:
             optax.add_decayed_weights(self.weight_decay, mask=decayed) if self.weight_decay else optax.identity(),
             optax.scale_by_learning_rate(schedule),
         )
-

@@ -1,5 +1,5 @@
-"""Learning rate against step. Each begins with a re-warming: a trained model's optimizer state is gone, and a jump to the peak
-costs what it knew (Ibrahim et al. 2024, arXiv 2403.08763)."""
+"""Learning rate against step. Each begins with a re-warming: a trained model's optimizer state is gone, and a jump
+to the peak costs what it knew (Ibrahim et al. 2024, arXiv 2403.08763)."""
 
 import dataclasses
 

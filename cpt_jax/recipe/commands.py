@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-
 from cpt_jax.checkpoint.hf import read_config, resolve_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
@@ -37,7 +36,11 @@ def _directory(model: str) -> Path:
 def _corpora(specs: Sequence[str], text_field: str) -> list[Corpus]:
     """Corpora named by their files' names."""
     return [
-        Corpus(name="".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus", spec=spec, text_field=text_field)
+        Corpus(
+            name="".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus",
+            spec=spec,
+            text_field=text_field,
+        )
         for spec in specs
     ]
 
@@ -48,15 +51,22 @@ def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
             yield document.text
 
 
-def tokenizer_extend(*, base: str, corpora: Sequence[str], new_tokens: int, method: str, text_field: str, out: Path) -> None:
+def tokenizer_extend(
+    *, base: str, corpora: Sequence[str], new_tokens: int, method: str, text_field: str, out: Path
+) -> None:
     """`cpt tokenizer extend`."""
-    extension: Extension = ContinuedBPE(new_tokens=new_tokens) if method == "continued-bpe" else Union(new_tokens=new_tokens)
+    extension: Extension = (
+        ContinuedBPE(new_tokens=new_tokens) if method == "continued-bpe" else Union(new_tokens=new_tokens)
+    )
     count = extend(_directory(base), extension, _texts(_corpora(corpora, text_field)), (), out)
     print(f"{out}: {count:,} new pieces")
 
 
-def tokenizer_report(*, base: Path, tokenizer: Path, corpora: Sequence[str], text_field: str, json_path: Path | None) -> None:
-    """`cpt tokenizer report`: both tokenizers on each corpus; a piece counts as unreachable when none of the corpora holds it."""
+def tokenizer_report(
+    *, base: Path, tokenizer: Path, corpora: Sequence[str], text_field: str, json_path: Path | None
+) -> None:
+    """`cpt tokenizer report`: both tokenizers on each corpus; a piece counts as unreachable when none of the corpora
+    holds it."""
     before, after = Tokenizer(base), Tokenizer(tokenizer)
     named = _corpora(corpora, text_field)
     rows = [compare(corpus.name, before, after, list(_texts([corpus]))) for corpus in named]
@@ -66,7 +76,9 @@ def tokenizer_report(*, base: Path, tokenizer: Path, corpora: Sequence[str], tex
         old, new = row["base"], row["extended"]
         rates = f"{old['tokens_per_character']:.3f} -> {new['tokens_per_character']:.3f}"
         sizes = f"{old['bytes_per_token']:.2f} -> {new['bytes_per_token']:.2f}"
-        print(f"{row['name']:<16}{rates:>24}{sizes:>20}{row['documents_changed']:>10.1%}{row['round_trip_failures']:>10}")
+        print(
+            f"{row['name']:<16}{rates:>24}{sizes:>20}{row['documents_changed']:>10.1%}{row['round_trip_failures']:>10}"
+        )
     print(f"{use.new_pieces:,} new pieces, {use.unreachable_pieces:,} of them not in these corpora")
     if json_path is not None:
         write_json_atomic(json_path, {"corpora": rows, **dataclasses.asdict(use)})
@@ -99,11 +111,17 @@ def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, 
     """`cpt data prepare`."""
     reader = Tokenizer(tokenizer)
     for name, spec in inputs:
+
+        def told(count: int, name: str = name) -> None:
+            say(f"{name}: {count:,} documents")
+
         skipped = SkipCounts()
         texts = (document.text for document in read(Corpus(name=name, spec=spec, text_field=text_field), skipped))
-        manifest = prepare(name, texts, skipped, reader, out / name, lambda count: say(f"{name}: {count:,} documents"))
+        manifest = prepare(name, texts, skipped, reader, out / name, told)
         left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
-        print(f"{out / name}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens; left out: {left_out}")
+        print(
+            f"{out / name}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens; left out: {left_out}"
+        )
 
 
 def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
@@ -125,13 +143,21 @@ def _evaluate(model: str, documents: dict[str, list[str]]) -> dict[str, Result]:
     weights = loaded.on_device(FLOAT32)
     with progress(f"evaluate {model}", sum(map(len, packed.values())), "rows") as shown:
         return {
-            name: bits_per_byte(loaded.network, weights, rows, batch_size=4, precision=FLOAT32, on_progress=shown.advance)
+            name: bits_per_byte(
+                loaded.network, weights, rows, batch_size=4, precision=FLOAT32, on_progress=shown.advance
+            )
             for name, rows in packed.items()
         }
 
 
 def evaluate_model(
-    *, model: str, against: str | None, data: Sequence[tuple[str, str]], text_field: str, max_bytes: int, json_path: Path | None
+    *,
+    model: str,
+    against: str | None,
+    data: Sequence[tuple[str, str]],
+    text_field: str,
+    max_bytes: int,
+    json_path: Path | None,
 ) -> None:
     """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones."""
     quiet_libraries()
@@ -143,10 +169,14 @@ def evaluate_model(
     entries = []
     for domain in documents:
         values = [results[name][domain].bits_per_byte for name in models]
-        row = [domain, *(f"{value:.4f}" for value in values)] + ([f"{values[1] / values[0] - 1:+.1%}"] if against else [])
+        row = [domain, *(f"{value:.4f}" for value in values)] + (
+            [f"{values[1] / values[0] - 1:+.1%}"] if against else []
+        )
         print("  ".join(f"{cell:>24}" for cell in row))
         for name in models:
-            entries.append({"stage": name, "weights": "last", "domain": domain, **dataclasses.asdict(results[name][domain])})
+            entries.append(
+                {"stage": name, "weights": "last", "domain": domain, **dataclasses.asdict(results[name][domain])}
+            )
     if json_path is not None:
         write_json_atomic(json_path, {"results": entries})
 
@@ -158,5 +188,7 @@ def generate_text(model: str, prompt: str, *, new_tokens: int) -> None:
     directory = _directory(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
-    produced = generate(loaded.network, loaded.on_device(FLOAT32), ids, new_tokens=new_tokens, end_ids=(tokenizer.end_id,))
+    produced = generate(
+        loaded.network, loaded.on_device(FLOAT32), ids, new_tokens=new_tokens, end_ids=(tokenizer.end_id,)
+    )
     print(tokenizer.decode(ids[1:] + produced))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,13 +18,14 @@ from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Cosine
-from cpt_jax.recipe.recipe import Domain, Recipe, Samples, Stage, Vocabulary
+from cpt_jax.recipe.recipe import Domain, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Text read to decide: enough for the tokenizer's rate, and whole for a small corpus.
 SAMPLE_BYTES = 16 << 20
-# Below this many bytes a token the base's tokenizer wastes tokens on the text (English: 4 to 5; Chinese with an English one: 1.7).
+# Below this many bytes a token the base's tokenizer wastes tokens on the text (English: 4 to 5; Chinese with an
+# English one: 1.7).
 WASTEFUL_BYTES_PER_TOKEN = 3.0
 # What some ten minutes on a small CPU machine hold for a 135M model.
 CPU_TOKENS = 150_000
@@ -58,7 +60,9 @@ def sample_text(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> TextSample:
     probe = texts[:: max(1, len(texts) // 500)]
     probe_bytes = sum(len(text.encode()) for text in probe)
     probe_tokens = sum(len(ids) for ids in tokenizer.encode_documents(probe))
-    return TextSample(bytes=size, tokens=max(1, probe_tokens * size // max(1, probe_bytes)), whole=whole, first=texts[0])
+    return TextSample(
+        bytes=size, tokens=max(1, probe_tokens * size // max(1, probe_bytes)), whole=whole, first=texts[0]
+    )
 
 
 def _new_pieces(sample: TextSample, given: int | None) -> tuple[int, str]:
@@ -110,9 +114,10 @@ def adapt_recipe(
     if not 0 <= replay_share < 1:
         raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
     share = replay_share if replay else 0.0
+    roles: tuple[tuple[Role, Sequence[tuple[str, str]]], ...] = (("new", new), ("replay", replay), ("watch", watch))
     domains = tuple(
         Domain(corpus=Corpus(name=name, spec=spec, text_field=text_field), role=role)
-        for role, given in (("new", new), ("replay", replay), ("watch", watch))
+        for role, given in roles
         for name, spec in given
     )
     directory = resolve_base(base, workdir / "source")
@@ -124,8 +129,14 @@ def adapt_recipe(
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
-    mixture = {name: (1 - share) / len(new) for name, _ in new} | {name: share / len(replay) for name, _ in replay if share}
-    shape = dict(batch_size=2, sequence_length=256) if on_cpu else dict(batch_size=8 * jax.device_count(), sequence_length=2048)
+    mixture = {name: (1 - share) / len(new) for name, _ in new} | {
+        name: share / len(replay) for name, _ in replay if share
+    }
+    shape: dict[str, Any] = (
+        dict(batch_size=2, sequence_length=256)
+        if on_cpu
+        else dict(batch_size=8 * jax.device_count(), sequence_length=2048)
+    )
     main_method = _method(method, pieces > 0)
     # LoRA's rate falls with size: 2e-3 was found best at 135M; 2e-4 is what others use at 7B.
     peak = {"lora": 2e-3 if size < 5e8 else 5e-4 if size < 3e9 else 2e-4, "full": 5e-5, "embeddings": 5e-3}[method]
@@ -166,7 +177,9 @@ def adapt_recipe(
     reasons = {
         "new pieces": f"{pieces:,}: {pieces_reason}",
         "tokens": f"{total:,}: {total_reason}",
-        "replay": f"{share:.0%} of the tokens" if replay else "none: no --replay was given, expect the old domain to be forgotten",
+        "replay": f"{share:.0%} of the tokens"
+        if replay
+        else "none: no --replay was given, expect the old domain to be forgotten",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
         "precision": recipe.precision.compute,
@@ -178,6 +191,11 @@ def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
     """The choices as lines to print before a run starts."""
     lines = [f"cpt adapt: {recipe.base}"]
     lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
-    lines += [f"  {stage.name:<12} {stage.steps} steps, learning rate {stage.optimizer.learning_rate:g}" for stage in recipe.stages]
-    lines.append("  (all of it is saved in config.json; change any of it with --FIELD VALUE, as in --stages.0.tokens 50000)")
+    lines += [
+        f"  {stage.name:<12} {stage.steps} steps, learning rate {stage.optimizer.learning_rate:g}"
+        for stage in recipe.stages
+    ]
+    lines.append(
+        "  (all of it is saved in config.json; change any of it with --FIELD VALUE, as in --stages.0.tokens 50000)"
+    )
     return "\n".join(lines)

@@ -25,7 +25,8 @@ FLOAT32, FLOAT64 = Precision(compute="float32"), Precision(compute="float64")
 def text_logits(model: Model, tokens: Sequence[int], precision: Precision = FLOAT64) -> np.ndarray:
     """Logits [tokens, vocabulary], each position from those before it.
 
-    In float64 they show a difference of weights alone. In float32, transformers' own logits of SmolLM2 are up to 8e-5 away from its float64 ones.
+    In float64 they show a difference of weights alone. In float32, transformers' own logits of SmolLM2 are up to
+    8e-5 away from its float64 ones.
     """
     network = model.network
 
@@ -40,7 +41,8 @@ def text_logits(model: Model, tokens: Sequence[int], precision: Precision = FLOA
 
 
 def export_model(model: Model, tokenizer: Path, texts: Sequence[str], out: Path) -> float:
-    """Writes the model, adapters merged, and reloads it: refused (nothing is left) unless its logits on `texts` are the trained model's.
+    """Writes the model, adapters merged, and reloads it: refused (nothing is left) unless its logits on `texts` are
+    the trained model's.
 
     Returns:
       The largest absolute difference of a logit.
@@ -54,9 +56,13 @@ def export_model(model: Model, tokenizer: Path, texts: Sequence[str], out: Path)
     reloaded = load_model(pending)
     difference = max(float(np.abs(text_logits(model, ids) - text_logits(reloaded, ids)).max()) for ids in checked)
     if not difference < GATE:
-        raise UserError(f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g} (left in {pending})")
+        raise UserError(
+            f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g} (left in {pending})"
+        )
     pending.replace(out)
-    say(f"export: logits of the reloaded model differ by at most {difference:.2g} on {sum(map(len, checked))} tokens of held-out text")
+    say(
+        f"export: logits of the reloaded model differ by at most {difference:.2g} on {sum(map(len, checked))} tokens of held-out text"
+    )
     return difference
 
 
@@ -70,5 +76,3 @@ def sample_page(model: Model, tokenizer: Tokenizer, samples: Samples) -> list[st
         produced = generate(merged.network, weights, ids, new_tokens=samples.new_tokens, end_ids=(tokenizer.end_id,))
         texts.append(tokenizer.decode(ids[1:] + produced))
     return texts
-
-

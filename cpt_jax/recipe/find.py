@@ -34,7 +34,9 @@ def find_recipe(name: str) -> Recipe:
     else:
         function_name, functions = name, _functions_of_configs()
     if function_name not in functions:
-        raise UserError(f"there is no recipe {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}")
+        raise UserError(
+            f"there is no recipe {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
+        )
     return functions[function_name]()
 
 
@@ -44,7 +46,9 @@ def _saved_recipe(path: Path) -> Recipe:
     try:
         return from_json(Recipe, json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}): give the config.json of a run's directory") from error
+        raise UserError(
+            f"{path} is not JSON (line {error.lineno}): give the config.json of a run's directory"
+        ) from error
 
 
 def _recipe_functions(module) -> dict[str, Callable[[], Recipe]]:

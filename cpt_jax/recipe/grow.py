@@ -30,7 +30,14 @@ def check_fits(tokenizer: Tokenizer, rows: int, directory: Path) -> None:
 
 
 def grow_tokenizer(
-    base: Path, vocabulary: Vocabulary, new: Texts, old: Texts, heldout: dict[str, list[str]], old_names: list[str], out: Path, report: Path
+    base: Path,
+    vocabulary: Vocabulary,
+    new: Texts,
+    old: Texts,
+    heldout: dict[str, list[str]],
+    old_names: list[str],
+    out: Path,
+    report: Path,
 ) -> None:
     """Writes the extended tokenizer into `out` and its figures into `report`, or refuses it.
 
@@ -56,7 +63,9 @@ def grow_model(model: Path, tokenizer: Path, initial_rows: InitRows, seed: int, 
     base, extended = Tokenizer(model), Tokenizer(tokenizer)
     check_fits(base, config.vocab_size, model)
     if extended.size < base.size:
-        raise UserError(f"the tokenizer in {tokenizer} has {extended.size:,} pieces, fewer than the model's {base.size:,}")
+        raise UserError(
+            f"the tokenizer in {tokenizer} has {extended.size:,} pieces, fewer than the model's {base.size:,}"
+        )
     pieces = old_segmentation(base, extended)
     flat = flatten(weights)
     for table in ("embed", "head"):

@@ -17,7 +17,8 @@ from cpt_jax.models.linear import LoRAConfig, merge_lora
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder's weights on the host, in the files' types (what was trained: float32), and what it takes to run and save them."""
+    """A decoder's weights on the host, in the files' types (what was trained: float32), and what it takes to run and
+    save them."""
 
     config: DecoderConfig
     weights: Tree
@@ -43,7 +44,8 @@ class Model:
         return dataclasses.replace(self, weights=merge_lora(self.weights, self.lora), lora=None)
 
     def adapted(self, method: Method, seed: int) -> "Model":
-        """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change nothing yet."""
+        """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change
+        nothing yet."""
         lora = method.lora_config()
         model = self.merged()
         if lora is None:
@@ -54,12 +56,16 @@ class Model:
 
     def unrolled(self, unroll: bool) -> "Model":
         """This model with its layers compiled one by one, or as a loop."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop="unroll" if unroll else "scan"))
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, layer_loop="unroll" if unroll else "scan")
+        )
 
     def on_device(self, precision: Precision) -> Tree:
         """The weights as arrays of the computation's types."""
         flat = flatten(self.weights)
-        return unflatten({path: jnp.asarray(np.asarray(leaf).astype(precision.dtype_of(path))) for path, leaf in flat.items()})
+        return unflatten(
+            {path: jnp.asarray(np.asarray(leaf).astype(precision.dtype_of(path))) for path, leaf in flat.items()}
+        )
 
 
 def load_model(directory: Path, base_rows: int | None = None) -> Model:

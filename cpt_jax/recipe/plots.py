@@ -14,7 +14,9 @@ def _figure(columns: int, width: float, height: float):
 
     matplotlib.use("agg")
     # Text stays text, and the same data gives the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cpt_jax", "font.family": "DejaVu Sans", "font.size": 9})
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "cpt_jax", "font.family": "DejaVu Sans", "font.size": 9}
+    )
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
@@ -36,7 +38,9 @@ def _saved(figure, directory: Path, name: str) -> str:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # Sizes in points would not shrink on a phone.
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
 
 
 def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path) -> str:
@@ -50,7 +54,15 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
         axis.bar(range(len(rows)), values, color=[ACCENT if i == best else PALE for i in range(len(rows))], width=0.66)
         axis.axhline(values[0], color=GREY, linestyle="--", linewidth=1)
         for index, value in enumerate(values):
-            axis.annotate(f"{value:.3f}", (index, value), ha="center", va="bottom", fontsize=8, xytext=(0, 1), textcoords="offset points")
+            axis.annotate(
+                f"{value:.3f}",
+                (index, value),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                xytext=(0, 1),
+                textcoords="offset points",
+            )
         axis.set_xticks(range(len(rows)), labels, rotation=35, ha="right")
         axis.set_ylim(0, max(values) * 1.14)
         axis.set_title(domain, loc="left", fontweight="bold")
@@ -67,7 +79,8 @@ def _smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
-    """Training loss by domain (a step's value pale, its running mean on top) and the learning rate, over all stages' steps."""
+    """Training loss by domain (a step's value pale, its running mean on top) and the learning rate, over all stages'
+    steps."""
     figure, (loss, rate) = _figure(2, 9.6, 3.0)
     names = sorted({key for lines in stages.values() for line in lines for key in line if key.startswith("nats/")})
     first = 0
@@ -80,13 +93,28 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
             x, y = [p[0] for p in points], [p[1] for p in points]
             colour = DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)]
             loss.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-            loss.plot(x, _smooth(y, 15), color=colour, linewidth=1.7, label=name.split("/", 1)[1] if number == len(stages) - 1 else None)
+            loss.plot(
+                x,
+                _smooth(y, 15),
+                color=colour,
+                linewidth=1.7,
+                label=name.split("/", 1)[1] if number == len(stages) - 1 else None,
+            )
         rate.plot(steps, [line["learning_rate"] for line in lines], color=ACCENT, linewidth=1.7)
         for axis in (loss, rate):
             if first:
                 axis.axvline(first + 0.5, color=GREY, linestyle=":", linewidth=1)
             middle = (first + steps[-1]) / 2
-            axis.text(middle, 1.01, stage, transform=axis.get_xaxis_transform(), fontsize=8, color=GREY, va="bottom", ha="center")
+            axis.text(
+                middle,
+                1.01,
+                stage,
+                transform=axis.get_xaxis_transform(),
+                fontsize=8,
+                color=GREY,
+                va="bottom",
+                ha="center",
+            )
         first = steps[-1]
     loss.set_ylabel("training loss, nats per token")
     rate.set_ylabel("learning rate")
@@ -117,8 +145,18 @@ def runs_plot(runs: Sequence[dict], new: str, old: str, directory: Path) -> str:
     """New-domain against old-domain bits per byte, a point a run: down and left is better; the base as a cross."""
     figure, (axis,) = _figure(1, 6.0, 4.0)
     for index, run in enumerate(runs):
-        axis.scatter(run["new"], run["old"], s=46, color=DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)], label=run["name"], zorder=3)
-        axis.scatter(run["new_base"], run["old_base"], s=46, marker="x", color=GREY, label="base" if index == 0 else None, zorder=2)
+        axis.scatter(
+            run["new"], run["old"], s=46, color=DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)], label=run["name"], zorder=3
+        )
+        axis.scatter(
+            run["new_base"],
+            run["old_base"],
+            s=46,
+            marker="x",
+            color=GREY,
+            label="base" if index == 0 else None,
+            zorder=2,
+        )
     axis.set_xlabel(f"{new}: bits per byte")
     axis.set_ylabel(f"{old}: bits per byte")
     axis.legend(frameon=False, fontsize=8)

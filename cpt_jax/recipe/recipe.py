@@ -16,13 +16,16 @@ from cpt_jax.vocab.extend import ContinuedBPE, Extension
 from cpt_jax.vocab.gate import Limits
 from cpt_jax.vocab.init_rows import InitRows, SubwordMean
 
+Role = Literal["new", "replay", "watch"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domain:
-    """A corpus and its part in the run: `new` is to be learnt, `replay` is to be kept, `watch` is measured and never trained on."""
+    """A corpus and its part in the run: `new` is to be learnt, `replay` is to be kept, `watch` is measured and never
+    trained on."""
 
     corpus: Corpus
-    role: Literal["new", "replay", "watch"]
+    role: Role
     # The share of documents (or groups) that neither the tokenizer nor training ever sees, chosen by hash.
     heldout: Holdout = Holdout()
 
@@ -124,9 +127,13 @@ class Recipe:
                 if domain not in names:
                     raise UserError(f"stage {stage.name!r} mixes {domain!r}, but the domains are {', '.join(names)}")
                 if domain in watched:
-                    raise UserError(f"stage {stage.name!r} trains on {domain!r}, whose role is 'watch': make it 'replay'")
+                    raise UserError(
+                        f"stage {stage.name!r} trains on {domain!r}, whose role is 'watch': make it 'replay'"
+                    )
             if self.vocabulary is None and stage.method == Embeddings(rows="new"):
-                raise UserError(f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage")
+                raise UserError(
+                    f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage"
+                )
         if self.export_weights == "ema" and (not self.stages or self.stages[-1].ema is None):
             raise UserError("export_weights is 'ema', but the last stage keeps no EMA: give it one, or export 'last'")
 

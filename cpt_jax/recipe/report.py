@@ -1,4 +1,5 @@
-"""The report of a run: one self-contained HTML page that begins with the answer, and the domain table for the terminal."""
+"""The report of a run: one self-contained HTML page that begins with the answer, and the domain table for the
+terminal."""
 
 import html
 import json
@@ -20,23 +21,27 @@ STYLE = """
 body { margin: 0 auto; padding: 2.2rem 1.2rem 5rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.8rem 0 .7rem; }
-.sub, .note { color: var(--soft); font-size: .9rem; } .answer { font-size: 1.12rem; margin: 1.4rem 0; padding-left: 1rem; border-left: 4px solid var(--accent); }
-.answer p { margin: .35rem 0; } .wide { overflow-x: auto; }
+.sub, .note { color: var(--soft); font-size: .9rem; } .answer { font-size: 1.12rem; margin: 1.4rem 0; padding-left:
+1rem; border-left: 4px solid var(--accent); } .answer p { margin: .35rem 0; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; min-width: 100%; }
 th, td { padding: .42rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-td small { display: block; color: var(--soft); } td.best { font-weight: 700; color: var(--accent); }
-figure { margin: 1rem 0; } figure.small { max-width: 34rem; } thead th { white-space: normal; vertical-align: bottom; } figure svg { width: 100%; height: auto; display: block; }
-pre { background: var(--band); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .88rem; }
-details summary { cursor: pointer; color: var(--soft); } .pieces span { display: inline-block; background: var(--band); border-radius: 4px; padding: .05rem .5rem; margin: .15rem; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; border-bottom:
+2px solid var(--line); } td small { display: block; color: var(--soft); } td.best { font-weight: 700; color:
+var(--accent); } figure { margin: 1rem 0; } figure.small { max-width: 34rem; } thead th { white-space: normal;
+vertical-align: bottom; } figure svg { width: 100%; height: auto; display: block; } pre { background: var(--band);
+padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size:
+.88rem; } details summary { cursor: pointer; color: var(--soft); } .pieces span { display: inline-block; background:
+var(--band); border-radius: 4px; padding: .05rem .5rem; margin: .15rem; } .pair { display: grid;
+grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
 @media print { body { max-width: none; } pre { white-space: pre-wrap; } }
 """
 
 
 def _load(run: Path) -> tuple[dict, list[dict]]:
     if not (run / "config.json").exists() or not (run / "eval.json").exists():
-        raise UserError(f"{run} is no run's directory, or nothing was evaluated in it yet (no config.json or eval.json)")
+        raise UserError(
+            f"{run} is no run's directory, or nothing was evaluated in it yet (no config.json or eval.json)"
+        )
     return json.loads((run / "config.json").read_text()), json.loads((run / "eval.json").read_text())
 
 
@@ -56,7 +61,8 @@ def _grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dic
 
 
 def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
-    """Bits per byte by stage and domain, with the change from the base, as aligned text; the lowest is marked with *."""
+    """Bits per byte by stage and domain, with the change from the base, as aligned text; the lowest is marked with
+    *."""
     labels, cells = _grid(entries)
     rows = [["bits per byte", *domains]]
     lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
@@ -68,7 +74,10 @@ def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
             row.append(f"{value:.3f}{change}{'*' if value == lowest[name] else ' '}")
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
 
 
 def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> str:
@@ -94,7 +103,10 @@ def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> st
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -109,11 +121,15 @@ def _domain_section(entries: Sequence[dict], domains: Sequence[str], plots: Path
             value = entry["bits_per_byte"]
             change = f"{value / base['bits_per_byte'] - 1:+.1%}" if label != labels[0] else f"{entry['bytes']:,} bytes"
             best = value == lowest[name]
-            row.append(f'<td{" class=best" if best else ""}>{value:.3f}{" ★" if best else ""}<small>{change}</small></td>')
+            row.append(
+                f"<td{' class=best' if best else ''}>{value:.3f}{' ★' if best else ''}<small>{change}</small></td>"
+            )
         rows.append(row)
     note = "On held-out documents, whole, every byte counted once; changes are from the base on the same documents; ★ the lowest."
     table = _html_table(["bits per byte", *map(html.escape, domains)], rows)
-    return f"<h2>What it knows</h2>{table}<p class=note>{note}</p><figure>{stages_plot(entries, domains, plots)}</figure>"
+    return (
+        f"<h2>What it knows</h2>{table}<p class=note>{note}</p><figure>{stages_plot(entries, domains, plots)}</figure>"
+    )
 
 
 def _vocabulary_section(fertility: dict, plots: Path) -> str:
@@ -127,8 +143,16 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
         ]
         for c in fertility["corpora"]
     ]
-    header = ["held-out text", "tokens per character", "bytes per token", "documents tokenised differently", "round-trip failures"]
-    pieces = "".join(f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in fertility["most_frequent"])
+    header = [
+        "held-out text",
+        "tokens per character",
+        "bytes per token",
+        "documents tokenised differently",
+        "round-trip failures",
+    ]
+    pieces = "".join(
+        f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in fertility["most_frequent"]
+    )
     longest = "".join(f"<span>{html.escape(piece)}</span>" for piece in fertility["longest"])
     used = (
         f"{fertility['new_pieces']:,} new pieces; {fertility['unreachable_pieces']:,} of them never occur in the text they were learnt from: "
@@ -162,8 +186,14 @@ def _data_section(run: Path) -> str:
     for path in sorted((run / "data").glob("*/manifest.json")):
         m = json.loads(path.read_text())
         skipped = ", ".join(f"{count:,} {html.escape(reason)}" for reason, count in m["skipped"].items()) or "none"
-        rows.append([html.escape(m["name"]), f"{m['records']:,}", f"{m['bytes'] / 1e6:,.2f} MB", f"{m['tokens']:,}", skipped])
-    return f"<h2>What it read from</h2>{_html_table(['domain', 'documents', 'text', 'tokens', 'left out'], rows)}" if rows else ""
+        rows.append(
+            [html.escape(m["name"]), f"{m['records']:,}", f"{m['bytes'] / 1e6:,.2f} MB", f"{m['tokens']:,}", skipped]
+        )
+    return (
+        f"<h2>What it read from</h2>{_html_table(['domain', 'documents', 'text', 'tokens', 'left out'], rows)}"
+        if rows
+        else ""
+    )
 
 
 def _samples_section(run: Path) -> str:
@@ -175,7 +205,10 @@ def _samples_section(run: Path) -> str:
         prompt = part.split("\n", 1)[0]
         texts = [block.split("\n```", 1)[0] for block in part.split("```text\n")[1:]]
         if len(texts) == 2:
-            sides = "".join(f"<div><span class=note>{side}</span><pre>{html.escape(text)}</pre></div>" for side, text in zip(("before", "after"), texts, strict=True))
+            sides = "".join(
+                f"<div><span class=note>{side}</span><pre>{html.escape(text)}</pre></div>"
+                for side, text in zip(("before", "after"), texts, strict=True)
+            )
             blocks.append(f"<p><b>{html.escape(prompt)}</b></p><div class=pair>{sides}</div>")
     return f"<h2>Samples, continued greedily</h2>{''.join(blocks)}" if blocks else ""
 
@@ -189,7 +222,11 @@ def write_report(run: Path) -> Path:
     config, entries = _load(run)
     domains = [domain["corpus"]["name"] for domain in config["domains"]]
     plots = run / "plots"
-    fertility = json.loads((run / "fertility.json").read_text()) if (run / "fertility.json").exists() and config.get("vocabulary") else None
+    fertility = (
+        json.loads((run / "fertility.json").read_text())
+        if (run / "fertility.json").exists() and config.get("vocabulary")
+        else None
+    )
     timings = json.loads((run / "timings.json").read_text()) if (run / "timings.json").exists() else {}
     timing_rows = [[html.escape(name), clock(seconds)] for name, seconds in timings.items() if seconds >= 0.5]
     total = f" in {clock(sum(timings.values()))}" if timings else ""
@@ -226,7 +263,12 @@ def compare_reports(runs: Sequence[Path], out: Path) -> Path:
         shared = [name for name in roles if shared is None or name in shared]
         labels, cells = _grid(entries)
         final = _final_label(config) if _final_label(config) in labels else labels[-1]
-        points.append((config["name"], {n: (cells[labels[0], n]["bits_per_byte"], cells[final, n]["bits_per_byte"]) for n in roles}))
+        points.append(
+            (
+                config["name"],
+                {n: (cells[labels[0], n]["bits_per_byte"], cells[final, n]["bits_per_byte"]) for n in roles},
+            )
+        )
     assert shared is not None
     for name, values in points:
         cells_ = [f"<td>{values[n][1]:.3f}<small>{values[n][1] / values[n][0] - 1:+.1%}</small></td>" for n in shared]
@@ -236,8 +278,16 @@ def compare_reports(runs: Sequence[Path], out: Path) -> Path:
     figure = ""
     if new and old:
         dots = [
-            {"name": n, "new": v[new[0]][1], "old": v[old[0]][1], "new_base": v[new[0]][0], "old_base": v[old[0]][0]} for n, v in points
+            {"name": n, "new": v[new[0]][1], "old": v[old[0]][1], "new_base": v[new[0]][0], "old_base": v[old[0]][0]}
+            for n, v in points
         ]
         figure = f"<figure>{runs_plot(dots, new[0], old[0], out.parent / 'plots')}</figure>"
-    write_text_atomic(out, _page("Runs compared", f"{len(runs)} runs; changes are from each run's own base", f"<h2>Results</h2>{table}{figure}"))
+    write_text_atomic(
+        out,
+        _page(
+            "Runs compared",
+            f"{len(runs)} runs; changes are from each run's own base",
+            f"<h2>Results</h2>{table}{figure}",
+        ),
+    )
     return out

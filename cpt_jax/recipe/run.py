@@ -31,7 +31,8 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None = None) -> None:
-    """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the report's path.
+    """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the
+    report's path.
 
     `only="train"` ends after the last stage's evaluation, without export, samples and report.
 
@@ -50,7 +51,8 @@ def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None
 
 
 class Pipeline:
-    """The stations of one run. Each method makes sure that its station is done; fingerprints link those that depend on each other."""
+    """The stations of one run. Each method makes sure that its station is done; fingerprints link those that depend
+    on each other."""
 
     def __init__(self, recipe: Recipe, workdir: Workdir) -> None:
         self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
@@ -101,9 +103,13 @@ class Pipeline:
         model = self.after("base", "last")
         check_fits(self.base_tokenizer, model.config.total_rows, self.source)
         self.parameters = model.parameters
-        longest = max([self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)])
+        longest = max(
+            [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
+        )
         if longest > model.config.max_position_embeddings:
-            raise UserError(f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}")
+            raise UserError(
+                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
+            )
 
     def _data(self, domain: Domain) -> Path:
         return self.path / "data" / domain.name
@@ -287,13 +293,17 @@ class Pipeline:
                     precision=settings.precision,
                     on_progress=shown.advance,
                 )
-                entries.append({"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)})
+                entries.append(
+                    {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
+                )
         return entries
 
     def _collect(self) -> None:
         """eval.json: what has been evaluated so far, in the run's order."""
         order = ["base", "extended", *(stage.name for stage in self.recipe.stages)]
-        files = [self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")]
+        files = [
+            self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")
+        ]
         done = {f"evaluate-{file.stem}" for file in files if f"evaluate-{file.stem}" in self.marks}
         entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
         write_json_atomic(self.path / "eval.json", entries)
@@ -323,7 +333,9 @@ class Pipeline:
             before = sample_page(self.after("base", "last"), self.base_tokenizer, settings)
             parts = ["# The same prompts, before and after\n"]
             for prompt, old, new in zip(settings.prompts, before, after, strict=True):
-                parts.append(f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n")
+                parts.append(
+                    f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n"
+                )
             write_text_atomic(out, "".join(parts))
 
         self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
@@ -334,7 +346,8 @@ class Pipeline:
         say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")
 
     def _plan(self) -> Plan:
-        """Work in training tokens: an evaluated token costs half of one; the rest is given in seconds for a rate of 4 FLOPs a parameter."""
+        """Work in training tokens: an evaluated token costs half of one; the rest is given in seconds for a rate of
+        4 FLOPs a parameter."""
         rate = 4 * self.parameters / (2e11 if jax.default_backend() == "cpu" else 2e14)
         documents = {domain.name: read_heldout(self._data(domain)) for domain in self.recipe.domains}
         before = sum(len(ids) for texts in documents.values() for ids in self.base_tokenizer.encode_documents(texts))
@@ -355,9 +368,12 @@ class Pipeline:
 def _copy_tokenizer(source: Path, out: Path) -> None:
     with atomic_directory(out) as directory:
         for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
-                if path.name not in ("config.json", "generation_config.json"):
-                    shutil.copyfile(path, directory / path.name)
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".jinja", ".txt", ".model")
+                and "safetensors" not in path.name
+            ) and path.name not in ("config.json", "generation_config.json"):
+                shutil.copyfile(path, directory / path.name)
 
 
 def _link_directory(source: Path, out: Path) -> None:

@@ -1,7 +1,8 @@
 """A run's directory: whose it is, and which of its stations are done.
 
-A station is a part of the run with inputs and outputs (the tokenizer, a domain's data, a stage of training). It is skipped when it was
-finished with the same inputs, continued when it was begun with the same inputs, and made anew otherwise.
+A station is a part of the run with inputs and outputs (the tokenizer, a domain's data, a stage of training). It is
+skipped when it was finished with the same inputs, continued when it was begun with the same inputs, and made anew
+otherwise.
 """
 
 import fcntl
@@ -44,13 +45,17 @@ class Workdir:
         if existing.exists():
             self._check_owner(json.loads(existing.read_text()), config, update)
         elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
-            raise UserError(f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir")
+            raise UserError(
+                f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
+            )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is running in {path}: wait for it, or choose another --workdir") from error
+            raise UserError(
+                f"another process is running in {path}: wait for it, or choose another --workdir"
+            ) from error
         write_json_atomic(existing, config)
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()

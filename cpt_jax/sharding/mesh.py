@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,9 @@ from cpt_jax.core.errors import UserError
 AXES = ("replica", "fsdp", "tensor")
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, *, replica: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
+def make_mesh(
+    devices: Sequence[Any] | None = None, *, replica: int = 1, fsdp: int | None = None, tensor: int = 1
+) -> Mesh:
     """A mesh (replica, fsdp, tensor) over all devices; `fsdp` takes those the others leave.
 
     Axes are Auto: the compiler propagates shardings from the arguments' and the constraints in the model.
@@ -25,5 +28,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, replica: int = 1, 
     sizes = dict(zip(AXES, (replica, fsdp, tensor), strict=True))
     if math.prod(sizes.values()) != len(devices):
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UserError(f"mesh {shown} does not cover {len(devices)} devices: choose sizes whose product is {len(devices)}")
+        raise UserError(
+            f"mesh {shown} does not cover {len(devices)} devices: choose sizes whose product is {len(devices)}"
+        )
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -50,7 +50,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
-    """Pins an activation's sharding where a mesh is set (`jax.set_mesh`), or XLA replicates it inside the layers' scan."""
+    """Pins an activation's sharding where a mesh is set (`jax.set_mesh`), or XLA replicates it inside the layers'
+    scan."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array

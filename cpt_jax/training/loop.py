@@ -58,7 +58,9 @@ def _placed(training: Training) -> tuple[Tree, Tree, dict[str, NamedSharding]]:
 
     def place(tree: Tree, dtype_of: Callable[[str], Any]) -> Tree:
         flat = flatten(tree)
-        return unflatten({path: jax.device_put(np.asarray(leaf).astype(dtype_of(path)), where[path]) for path, leaf in flat.items()})
+        return unflatten(
+            {path: jax.device_put(np.asarray(leaf).astype(dtype_of(path)), where[path]) for path, leaf in flat.items()}
+        )
 
     return (
         place(trainable, lambda path: jnp.float32),
@@ -110,7 +112,9 @@ def train(training: Training, plan: Plan | None = None) -> None:
         checkpoints.close()
 
 
-def _steps(training, compiled, state, frozen, checkpoints: Checkpoints, metrics_file: MetricsFile, plan: Plan | None) -> None:
+def _steps(
+    training, compiled, state, frozen, checkpoints: Checkpoints, metrics_file: MetricsFile, plan: Plan | None
+) -> None:
     batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"]))
     first = int(state.step)
     waiting: tuple[int, dict[str, jax.Array], int] | None = None

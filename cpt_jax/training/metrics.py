@@ -8,7 +8,8 @@ from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
 
 
 class MetricsFile:
-    """Lines of a stage's metrics; those after `done` steps (written by an interrupted run, to be computed again) are dropped first."""
+    """Lines of a stage's metrics; those after `done` steps (written by an interrupted run, to be computed again) are
+    dropped first."""
 
     def __init__(self, path: Path, done: int) -> None:
         self._path = path

@@ -1,6 +1,7 @@
 """The train step: (state, frozen, batch) -> (state, metrics), pure."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,17 @@ from cpt_jax.training.state import TrainState
 
 
 def make_train_step(
-    loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, ema: EMA | None, accumulate: int = 1
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    ema: EMA | None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The step of one stage. Only `state.trainable` is differentiated: frozen weights have no gradient to be thrown away.
+    """The step of one stage. Only `state.trainable` is differentiated: frozen weights have no gradient to be thrown
+    away.
 
-    The loss is the mean over the batch's weighted tokens. With `accumulate` > 1 the batch's rows are taken in that many parts, one after the
-    other, whose sums are added before the mean: the same step, in less memory.
+    The loss is the mean over the batch's weighted tokens. With `accumulate` > 1 the batch's rows are taken in that
+    many parts, one after the other, whose sums are added before the mean: the same step, in less memory.
     """
 
     def objective(trainable: Tree, frozen: Tree, part: dict[str, Array]):
@@ -44,8 +50,8 @@ def make_train_step(
         count = jnp.maximum(metrics["tokens"].sum(), 1.0)
         gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        average = None if ema is None else ema.update(state.average, trainable, state.step)
+        trainable = cast(Tree, optax.apply_updates(state.trainable, updates))
+        average = None if ema is None or state.average is None else ema.update(state.average, trainable, state.step)
         metrics = metrics | {
             "loss": total / count,
             "gradient_norm": optax.tree.norm(gradients),

@@ -1,7 +1,9 @@
-"""Growing a byte-level BPE tokenizer: new pieces with merges that make them, behind the base's; no id changes its meaning."""
+"""Growing a byte-level BPE tokenizer: new pieces with merges that make them, behind the base's; no id changes its
+meaning."""
 
 import collections
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,8 +21,8 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 class ContinuedBPE:
     """Merge learning goes on from the base's own segmentation of the new text (Purason et al. 2025, arXiv 2512.03989).
 
-    A merge is refused where it would change how the old text is tokenised (a pair that stands side by side in it), and where its piece
-    would be longer than `max_piece_characters` or rarer than `min_frequency`.
+    A merge is refused where it would change how the old text is tokenised (a pair that stands side by side in it),
+    and where its piece would be longer than `max_piece_characters` or rarer than `min_frequency`.
     """
 
     new_tokens: int
@@ -43,7 +45,9 @@ class ContinuedBPE:
 
         def allowed(pair: tuple[int, int]) -> bool:
             piece = pieces[pair[0]] + pieces[pair[1]]
-            return pair not in untouchable and piece not in known and byte_characters(piece) <= self.max_piece_characters
+            return (
+                pair not in untouchable and piece not in known and byte_characters(piece) <= self.max_piece_characters
+            )
 
         for _ in range(self.new_tokens):
             found = pairs.most_frequent(allowed)
@@ -131,12 +135,13 @@ def word_counts(base: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
 
 
 def adjacent_pairs(base: Tokenizer, texts: Iterable[str]) -> set[tuple[int, int]]:
-    """Pairs of the base's tokens that stand side by side in a word of the texts: merging one of them would change these texts."""
+    """Pairs of the base's tokens that stand side by side in a word of the texts: merging one of them would change
+    these texts."""
     model = base.backend.model
     pairs: set[tuple[int, int]] = set()
     for word in word_counts(base, texts):
         ids = [token.id for token in model.tokenize(word)]
-        pairs.update(zip(ids, ids[1:], strict=False))
+        pairs.update(itertools.pairwise(ids))
     return pairs
 
 
@@ -153,10 +158,14 @@ def check_extendable(base: Tokenizer) -> None:
         )
 
 
-def extend(base_directory: Path, extension: Extension, texts: Iterable[str], protected: Iterable[str], out: Path) -> int:
-    """Writes the extended tokenizer into `out` with the base's other tokenizer files, and returns the number of new pieces.
+def extend(
+    base_directory: Path, extension: Extension, texts: Iterable[str], protected: Iterable[str], out: Path
+) -> int:
+    """Writes the extended tokenizer into `out` with the base's other tokenizer files, and returns the number of new
+    pieces.
 
-    Ids of the base stay; added and special tokens stay; new ids begin behind all of them; new merges come behind the base's.
+    Ids of the base stay; added and special tokens stay; new ids begin behind all of them; new merges come behind the
+    base's.
 
     Args:
       texts: what to learn pieces from.
@@ -179,7 +188,9 @@ def extend(base_directory: Path, extension: Extension, texts: Iterable[str], pro
         raise UserError("nothing in the corpus is worth adding to the vocabulary: set the number of new pieces to 0")
     with atomic_directory(Path(out)) as directory:
         for path in Path(base_directory).iterdir():
-            if path.suffix in (".json", ".jinja", ".txt") and path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_")):
+            if path.suffix in (".json", ".jinja", ".txt") and path.name.startswith(
+                ("tokenizer", "special_tokens", "added_tokens", "chat_")
+            ):
                 shutil.copyfile(path, directory / path.name)
         write_text_atomic(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
     return next_id - base.size
@@ -188,7 +199,8 @@ def extend(base_directory: Path, extension: Extension, texts: Iterable[str], pro
 def old_segmentation(base: Tokenizer, extended: Tokenizer) -> list[list[int]]:
     """For each new id in order, the base's ids that its merges put together.
 
-    They are walked down the merge tree: a piece may begin or end inside a character, so its text cannot simply be encoded.
+    They are walked down the merge tree: a piece may begin or end inside a character, so its text cannot simply be
+    encoded.
     """
     vocabulary = extended.document["model"]["vocab"]
     parts: dict[str, tuple[str, str]] = {}

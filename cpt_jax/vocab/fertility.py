@@ -26,8 +26,12 @@ def fertility(encoded: Sequence[Sequence[int]], texts: Sequence[str]) -> Fertili
 def compare(name: str, base: Tokenizer, extended: Tokenizer, texts: Sequence[str]) -> dict:
     """One corpus under both tokenizers, as `cpt tokenizer report` gives it; shares are between 0 and 1."""
     before, after = base.encode_documents(list(texts)), extended.encode_documents(list(texts))
-    # A text that the base itself does not give back (one that holds a special token's name, say) is no failure of the extension.
-    lost = [extended.decode(new) != text and base.decode(old) == text for old, new, text in zip(before, after, texts, strict=True)]
+    # A text that the base itself does not give back (one that holds a special token's name, say) is no failure of
+    # the extension.
+    lost = [
+        extended.decode(new) != text and base.decode(old) == text
+        for old, new, text in zip(before, after, texts, strict=True)
+    ]
     return {
         "name": name,
         "base": dataclasses.asdict(fertility(before, texts)),

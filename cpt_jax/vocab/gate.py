@@ -33,7 +33,8 @@ class PieceUse:
 
 
 def piece_use(base: Tokenizer, extended: Tokenizer, texts: Iterable[str], shown: int = 30) -> PieceUse:
-    """Counts the new pieces in `texts`. One that never occurs is a step on the way to longer pieces, or was overtaken by one."""
+    """Counts the new pieces in `texts`. One that never occurs is a step on the way to longer pieces, or was
+    overtaken by one."""
     counts: collections.Counter[int] = collections.Counter()
     batch: list[str] = []
     for text in texts:
@@ -53,10 +54,26 @@ def piece_use(base: Tokenizer, extended: Tokenizer, texts: Iterable[str], shown:
 
 
 def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
-    """Arbitrary Unicode: any code points but surrogates, in runs of scripts, with controls, joiners and combining marks between them."""
+    """Arbitrary Unicode: any code points but surrogates, in runs of scripts, with controls, joiners and combining
+    marks between them."""
     generator = random.Random(seed)
-    ranges = [(0x20, 0x7E), (0x00, 0x1F), (0xA0, 0x2AF), (0x300, 0x36F), (0x600, 0x6FF), (0x900, 0x97F), (0x200B, 0x200F)]
-    ranges += [(0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0xE000, 0xE0FF), (0x10000, 0x10FFFF)]
+    ranges = [
+        (0x20, 0x7E),
+        (0x00, 0x1F),
+        (0xA0, 0x2AF),
+        (0x300, 0x36F),
+        (0x600, 0x6FF),
+        (0x900, 0x97F),
+        (0x200B, 0x200F),
+    ]
+    ranges += [
+        (0x3040, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),
+        (0x1F300, 0x1FAFF),
+        (0xE000, 0xE0FF),
+        (0x10000, 0x10FFFF),
+    ]
     texts = []
     for _ in range(count):
         runs = []
@@ -67,7 +84,9 @@ def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def check(base: Tokenizer, extended: Tokenizer, corpora: Sequence[dict], old: Sequence[str], use: PieceUse, limits: Limits) -> None:
+def check(
+    base: Tokenizer, extended: Tokenizer, corpora: Sequence[dict], old: Sequence[str], use: PieceUse, limits: Limits
+) -> None:
     """Refuses an extended tokenizer.
 
     Args:
@@ -75,18 +94,25 @@ def check(base: Tokenizer, extended: Tokenizer, corpora: Sequence[dict], old: Se
       old: names of the corpora whose text is to stay as it was.
 
     Raises:
-      UserError: an id changed, a text does not come back, too much old text is tokenised differently, or too many pieces are never used.
+      UserError: an id changed, a text does not come back, too much old text is tokenised differently, or too many
+      pieces are never used.
     """
     kept, now = base.backend.get_vocab(with_added_tokens=True), extended.backend.get_vocab(with_added_tokens=True)
     if moved := [piece for piece, index in kept.items() if now.get(piece) != index]:
-        raise UserError(f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew")
+        raise UserError(
+            f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
+        )
     fuzz = fuzzed_texts(1000)
     for text, before, after in zip(fuzz, base.encode_documents(fuzz), extended.encode_documents(fuzz), strict=True):
         if base.decode(before) == text and extended.decode(after) != text:
-            raise UserError(f"the extended tokenizer does not give back {text!r}, which the base does: extend the base anew")
+            raise UserError(
+                f"the extended tokenizer does not give back {text!r}, which the base does: extend the base anew"
+            )
     for corpus in corpora:
         if corpus["round_trip_failures"]:
-            raise UserError(f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer")
+            raise UserError(
+                f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer"
+            )
         if corpus["name"] in old and corpus["documents_changed"] > limits.old_documents_changed:
             raise UserError(
                 f"{corpus['documents_changed']:.1%} of the old documents ({corpus['name']}) are tokenised differently, more than the limit of "

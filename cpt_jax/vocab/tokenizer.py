@@ -72,9 +72,11 @@ class Tokenizer:
 
     @functools.cached_property
     def start_id(self) -> int:
-        """The token before a document: the one the tokenizer itself puts there, or the separator of documents in pre-training.
+        """The token before a document: the one the tokenizer itself puts there, or the separator of documents in
+        pre-training.
 
-        SmolLM2-135M on held-out text: 2.24 bits per byte after <|endoftext|>, 2.34 after its bos token, which begins a chat turn.
+        SmolLM2-135M on held-out text: 2.24 bits per byte after <|endoftext|>, 2.34 after its bos token, which begins
+        a chat turn.
         """
         framed = self._tokenizer.encode("a").ids
         if len(framed) > 1 and framed[0] == self._special("bos_token"):
@@ -83,15 +85,22 @@ class Tokenizer:
 
     @functools.cached_property
     def end_id(self) -> int:
-        """The token after a document: <|endoftext|> where there is one (an instruction model's eos ends a turn), or eos.
+        """The token after a document: <|endoftext|> where there is one (an instruction model's eos ends a turn), or
+        eos.
 
         Raises:
           UserError: the tokenizer has neither.
         """
-        for found in (self._tokenizer.token_to_id(DOCUMENT_SEPARATOR), self._special("eos_token"), self._special("bos_token")):
+        for found in (
+            self._tokenizer.token_to_id(DOCUMENT_SEPARATOR),
+            self._special("eos_token"),
+            self._special("bos_token"),
+        ):
             if found is not None:
                 return found
-        raise UserError(f"{self.directory}: the tokenizer has no {DOCUMENT_SEPARATOR}, eos or bos token to separate documents with")
+        raise UserError(
+            f"{self.directory}: the tokenizer has no {DOCUMENT_SEPARATOR}, eos or bos token to separate documents with"
+        )
 
     @property
     def backend(self) -> tokenizers.Tokenizer:

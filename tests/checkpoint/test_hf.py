@@ -65,16 +65,31 @@ WRONG = {
     "truncated": (truncate, "truncated or corrupt"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "ll'), "not valid JSON"),
-    "architecture": (lambda d: edit_config(d, model_type="mamba"), "model_type 'mamba'.* is not supported; supported: llama"),
-    "rope scaling": (lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2}), "rope_scaling of type 'yarn'"),
+    "architecture": (
+        lambda d: edit_config(d, model_type="mamba"),
+        "model_type 'mamba'.* is not supported; supported: llama",
+    ),
+    "rope scaling": (
+        lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2}),
+        "rope_scaling of type 'yarn'",
+    ),
     "bias": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True"),
-    "field missing": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "lacks the field 'num_attention_heads'"),
-    "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, 'model.norm.weight' first"),
+    "field missing": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "lacks the field 'num_attention_heads'",
+    ),
+    "tensor missing": (
+        lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")),
+        "lacks 1 tensors, 'model.norm.weight' first",
+    ),
     "tensor too many": (
         lambda d: edit_tensors(d, lambda t: t.update({"model.extra": np.zeros(2, np.float32)})),
         "tensor 'model.extra' that this architecture does not have",
     ),
-    "rows": (lambda d: edit_config(d, vocab_size=400), r"shape \[320, 32\], config.json asks for \[400, 32\]: run `cpt model extend`"),
+    "rows": (
+        lambda d: edit_config(d, vocab_size=400),
+        r"shape \[320, 32\], config.json asks for \[400, 32\]: run `cpt model extend`",
+    ),
 }
 
 
@@ -122,7 +137,9 @@ def test_gguf_import_is_that_of_transformers(smollm2):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = Path(".cache/quickstart").absolute()
-    reference = AutoModelForCausalLM.from_pretrained(gguf, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        gguf, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+    )
     expected = reference.state_dict()
     ours = load_file(smollm2 / "model.safetensors")
     assert ours.keys() == expected.keys() - {"lm_head.weight"}

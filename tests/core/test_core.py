@@ -111,7 +111,11 @@ def test_a_real_full_disk_is_told(tmp_path):
 
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    with pytest.raises(UserError, match="disk is full"), disk_full_is_told(tmp_path), Path("/dev/full").open("w") as file:
+    with (
+        pytest.raises(UserError, match="disk is full"),
+        disk_full_is_told(tmp_path),
+        Path("/dev/full").open("w") as file,
+    ):
         file.write("x")
         file.flush()
 

@@ -120,7 +120,11 @@ def test_the_seed_decides_the_order(directories):
 
 @pytest.mark.parametrize(
     ("mixture", "message"),
-    [({"zh": 0.7, "en": 0.2}, "sum to 0.9"), ({"zh": 1.2, "en": -0.2}, "share of 'en' is -0.2"), ({"zh": 1.0}, "another tokenizer")],
+    [
+        ({"zh": 0.7, "en": 0.2}, "sum to 0.9"),
+        ({"zh": 1.2, "en": -0.2}, "share of 'en' is -0.2"),
+        ({"zh": 1.0}, "another tokenizer"),
+    ],
 )
 def test_wrong_mixtures_are_refused(directories, mixture, message):
     with pytest.raises(UserError, match=message):

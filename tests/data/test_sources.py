@@ -44,7 +44,13 @@ def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
     path.write_bytes(b"\n".join(lines))
     skipped = SkipCounts()
     assert [document.text for document in read(Corpus(name="c", spec=str(path)), skipped)] == ["good"]
-    assert skipped == {"malformed JSON": 1, "no text field 'text'": 1, "empty": 1, "not UTF-8": 1, "not a JSON object": 1}
+    assert skipped == {
+        "malformed JSON": 1,
+        "no text field 'text'": 1,
+        "empty": 1,
+        "not UTF-8": 1,
+        "not a JSON object": 1,
+    }
 
 
 @pytest.mark.parametrize(

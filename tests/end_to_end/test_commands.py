@@ -30,9 +30,23 @@ def cpt(place, monkeypatch, capsys):
 
 
 def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
-    out = cpt("tokenizer", "extend", "--base", tiny_model, "--corpus", "zh.jsonl", "--new-tokens", 25, "--out", "tokenizer")
+    out = cpt(
+        "tokenizer", "extend", "--base", tiny_model, "--corpus", "zh.jsonl", "--new-tokens", 25, "--out", "tokenizer"
+    )
     assert "25 new pieces" in out
-    out = cpt("tokenizer", "report", "--base", tiny_model, "--tokenizer", "tokenizer", "--corpus", "zh.jsonl", "en.jsonl", "--json", "t.json")
+    out = cpt(
+        "tokenizer",
+        "report",
+        "--base",
+        tiny_model,
+        "--tokenizer",
+        "tokenizer",
+        "--corpus",
+        "zh.jsonl",
+        "en.jsonl",
+        "--json",
+        "t.json",
+    )
     report = json.loads((place / "t.json").read_text())
     rates = {corpus["name"]: corpus for corpus in report["corpora"]}
     assert rates["zh"]["extended"]["tokens_per_character"] < rates["zh"]["base"]["tokens_per_character"]
@@ -42,7 +56,20 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     np.testing.assert_array_equal(new[: len(old)], old)
     assert len(new) == len(old) + 25
     assert "embed/base" in cpt("model", "inspect", "--model", "grown")
-    out = cpt("eval", "--model", "grown", "--against", tiny_model, "--data", "zh=zh.jsonl", "en=en.jsonl", "--max-bytes", 2000, "--json", "e.json")
+    out = cpt(
+        "eval",
+        "--model",
+        "grown",
+        "--against",
+        tiny_model,
+        "--data",
+        "zh=zh.jsonl",
+        "en=en.jsonl",
+        "--max-bytes",
+        2000,
+        "--json",
+        "e.json",
+    )
     results = json.loads((place / "e.json").read_text())["results"]
     assert len(results) == 4
     assert {entry["domain"] for entry in results} == {"zh", "en"}
@@ -54,8 +81,14 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
 
 WRONG = {
     "tokenizer too large": (["eval", "--model", "{mixed}", "--data", "en=en.jsonl"], "run `cpt model extend`"),
-    "no tokenizer": (["tokenizer", "report", "--base", "data", "--tokenizer", "data", "--corpus", "en.jsonl"], "no tokenizer.json"),
-    "no pieces": (["tokenizer", "extend", "--base", "{model}", "--corpus", "en.jsonl", "--new-tokens", "0", "--out", "x"], "new_tokens is 0"),
+    "no tokenizer": (
+        ["tokenizer", "report", "--base", "data", "--tokenizer", "data", "--corpus", "en.jsonl"],
+        "no tokenizer.json",
+    ),
+    "no pieces": (
+        ["tokenizer", "extend", "--base", "{model}", "--corpus", "en.jsonl", "--new-tokens", "0", "--out", "x"],
+        "new_tokens is 0",
+    ),
     "no corpus": (["eval", "--model", "{model}", "--data", "en=nowhere.jsonl"], "there is no such file"),
     "not named": (["eval", "--model", "{model}", "--data", "en.jsonl"], "is not NAME=SPEC"),
     "no run": (["export", "--run", "data", "--out", "x"], "no run's directory"),

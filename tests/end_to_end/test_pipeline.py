@@ -1,4 +1,5 @@
-"""The whole way on a tiny model: from text files to a model that transformers loads; killed and continued; and what is refused."""
+"""The whole way on a tiny model: from text files to a model that transformers loads; killed and continued; and what
+is refused."""
 
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
-RECIPE = '''
+RECIPE = """
 from pathlib import Path
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.precision import Precision
@@ -38,8 +39,9 @@ def tiny() -> Recipe:
         ),
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=40), limits=Limits(unreachable_pieces=1.0)),
         stages=(
-            Stage(name="rows", method=Embeddings(), mixture={{"zh": 1.0}}, tokens=30 * 256, optimizer=AdamW(learning_rate=1e-2), **SHAPE),
-            Stage(name="lora", method=LoRA(rank=4, alpha=8), mixture={{"zh": 0.75, "en": 0.25}}, tokens=60 * 256,
+            Stage(name="rows", method=Embeddings(), mixture={{"zh": 1.0}}, tokens=30 * 256,
+            optimizer=AdamW(learning_rate=1e-2), **SHAPE), Stage(name="lora", method=LoRA(rank=4, alpha=8),
+            mixture={{"zh": 0.75, "en": 0.25}}, tokens=60 * 256,
                   optimizer=AdamW(learning_rate=1e-2), ema=EMA(decay=0.9), checkpoint_seconds=0.2, **SHAPE),
         ),
         evaluation=Evaluation(sequence_length=128),
@@ -47,7 +49,7 @@ def tiny() -> Recipe:
     )
 
 def no_recipe(needed) -> Recipe: ...
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,14 @@ def finished(place):
 
 def test_a_run_leaves_what_the_contract_says(finished):
     run, done = finished
-    for name in ("config.json", "tokenizer/tokenizer.json", "base/model.safetensors", "data/zh/manifest.json", "samples.md", "report.html"):
+    for name in (
+        "config.json",
+        "tokenizer/tokenizer.json",
+        "base/model.safetensors",
+        "data/zh/manifest.json",
+        "samples.md",
+        "report.html",
+    ):
         assert (run / name).exists(), name
     entries = json.loads((run / "eval.json").read_text())
     seen = [(entry["stage"], entry["weights"]) for entry in entries]
@@ -108,7 +117,10 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     from cpt_jax.recipe.stations import Workdir
 
     run, _ = finished
-    tokenizer, model = AutoTokenizer.from_pretrained(run / "export"), AutoModelForCausalLM.from_pretrained(run / "export")
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(run / "export"),
+        AutoModelForCausalLM.from_pretrained(run / "export"),
+    )
     ids = tokenizer("国务院应当 the city", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
@@ -146,7 +158,9 @@ def test_killed_anywhere_it_ends_with_the_same_figures(finished, place):
     command = [sys.executable, "-m", "cpt_jax", "run", "recipes:tiny", "--workdir", str(killed)]
     watched = ["tokenizer", "stages/1-rows/metrics.jsonl", "stages/2-lora/metrics.jsonl", "export.unchecked"]
     for name in watched:
-        process = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         while not (killed / name).exists() and process.poll() is None:
             time.sleep(0.02)
         time.sleep(0.5)
@@ -159,12 +173,24 @@ def test_killed_anywhere_it_ends_with_the_same_figures(finished, place):
 REFUSED = {
     "unknown recipe": (["run", "recipes:tinny"], "did you mean 'tiny'"),
     "unknown module": (["run", "nowhere:tiny"], "no module 'nowhere'"),
-    "unknown override": (["run", "recipes:tiny", "--stages.0.tokenz", "3", "--workdir", "new"], "did you mean 'tokens'"),
-    "other recipe": (["run", "recipes:tiny", "--seed", "5", "--workdir", "run"], "seed: 0 in the work directory, 5 given"),
+    "unknown override": (
+        ["run", "recipes:tiny", "--stages.0.tokenz", "3", "--workdir", "new"],
+        "did you mean 'tokens'",
+    ),
+    "other recipe": (
+        ["run", "recipes:tiny", "--seed", "5", "--workdir", "run"],
+        "seed: 0 in the work directory, 5 given",
+    ),
     "work directory in use": (["run", "recipes:tiny", "--workdir", "."], "not empty and holds no run"),
-    "missing corpus": (["run", "recipes:tiny", "--domains.0.corpus.spec", "no.jsonl", "--workdir", "new"], "no.jsonl: there is no such file"),
+    "missing corpus": (
+        ["run", "recipes:tiny", "--domains.0.corpus.spec", "no.jsonl", "--workdir", "new"],
+        "no.jsonl: there is no such file",
+    ),
     "missing base": (["run", "recipes:tiny", "--base", "no-model", "--workdir", "new"], "'no-model' is neither"),
-    "context": (["run", "recipes:tiny", "--stages.0.sequence_length", "999", "--workdir", "new"], "longer than the model's context of 256"),
+    "context": (
+        ["run", "recipes:tiny", "--stages.0.sequence_length", "999", "--workdir", "new"],
+        "longer than the model's context of 256",
+    ),
     "report of nothing": (["report", "."], "no run's directory"),
     "mixture": (["run", "recipes:tiny", "--stages.1.mixture.en", "0.5", "--workdir", "new"], "sum to 1.25"),
 }
@@ -181,7 +207,14 @@ def test_wrong_input_is_one_line_and_exit_2(finished, place, arguments, message)
 
 def test_adapt_needs_no_recipe(place, tiny_model):
     shape = ["--stages.0.batch_size", 4, "--stages.1.batch_size", 4, "--evaluation.sequence_length", 128]
-    lengths = ["--stages.0.sequence_length", 64, "--stages.1.sequence_length", 64, "--vocabulary.limits.unreachable_pieces", 1.0]
+    lengths = [
+        "--stages.0.sequence_length",
+        64,
+        "--stages.1.sequence_length",
+        64,
+        "--vocabulary.limits.unreachable_pieces",
+        1.0,
+    ]
     done = cpt(
         "adapt", "--base", tiny_model, "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "adapted",
         "--new-tokens", 30, "--tokens", 4000, *shape, *lengths, cwd=place,

@@ -91,7 +91,12 @@ def test_a_later_token_has_no_influence():
 
     def at_five(table):
         hidden = apply(
-            network, weights | {"embed": {"base": table}}, tokens, jnp.arange(12)[None], jnp.ones_like(tokens), compute_dtype="float32"
+            network,
+            weights | {"embed": {"base": table}},
+            tokens,
+            jnp.arange(12)[None],
+            jnp.ones_like(tokens),
+            compute_dtype="float32",
         )
         return hidden[0, 5].sum()
 
@@ -121,7 +126,9 @@ def test_attaching_lora_changes_nothing_and_merging_it_changes_nothing():
     adapted = flatten(jax.tree.map(np.asarray, random_weights(config, lora=lora)))
     from cpt_jax.core.tree import unflatten
 
-    fresh = {path: np.zeros_like(leaf) if path.endswith("lora_b") else leaf for path, leaf in adapted.items()} | flatten(plain)
+    fresh = {
+        path: np.zeros_like(leaf) if path.endswith("lora_b") else leaf for path, leaf in adapted.items()
+    } | flatten(plain)
     np.testing.assert_array_equal(run(config, unflatten(fresh), tokens, lora=lora), run(config, plain, tokens))
     trained = unflatten(adapted | flatten(plain))
     moved = run(config, trained, tokens, lora=lora)

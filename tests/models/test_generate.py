@@ -18,10 +18,14 @@ def test_greedy_is_that_of_transformers(tiny_model):
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for size in (1, 5, 70):
         prompt = np.random.default_rng(size).integers(2, 320, size).tolist()
-        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None)[0, size:].tolist()
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None)[
+            0, size:
+        ].tolist()
         assert generate(model.network, weights, prompt, new_tokens=30) == expected
         stop = expected[7]
-        assert generate(model.network, weights, prompt, new_tokens=30, end_ids=(stop,)) == expected[: expected.index(stop)]
+        assert (
+            generate(model.network, weights, prompt, new_tokens=30, end_ids=(stop,)) == expected[: expected.index(stop)]
+        )
 
 
 def test_prompts_that_cannot_be_continued_are_told(tiny_model):

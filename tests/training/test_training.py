@@ -64,7 +64,14 @@ def training(directories, directory, method, *, steps=8, devices=None, **changes
         weights=random_weights(config, lora=method.lora_config()),
         trains=method.trains,
         loader=Loader(
-            {"zh": 0.75, "en": 0.25}, directories, sequence_length=32, batch_size=8, start_id=0, end_id=1, tokenizer="numbers", seed=1
+            {"zh": 0.75, "en": 0.25},
+            directories,
+            sequence_length=32,
+            batch_size=8,
+            start_id=0,
+            end_id=1,
+            tokenizer="numbers",
+            seed=1,
         ),
         optimizer=AdamW(learning_rate=1e-2, weight_decay=0.1, new_rows_multiplier=2.0),
         schedule=Cosine(),
@@ -142,7 +149,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
             np.testing.assert_array_equal(leaf, flatten(cut[kind])[path])
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=4, alpha=8), Full(), Embeddings(rows="new")], ids=["lora", "full", "new rows"])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=4, alpha=8), Full(), Embeddings(rows="new")], ids=["lora", "full", "new rows"]
+)
 def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
     for devices in (1, 8):
         train(training(directories, tmp_path / str(devices), method, devices=devices))
@@ -243,7 +252,9 @@ class TestCrossEntropy:
         _, (_, frozen) = jax.value_and_grad(objective, argnums=(0, 1))(*low, (False, True))
         np.testing.assert_array_equal(frozen[0], 0)
         np.testing.assert_allclose(frozen[1], 2 * dtables[1], atol=1e-3)
-        _, each = token_losses(*low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", (False, False))
+        _, each = token_losses(
+            *low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", (False, False)
+        )
         np.testing.assert_allclose(each, losses, rtol=1e-4, atol=1e-5)
 
 

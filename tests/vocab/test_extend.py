@@ -1,6 +1,7 @@
 """Extended tokenizers: nothing is taken from the base, and the merges are those of a plain implementation."""
 
 import collections
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from inputs import chinese, english, write_tokenizer
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.extend import ContinuedBPE, Union, adjacent_pairs, byte_characters, extend, old_segmentation
-from cpt_jax.vocab.gate import Limits, check, fuzzed_texts, piece_use
 from cpt_jax.vocab.fertility import compare
+from cpt_jax.vocab.gate import Limits, check, fuzzed_texts, piece_use
 from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean
 from cpt_jax.vocab.merges import PairCounts
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -23,7 +24,9 @@ def base(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=[ContinuedBPE(new_tokens=60), Union(new_tokens=60)], ids=["continued-bpe", "union"])
+@pytest.fixture(
+    scope="module", params=[ContinuedBPE(new_tokens=60), Union(new_tokens=60)], ids=["continued-bpe", "union"]
+)
 def grown(request, base, tmp_path_factory):
     out = tmp_path_factory.mktemp("grown") / "tokenizer"
     extend(base, request.param, chinese(400), english(300), out)
@@ -37,7 +40,7 @@ def naive_merges(words: list[list[int]], weights: list[int], count: int, first_i
     for new in range(first_id, first_id + count):
         pairs = collections.Counter()
         for word, weight in zip(words, weights, strict=True):
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += weight
         if not pairs:
             break
@@ -140,7 +143,9 @@ def test_the_gate_names_the_figure(grown):
 def test_other_kinds_of_tokenizer_are_refused(tmp_path):
     import tokenizers
 
-    tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     with pytest.raises(UserError, match="WordPiece"):
         extend(tmp_path, ContinuedBPE(new_tokens=5), ["a"], [], tmp_path / "out")
 
@@ -148,7 +153,7 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path):
 def test_adjacent_pairs_are_those_of_the_base(base):
     tokenizer = Tokenizer(base)
     ids = tokenizer.encode("xyzzy")
-    assert adjacent_pairs(tokenizer, ["xyzzy"]) == set(zip(ids, ids[1:], strict=False))
+    assert adjacent_pairs(tokenizer, ["xyzzy"]) == set(itertools.pairwise(ids))
 
 
 def test_initial_rows(grown):

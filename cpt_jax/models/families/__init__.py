@@ -16,5 +16,7 @@ def family_for(hf_config: dict) -> ModuleType:
     """
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {nearest(model_type, FAMILIES)} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise UserError(
+            f"model_type {nearest(model_type, FAMILIES)} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[model_type]

@@ -16,7 +16,8 @@ UNSUPPORTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a HF tensor belongs: our path, the layer it is of (None: of no layer), and whether it is stored transposed."""
+    """Where a HF tensor belongs: our path, the layer it is of (None: of no layer), and whether it is stored
+    transposed."""
 
     path: str
     layer: int | None = None
@@ -37,7 +38,9 @@ def config_from_hf(hf: dict) -> DecoderConfig:
     scaling = hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
-        raise UserError(f"config.json asks for rope_scaling of type {kind!r}, which is not supported yet (only unscaled RoPE)")
+        raise UserError(
+            f"config.json asks for rope_scaling of type {kind!r}, which is not supported yet (only unscaled RoPE)"
+        )
     try:
         heads, width = hf["num_attention_heads"], hf["hidden_size"]
         return DecoderConfig(
