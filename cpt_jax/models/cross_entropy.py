@@ -5,7 +5,7 @@ chunk's exponentials are at hand: the backward pass only scales it.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
