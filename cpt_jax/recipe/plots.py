@@ -52,7 +52,7 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
         values = [entry["bits_per_byte"] for entry in rows]
         best = values.index(min(values))
         axis.bar(range(len(rows)), values, color=[ACCENT if i == best else PALE for i in range(len(rows))], width=0.66)
-        axis.axhline(values[0], color=GREY, linestyle="--", linewidth=1)
+        axis.axhline(values[0], color=GREY, linestyle="--", linewidth=1, zorder=1)
         for index, value in enumerate(values):
             axis.annotate(
                 f"{value:.3f}",
@@ -60,7 +60,8 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
                 ha="center",
                 va="bottom",
                 fontsize=8,
-                xytext=(0, 1),
+                xytext=(0, 2),
+                bbox={"color": "white", "pad": 0.4},
                 textcoords="offset points",
             )
         axis.set_xticks(range(len(rows)), labels, rotation=35, ha="right")

@@ -110,6 +110,8 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from cpt_jax.core.config import from_json
+    from cpt_jax.core.precision import Precision
+    from cpt_jax.models.generate import generate
     from cpt_jax.recipe.export import FLOAT32, text_logits
     from cpt_jax.recipe.model import load_model
     from cpt_jax.recipe.recipe import Recipe
@@ -132,6 +134,9 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
         pipeline.resolve()
         trained = pipeline.after("lora", "last")
     assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
+    produced = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, len(ids) :]
+    weights = trained.on_device(Precision(compute="float32"))
+    assert generate(trained.network, weights, ids, new_tokens=20) == produced.tolist()
     table = load_file(run / "export" / "model.safetensors")["model.embed_tokens.weight"]
     base = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(table[: len(base)], base)

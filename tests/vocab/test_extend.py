@@ -170,3 +170,30 @@ def test_initial_rows(grown):
     np.testing.assert_allclose(np.cov(many, rowvar=False), np.cov(table, rowvar=False), rtol=0.1, atol=1.5)
     first = SubwordMean(weights="first").build(table, [[1, 2]], 0)[0]
     np.testing.assert_allclose(first, (2 * table[1] + table[2]) / 3, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_real_tokenizer_on_real_statutes(smollm2, tmp_path):
+    """2,000 pieces: 0.70 tokens per character or less on held-out laws, English as before, and every text comes back."""
+    from configs.quickstart import quickstart
+    from cpt_jax.data.sources import SkipCounts, read
+
+    statutes, english_domain, _ = quickstart().domains
+    documents = list(read(statutes.corpus, SkipCounts()))
+    learnt = [document.text for document in documents if not statutes.heldout.holds_out(document)]
+    held = [document.text for document in documents if statutes.heldout.holds_out(document)]
+    passages = list(read(english_domain.corpus, SkipCounts()))
+    protected = [document.text for document in passages if not english_domain.heldout.holds_out(document)]
+    old = [document.text for document in passages if english_domain.heldout.holds_out(document)]
+    extend(smollm2, ContinuedBPE(new_tokens=2000), learnt, protected, tmp_path / "out")
+    base, extended = Tokenizer(smollm2), Tokenizer(tmp_path / "out")
+    rates = compare("statutes", base, extended, held)
+    assert rates["extended"]["tokens_per_character"] < 0.70 < 1.75 < rates["base"]["tokens_per_character"]
+    assert base.encode_documents(old) == extended.encode_documents(old)
+    for text in [*held[:1000], *old, *fuzzed_texts(2000, seed=3)]:
+        assert extended.decode(extended.encode(text)) == text
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in held[:100]:
+        assert reference(text, add_special_tokens=False)["input_ids"] == extended.encode(text)
