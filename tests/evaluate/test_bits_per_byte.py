@@ -57,7 +57,11 @@ def test_a_long_document_counts_every_token_once(tiny_model):
 
 @pytest.mark.slow
 def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
-    """Three digits on real statutes, English and Python, in float32; and the logits, below 1e-4."""
+    """Bits per byte to three digits on real statutes, English and Python, in float32; and the logits below 1e-4.
+
+    Float32 alone moves a logit of this model by up to 1.7e-4 in ours and 1.1e-4 in transformers (LOG.md), so that
+    the bound is on the difference in float64, and float32 is held to a few times its own noise.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +71,7 @@ def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
     from cpt_jax.recipe.export import text_logits
 
     tokenizer, model = Tokenizer(smollm2), load_model(smollm2)
-    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    single, double = (AutoModelForCausalLM.from_pretrained(smollm2, dtype=t) for t in (torch.float32, torch.float64))
     for domain in quickstart().domains:
         documents = [document.text for _, document in zip(range(400), read(domain.corpus, SkipCounts()), strict=False)]
         documents = [text for text in documents if 200 < len(text.encode()) < 1500][:4]
@@ -75,7 +79,9 @@ def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
         result = bits_per_byte(model.network, model.on_device(FLOAT32), packed, batch_size=2, precision=FLOAT32)
         expected = reference_nats(smollm2, tokenizer, documents) / result.bytes / math.log(2)
         assert f"{result.bits_per_byte:.3g}" == f"{expected:.3g}", domain.name
-        ids = [tokenizer.start_id, *tokenizer.encode(documents[0])][:64]
+        ids = tokenizer.encode(documents[0])[:64]
         with torch.no_grad():
-            logits = reference(torch.tensor([ids])).logits[0].numpy()
-        assert np.abs(text_logits(model, ids, EXPORT_FLOAT32) - logits).max() < 1e-4, domain.name
+            exact, rounded = (m(torch.tensor([ids])).logits[0].numpy() for m in (double, single))
+        assert np.abs(text_logits(model, ids) - exact).max() < 1e-4, domain.name
+        assert np.abs(text_logits(model, ids) - rounded).max() < 1e-4, domain.name
+        assert np.abs(text_logits(model, ids, EXPORT_FLOAT32) - rounded).max() < 5e-4, domain.name
