@@ -21,6 +21,7 @@ SINGLE = "model.safetensors"
 # Files of a model directory that are not weights and go along unchanged.
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -166,9 +167,8 @@ def _hf_tensors(config: DecoderConfig, weights: Tree, hf_config: dict, dtype: An
     flat = flatten(weights)
     for name, place in family_for(hf_config).weight_names(config).items():
         if place.path in ("embed", "head"):
-            parts = [
-                np.asarray(flat[f"{place.path}/{part}"]) for part in ("base", "new") if f"{place.path}/{part}" in flat
-            ]
+            rows = config.table_rows
+            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in rows.items()]
             array = np.concatenate([part.astype(dtype) for part in parts])
         else:
             array = np.asarray(flat[place.path] if place.layer is None else flat[place.path][place.layer]).astype(dtype)

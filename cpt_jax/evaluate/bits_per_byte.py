@@ -11,7 +11,7 @@ import numpy as np
 
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree
-from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -87,9 +87,9 @@ def _nats_function(network: Network, compute: str) -> Callable:
     @jax.jit
     def nats(weights: Tree, rows: dict[str, jax.Array]) -> jax.Array:
         hidden = apply(network, weights, rows["inputs"], rows["positions"], rows["segment_ids"], compute_dtype=compute)
-        tables = tuple(weights[table][part] for part in ("base", "new") if part in weights[table])
+        tables = tuple(weights[table][part] for part in network.config.table_rows)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        none_train = (False,) * len(tables)
+        none_train = tuple(TableUse(rows, False) for rows in network.config.table_rows.values())
         return token_losses(
             flat, tables, rows["targets"].reshape(-1), rows["weights"].reshape(-1), jnp.dtype(compute), none_train
         )[0]

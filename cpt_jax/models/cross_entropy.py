@@ -5,7 +5,7 @@ chunk's exponentials are at hand: the backward pass only scales it.
 """
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,28 @@ from jaxtyping import Array, Float, Int
 CHUNK_TOKENS = 512
 
 
-def _chunk_losses(hidden, tables, targets):
+class TableUse(NamedTuple):
+    """Of a vocabulary table: how many of its rows are tokens (those behind them are padding, which is never
+    predicted), and whether it trains."""
+
+    rows: int
+    trains: bool
+
+
+def _logits(hidden, table, rows: int):
+    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+    return logits if table.shape[0] == rows else jnp.where(jnp.arange(table.shape[0]) < rows, logits, -jnp.inf)
+
+
+def _chunk_losses(hidden, tables, targets, uses: tuple[TableUse, ...]):
     """(losses [N], exponentials and logits' normaliser) of one chunk of tokens; `tables` are the rows [V_i, D], one
     behind the other."""
-    logits = [jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32) for table in tables]
+    logits = [_logits(hidden, table, use.rows) for table, use in zip(tables, uses, strict=True)]
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
     exponentials = [jnp.exp(part - top[:, None]) for part in logits]
     normaliser = sum(part.sum(-1) for part in exponentials)
     first, chosen = 0, jnp.zeros_like(top)
-    for part in logits:
-        rows = part.shape[1]
+    for part, (rows, _) in zip(logits, uses, strict=True):
         local = jnp.clip(targets - first, 0, rows - 1)
         value = jnp.take_along_axis(part, local[:, None], axis=1)[:, 0]
         chosen = jnp.where((targets >= first) & (targets < first + rows), value, chosen)
@@ -31,13 +43,13 @@ def _chunk_losses(hidden, tables, targets):
     return top + jnp.log(normaliser) - chosen, exponentials, normaliser
 
 
-def _chunk_gradients(hidden, tables, targets, weights, dtype, table_gradients: tuple[bool, ...]):
-    losses, exponentials, normaliser = _chunk_losses(hidden, tables, targets)
+def _chunk_gradients(hidden, tables, targets, weights, dtype, uses: tuple[TableUse, ...]):
+    losses, exponentials, normaliser = _chunk_losses(hidden, tables, targets, uses)
     scale = (weights / normaliser)[:, None]
     dhidden, dtables, first = jnp.zeros(hidden.shape, jnp.float32), [], 0
-    for part, table, wanted in zip(exponentials, tables, table_gradients, strict=True):
-        rows = table.shape[0]
-        is_target = jnp.arange(first, first + rows)[None, :] == targets[:, None]
+    for part, table, (rows, wanted) in zip(exponentials, tables, uses, strict=True):
+        local = jnp.where(targets < first + rows, targets - first, -1)
+        is_target = jnp.arange(table.shape[0])[None, :] == local[:, None]
         dlogits = (part * scale - jnp.where(is_target, weights[:, None], 0.0)).astype(dtype)
         dhidden += jnp.matmul(dlogits, table, preferred_element_type=jnp.float32)
         if wanted:
@@ -60,40 +72,38 @@ def token_losses(
     targets: Int[Array, "N"],
     weights: Float[Array, "N"],
     dtype: Any,
-    table_gradients: tuple[bool, ...],
+    uses: tuple[TableUse, ...],
 ) -> tuple[Float[Array, ""], Float[Array, "N"]]:
     """(sum of weight times loss, each token's loss in nats) of the next token over all rows of `tables`.
 
-    Products take inputs of `dtype` and sum in float32. `table_gradients` says which tables train: the others get a
-    gradient of zero. Only the sum has a gradient.
+    Products take inputs of `dtype` and sum in float32. A table that does not train gets a gradient of zero. Only the
+    sum has a gradient.
     """
-    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, table_gradients))
+    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, uses))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _token_losses(hidden, tables, targets, weights, dtype, table_gradients):
+def _token_losses(hidden, tables, targets, weights, dtype, uses):
     dtype = jnp.dtype(dtype)
     tables = tuple(table.astype(dtype) for table in tables)
 
     def chunk(arguments):
-        return _chunk_losses(arguments[0].astype(dtype), tables, arguments[1])[0]
+        return _chunk_losses(arguments[0].astype(dtype), tables, arguments[1], uses)[0]
 
     losses = jax.lax.map(chunk, tuple(_chunks(hidden.shape[0], hidden, targets))).reshape(-1)[: hidden.shape[0]]
     return jnp.sum(losses * weights), losses
 
 
-def _forward(hidden, tables, targets, weights, dtype, table_gradients):
+def _forward(hidden, tables, targets, weights, dtype, uses):
     dtype = jnp.dtype(dtype)
     low = tuple(table.astype(dtype) for table in tables)
 
     def chunk(sums, arguments):
         rows, wanted, weight = arguments
-        losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, table_gradients)
+        losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, uses)
         return tuple(a + b for a, b in zip(sums, dtables, strict=True)), (losses, dhidden)
 
-    zeros = tuple(
-        jnp.zeros(table.shape, jnp.float32) for table, wanted in zip(tables, table_gradients, strict=True) if wanted
-    )
+    zeros = tuple(jnp.zeros(table.shape, jnp.float32) for table, use in zip(tables, uses, strict=True) if use.trains)
     count = hidden.shape[0]
     sums, (losses, dhidden) = jax.lax.scan(chunk, zeros, tuple(_chunks(count, hidden, targets, weights)))
     losses, dhidden = losses.reshape(-1)[:count], dhidden.reshape(-1, hidden.shape[1])[:count]
@@ -101,13 +111,13 @@ def _forward(hidden, tables, targets, weights, dtype, table_gradients):
     return (jnp.sum(losses * weights), losses), (dhidden, sums, tuple(table.shape for table in tables), shapes)
 
 
-def _backward(dtype, table_gradients, residuals, cotangents):
+def _backward(dtype, uses, residuals, cotangents):
     dhidden, sums, shapes, dtypes = residuals
     cotangent, _ = cotangents
     left = list(sums)
     dtables = tuple(
-        (left.pop(0) * cotangent).astype(empty.dtype) if wanted else jnp.zeros(shape, empty.dtype)
-        for wanted, shape, empty in zip(table_gradients, shapes, dtypes, strict=True)
+        (left.pop(0) * cotangent).astype(empty.dtype) if use.trains else jnp.zeros(shape, empty.dtype)
+        for use, shape, empty in zip(uses, shapes, dtypes, strict=True)
     )
     return dhidden * cotangent, dtables, None, None
 

@@ -27,6 +27,9 @@ from cpt_jax.sharding.rules import constrain
 class DecoderConfig:
     """Sizes of a decoder. The vocabulary has `vocab_size` rows of the base's and `new_rows` behind them.
 
+    Each of the two tables is padded to a multiple of `row_multiple`, as accelerators like it; padded rows are never
+    predicted, and are not saved.
+
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU. `remat` recomputes each layer's activations in the backward pass.
     """
@@ -39,6 +42,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     new_rows: int = 0
+    row_multiple: int = 1
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
@@ -56,7 +60,17 @@ class DecoderConfig:
 
     @property
     def total_rows(self) -> int:
+        """Tokens of both tables."""
         return self.vocab_size + self.new_rows
+
+    def padded(self, rows: int) -> int:
+        """Rows that a table of so many tokens has."""
+        return -(-rows // self.row_multiple) * self.row_multiple
+
+    @property
+    def table_rows(self) -> dict[str, int]:
+        """Tokens of each table by its name."""
+        return {"base": self.vocab_size} | ({"new": self.new_rows} if self.new_rows else {})
 
 
 class Decoder(nnx.Module):
@@ -64,7 +78,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = VocabTable(config.vocab_size, config.new_rows, config.hidden_size, rngs)
+        self.embed = VocabTable(config, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, axis_size=config.num_layers)
@@ -74,7 +88,7 @@ class Decoder(nnx.Module):
         self.layers = stacked_blocks(rngs)
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = VocabTable(config.vocab_size, config.new_rows, config.hidden_size, rngs)
+            self.head = VocabTable(config, rngs)
 
     def __call__(self, tokens, positions, mask, dtype, cache: Cache | None = None, index=None):
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")

@@ -14,14 +14,17 @@ from cpt_jax.models.products import matmul, sum_type
 
 
 class VocabTable(nnx.Module):
-    """Rows [V, D]: `base`, and `new` behind them where the vocabulary has grown."""
+    """Rows [V, D]: `base`, and `new` behind them where the vocabulary has grown; each may end in padding."""
 
-    def __init__(self, base_rows: int, new_rows: int, width: int, rngs: nnx.Rngs) -> None:
-        self.base_rows, self.new_rows = base_rows, new_rows
-        self.base = Weight(0.02 * jax.random.normal(rngs.params(), (base_rows, width)), logical_axes=("vocab", "embed"))
-        if new_rows:
-            new = 0.02 * jax.random.normal(rngs.params(), (new_rows, width))
-            self.new = Weight(new, logical_axes=("new_vocab", "embed"))
+    def __init__(self, config, rngs: nnx.Rngs) -> None:
+        self.base_rows, self.new_rows = config.vocab_size, config.new_rows
+
+        def rows(count: int) -> Float[Array, "V D"]:
+            return 0.02 * jax.random.normal(rngs.params(), (config.padded(count), config.hidden_size))
+
+        self.base = Weight(rows(self.base_rows), logical_axes=("vocab", "embed"))
+        if self.new_rows:
+            self.new = Weight(rows(self.new_rows), logical_axes=("new_vocab", "embed"))
 
     def lookup(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
         """The tokens' rows, in the type that products with inputs of `dtype` are summed in."""
@@ -33,8 +36,8 @@ class VocabTable(nnx.Module):
         return jnp.where((tokens >= self.base_rows)[..., None], new, rows)
 
     def logits(self, hidden: Float[Array, "*rows D"], dtype: jnp.dtype) -> Float[Array, "*rows V"]:
-        """One logit a row of both tables, float32."""
-        logits = matmul(hidden, self.base[...].T, dtype)
+        """One logit a token, float32: rows that are padding have none."""
+        logits = matmul(hidden, self.base[...].T, dtype)[..., : self.base_rows]
         if not self.new_rows:
             return logits
-        return jnp.concatenate([logits, matmul(hidden, self.new[...].T, dtype)], axis=-1)
+        return jnp.concatenate([logits, matmul(hidden, self.new[...].T, dtype)[..., : self.new_rows]], axis=-1)

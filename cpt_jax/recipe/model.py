@@ -60,6 +60,16 @@ class Model:
             self, config=dataclasses.replace(self.config, layer_loop="unroll" if unroll else "scan")
         )
 
+    def padded(self, multiple: int) -> "Model":
+        """This model with each vocabulary table padded with zeros to a multiple of so many rows."""
+        config = dataclasses.replace(self.config, row_multiple=multiple)
+        flat = flatten(self.weights)
+        for path, leaf in flat.items():
+            if path.split("/")[0] in ("embed", "head"):
+                rows = config.table_rows[path.split("/")[1]]
+                flat[path] = np.pad(leaf[:rows], ((0, config.padded(rows) - rows), (0, 0)))
+        return dataclasses.replace(self, config=config, weights=unflatten(flat))
+
     def on_device(self, precision: Precision) -> Tree:
         """The weights as arrays of the computation's types."""
         flat = flatten(self.weights)

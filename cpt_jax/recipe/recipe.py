@@ -36,9 +36,13 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """How the tokenizer grows on the new domains' training text, and what the new rows start from."""
+    """How the tokenizer grows on the new domains' training text, and what the new rows start from.
+
+    `drop_unreachable` leaves out pieces that the extended tokenizer never produces on that text.
+    """
 
     extension: Extension = ContinuedBPE(new_tokens=2000)
+    drop_unreachable: bool = False
     initial_rows: InitRows = SubwordMean()
     limits: Limits = Limits()
 
@@ -110,11 +114,15 @@ class Recipe:
     precision: Precision = Precision(compute="bfloat16")
     evaluation: Evaluation = Evaluation()
     samples: Samples = Samples()
+    # In training, each vocabulary table is padded to a multiple of so many rows.
+    pad_vocabulary_to: int = 128
     # Which weights leave the house: the last ones or their moving average.
     export_weights: Literal["last", "ema"] = "last"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.pad_vocabulary_to < 1:
+            raise UserError(f"pad_vocabulary_to is {self.pad_vocabulary_to}: give at least 1 (no padding)")
         names = [domain.name for domain in self.domains]
         for kind, given in (("domain", names), ("stage", [stage.name for stage in self.stages])):
             if len(set(given)) != len(given):

@@ -101,7 +101,8 @@ class Pipeline:
         self.base_tokenizer = Tokenizer(self.source)
         self.marks["base"] = json.dumps(identity(self.source))
         model = self.after("base", "last")
-        check_fits(self.base_tokenizer, model.config.total_rows, self.source)
+        if self.recipe.vocabulary is None:
+            check_fits(self.base_tokenizer, model.config.total_rows, self.source)
         self.parameters = model.parameters
         longest = max(
             [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
@@ -162,7 +163,9 @@ class Pipeline:
             "base-model",
             [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
             [base],
-            lambda: grow_model(self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base),
+            lambda: grow_model(
+                self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")
+            ),
         )
         self.tokenizer = Tokenizer(tokenizer)
 
@@ -191,10 +194,11 @@ class Pipeline:
         self._model = None
         names = [stage.name for stage in self.recipe.stages]
         if stage_name == "base":
-            model = load_model(self.source)
+            model = load_model(self.source).padded(self.recipe.pad_vocabulary_to)
         elif stage_name == "extended":
             grown = self.recipe.vocabulary is not None
             model = load_model(self.path / "base", self.base_tokenizer.size if grown else None)
+            model = model.padded(self.recipe.pad_vocabulary_to)
         else:
             index = names.index(stage_name)
             stage = self.recipe.stages[index]
@@ -221,7 +225,8 @@ class Pipeline:
             self._model = None
             train(self._training(stage, model, loader, directory), self.plan)
 
-        inputs = [settings, to_json(self.recipe.precision), self.recipe.seed + index, upstream, data]
+        precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
+        inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
         self._station(f"stage-{stage.name}", inputs, [directory], build)
 
     def _loader(self, stage: Stage, seed: int) -> Loader:

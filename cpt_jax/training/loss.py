@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cpt_jax.core.tree import Tree
-from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
 
 
@@ -20,14 +20,14 @@ def make_loss(network: Network, compute_dtype: Any, trains: Callable[[str], bool
     averaged here, so that parts of a batch can be added up.
     """
     table = head_path(network.config)
-    parts = [f"{table}/base"] + ([f"{table}/new"] if network.config.new_rows else [])
-    table_gradients = tuple(trains(part) for part in parts)
+    rows = network.config.table_rows
+    uses = tuple(TableUse(count, trains(f"{table}/{part}")) for part, count in rows.items())
 
     def loss(weights: Tree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         hidden = apply(
             network, weights, batch["inputs"], batch["positions"], batch["segment_ids"], compute_dtype=compute_dtype
         )
-        tables = tuple(weights[table][part.split("/")[1]] for part in parts)
+        tables = tuple(weights[table][part] for part in rows)
         token_weights = batch["weights"].reshape(-1)
         total, losses = token_losses(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -35,7 +35,7 @@ def make_loss(network: Network, compute_dtype: Any, trains: Callable[[str], bool
             batch["targets"].reshape(-1),
             token_weights,
             compute_dtype,
-            table_gradients,
+            uses,
         )
         of_domain = jax.nn.one_hot(batch["domains"].reshape(-1), domains, dtype=jnp.float32)
         weighted = jnp.stack([jax.lax.stop_gradient(losses) * token_weights, token_weights])

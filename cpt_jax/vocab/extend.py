@@ -1,219 +1,212 @@
-"""Growing a byte-level BPE tokenizer: new pieces with merges that make them, behind the base's; no id changes its
-meaning."""
+"""Growing a tokenizer: new pieces behind the base's, each of whose ids keeps its meaning."""
 
-import collections
 import dataclasses
-import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import tokenizers
+from typing import Literal
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import atomic_directory, write_text_atomic
-from cpt_jax.vocab.merges import PairCounts
+from cpt_jax.core.progress import say
+from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.vocab.continued import ContinuedLearning, NewPiece
+from cpt_jax.vocab.segmentation import kind_of, segmentation_of
+from cpt_jax.vocab.selection import Selection, sampled
+from cpt_jax.vocab.sentencepiece_model import append_pieces, extended_merges, lowest_ordinary_score
 from cpt_jax.vocab.tokenizer import Tokenizer
+from cpt_jax.vocab.union import byte_level_union, sentencepiece_union
+
+TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "chat_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContinuedBPE:
-    """Merge learning goes on from the base's own segmentation of the new text (Purason et al. 2025, arXiv 2512.03989).
+class ContinuedBPE(Selection):
+    """Merge learning goes on from the base's own segmentation of the new text (arXiv 2512.03989). For every BPE."""
 
-    A merge is refused where it would change how the old text is tokenised (a pair that stands side by side in it),
-    and where its piece would be longer than `max_piece_characters` or rarer than `min_frequency`.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Union(Selection):
+    """The pieces of a tokenizer trained on the new text alone, united with the base's.
+
+    `scores`, for SentencePiece: "below-base", so that text which the base cuts well is cut as before; "own", the
+    scores of the domain's tokenizer; "zero", above all pieces of the base, as the Chinese-LLaMA script does.
     """
 
-    new_tokens: int
-    max_piece_characters: int = 16
-    min_frequency: int = 2
-
-    def __post_init__(self) -> None:
-        _check_new_tokens(self.new_tokens)
-
-    def merges(self, base: Tokenizer, texts: Iterable[str], protected: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """The new merges, most frequent first."""
-        words = word_counts(base, texts)
-        model = base.backend.model
-        segments = [[token.id for token in model.tokenize(word)] for word in words]
-        pairs = PairCounts(segments, list(words.values()))
-        untouchable = adjacent_pairs(base, protected)
-        pieces: dict[int, str] = {index: piece for piece, index in base.document["model"]["vocab"].items()}
-        known = set(pieces.values())
-        next_id = max(base.size, max(pieces) + 1)
-
-        def allowed(pair: tuple[int, int]) -> bool:
-            piece = pieces[pair[0]] + pieces[pair[1]]
-            return (
-                pair not in untouchable and piece not in known and byte_characters(piece) <= self.max_piece_characters
-            )
-
-        for _ in range(self.new_tokens):
-            found = pairs.most_frequent(allowed)
-            if found is None or found[1] < self.min_frequency:
-                return
-            (left, right), _count = found
-            yield pieces[left], pieces[right]
-            pieces[next_id] = pieces[left] + pieces[right]
-            known.add(pieces[next_id])
-            pairs.merge((left, right), next_id)
-            next_id += 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Union:
-    """The pieces of a BPE trained on the new text alone, in its order, as far as their parts are there."""
-
-    new_tokens: int
-
-    def __post_init__(self) -> None:
-        _check_new_tokens(self.new_tokens)
-
-    def merges(self, base: Tokenizer, texts: Iterable[str], protected: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """The new merges, in the order in which the domain's own tokenizer learnt them."""
-        domain = tokenizers.Tokenizer(tokenizers.models.BPE())
-        domain.pre_tokenizer = base.backend.pre_tokenizer  # type: ignore[assignment]
-        if base.backend.normalizer is not None:
-            domain.normalizer = base.backend.normalizer  # type: ignore[assignment]
-        trainer = tokenizers.trainers.BpeTrainer(  # type: ignore[call-arg]
-            vocab_size=256 + 4 * self.new_tokens,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        domain.train_from_iterator(texts, trainer)
-        ids = base.document["model"]["vocab"]
-        known = set(ids)
-        untouchable = adjacent_pairs(base, protected)
-        count = 0
-        for left, right in json.loads(domain.to_str())["model"]["merges"]:
-            if count == self.new_tokens:
-                return
-            touches = (ids.get(left, -1), ids.get(right, -1)) in untouchable
-            if left in known and right in known and left + right not in known and not touches:
-                known.add(left + right)
-                count += 1
-                yield left, right
+    scores: Literal["below-base", "own", "zero"] = "below-base"
 
 
 Extension = ContinuedBPE | Union
 
 
-def _check_new_tokens(count: int) -> None:
-    if count < 1:
-        raise UserError(f"new_tokens is {count}: give at least 1, or leave the vocabulary as it is")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What is written: pieces in order; merges (byte-level only), and scores (SentencePiece)."""
+
+    pieces: list[str]
+    merges: list[tuple[str, str]] | None = None
+    scores: list[float] | None = None
 
 
-def byte_characters(piece: str) -> int:
-    """Characters that begin in a byte-level piece (each byte is written as one character)."""
-    alphabet = _byte_of()
-    return sum(1 for character in piece if alphabet[character] & 0xC0 != 0x80)
+def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected: Iterable[str]) -> Additions:
+    """The pieces to add.
+
+    Raises:
+      UserError: a tokenizer that cannot be extended this way, or a text in which nothing is worth adding.
+    """
+    kind = kind_of(base)
+    if isinstance(extension, ContinuedBPE):
+        found = list(ContinuedLearning(segmentation_of(base), extension, texts, protected).pieces())
+        return _checked(_from_pieces(found, kind))
+    if extension.candidates:
+        raise UserError("candidates go with continued-bpe: --method continued-bpe")
+    if kind == "byte-level":
+        if extension.scores != "below-base":
+            raise UserError(
+                f"scores {extension.scores!r} are for SentencePiece: a byte-level BPE has an order of merges only"
+            )
+        return _checked(_from_pieces(list(byte_level_union(base, extension, texts, protected)), kind))
+    found = sentencepiece_union(base, extension, texts)
+    return _checked(Additions(pieces=[piece for piece, _ in found], scores=_scores(base, extension, found)))
 
 
-def _byte_of() -> dict[str, int]:
-    """The byte that a character of a byte-level piece stands for (GPT-2's table)."""
-    if not _BYTES:
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in printable]
-        _BYTES.update({chr(byte): byte for byte in printable})
-        _BYTES.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return _BYTES
+def _from_pieces(found: Sequence[NewPiece], kind: str) -> Additions:
+    merges = [piece.parts for piece in found if piece.parts is not None] if kind == "byte-level" else None
+    return Additions(pieces=[piece.piece for piece in found], merges=merges)
 
 
-_BYTES: dict[str, int] = {}
+def _checked(additions: Additions) -> Additions:
+    if not additions.pieces:
+        raise UserError("nothing in the corpus is worth adding to the vocabulary: set the number of new pieces to 0")
+    return additions
 
 
-def word_counts(base: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
-    """How often each pre-token of the base's pre-tokenizer occurs: merges never reach across these."""
-    split, normalizer = base.backend.pre_tokenizer, base.backend.normalizer
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        if normalizer is not None:
-            text = normalizer.normalize_str(text)
-        counts.update(word for word, _ in split.pre_tokenize_str(text))
-    return dict(counts)
+def _scores(base: Tokenizer, extension: Union, found: Sequence[tuple[str, float]]) -> list[float] | None:
+    if extension.scores == "own":
+        return [score for _, score in found]
+    return [0.0] * len(found) if extension.scores == "zero" else None
 
 
-def adjacent_pairs(base: Tokenizer, texts: Iterable[str]) -> set[tuple[int, int]]:
-    """Pairs of the base's tokens that stand side by side in a word of the texts: merging one of them would change
-    these texts."""
-    model = base.backend.model
-    pairs: set[tuple[int, int]] = set()
-    for word in word_counts(base, texts):
-        ids = [token.id for token in model.tokenize(word)]
-        pairs.update(itertools.pairwise(ids))
-    return pairs
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extended:
+    """What an extension did."""
 
-
-def check_extendable(base: Tokenizer) -> None:
-    """Raises UserError unless this is a byte-level BPE tokenizer."""
-    model = base.document["model"]
-    steps = base.document["pre_tokenizer"] or {}
-    kinds = {steps.get("type"), *(step["type"] for step in steps.get("pretokenizers", []))}
-    if model["type"] != "BPE" or "ByteLevel" not in kinds or model.get("byte_fallback"):
-        raise UserError(
-            f"{base.directory}: the tokenizer is of kind {model['type']}"
-            + (" with byte fallback" if model.get("byte_fallback") else "")
-            + ": only byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) can be extended so far; keep its vocabulary (new pieces 0)"
-        )
+    new_pieces: int
+    dropped: int
+    learnt_bytes: int
+    corpus_bytes: int
 
 
 def extend(
-    base_directory: Path, extension: Extension, texts: Iterable[str], protected: Iterable[str], out: Path
-) -> int:
-    """Writes the extended tokenizer into `out` with the base's other tokenizer files, and returns the number of new
-    pieces.
+    base_directory: Path,
+    extension: Extension,
+    texts: Iterable[str],
+    protected: Iterable[str],
+    out: Path,
+    *,
+    drop_unreachable: bool = False,
+) -> Extended:
+    """Writes the extended tokenizer into `out` with the base's other tokenizer files.
 
-    Ids of the base stay; added and special tokens stay; new ids begin behind all of them; new merges come behind the
-    base's.
+    Ids of the base stay; added and special tokens stay; new ids begin behind all of them. A base with a
+    tokenizer.model gets both that and tokenizer.json.
 
     Args:
       texts: what to learn pieces from.
-      protected: text of the old domain, which is tokenised afterwards as before.
+      protected: text of the old domain, which continued-bpe leaves tokenised as before.
+      drop_unreachable: leave out learnt pieces that the extended tokenizer never produces on `texts`, as far as no
+        other piece is made of them.
 
     Raises:
-      UserError: a tokenizer of another kind, or a text in which nothing is worth adding.
+      UserError: a tokenizer of another kind, or a text in which nothing is worth adding; nothing is written.
     """
     base = Tokenizer(base_directory)
-    check_extendable(base)
-    document = json.loads(json.dumps(base.document))
-    vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
-    as_text = bool(merges) and isinstance(merges[0], str)
-    next_id = base.size
-    for left, right in extension.merges(base, texts, protected):
-        vocabulary[left + right] = next_id
-        merges.append(f"{left} {right}" if as_text else [left, right])
-        next_id += 1
-    if next_id == base.size:
-        raise UserError("nothing in the corpus is worth adding to the vocabulary: set the number of new pieces to 0")
+    kind_of(base)
+    corpus, learnt_bytes, corpus_bytes = sampled(texts, extension.sample_bytes)
+    if learnt_bytes < corpus_bytes:
+        say(f"tokenizer: learning from {learnt_bytes:,} of {corpus_bytes:,} bytes, whole documents chosen by hash")
+    additions = learn(base, extension, corpus, protected)
+    wanted = len(additions.pieces)
     with atomic_directory(Path(out)) as directory:
-        for path in Path(base_directory).iterdir():
-            if path.suffix in (".json", ".jinja", ".txt") and path.name.startswith(
-                ("tokenizer", "special_tokens", "added_tokens", "chat_")
-            ):
-                shutil.copyfile(path, directory / path.name)
-        write_text_atomic(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
-    return next_id - base.size
+        write_extended(base, additions, directory)
+        while drop_unreachable:
+            kept = _in_use(base, additions, Tokenizer(directory), corpus, set(extension.candidates))
+            if len(kept.pieces) == len(additions.pieces):
+                break
+            additions = _checked(kept)
+            write_extended(base, additions, directory)
+    return Extended(
+        new_pieces=len(additions.pieces),
+        dropped=wanted - len(additions.pieces),
+        learnt_bytes=learnt_bytes,
+        corpus_bytes=corpus_bytes,
+    )
+
+
+def _in_use(base: Tokenizer, additions: Additions, extended: Tokenizer, corpus: Sequence[str], asked: set[str]):
+    """The additions that occur in the corpus, that lead to others, or that the user asked for."""
+    seen: set[int] = set()
+    for first in range(0, len(corpus), 1024):
+        seen.update(*extended.encode_documents(list(corpus[first : first + 1024])))
+    parts = {part for merge in additions.merges or () for part in merge}
+    keep = [
+        base.size + index in seen or piece in parts or extended.piece(base.size + index).strip() in asked
+        for index, piece in enumerate(additions.pieces)
+    ]
+
+    def kept(values):
+        return None if values is None else [value for value, wanted in zip(values, keep, strict=True) if wanted]
+
+    return Additions(pieces=kept(additions.pieces) or [], merges=kept(additions.merges), scores=kept(additions.scores))
+
+
+def write_extended(base: Tokenizer, additions: Additions, directory: Path) -> None:
+    """Tokenizer files of the base with the additions, into an existing directory."""
+    document = json.loads(json.dumps(base.document))
+    model, proto = document["model"], base.sentencepiece
+    scores = additions.scores
+    if model["type"] == "Unigram":
+        if scores is None:
+            lowest = min(score for _, score in model["vocab"] if score > -1e6)
+            scores = [lowest - 1 - rank / 1000 for rank in range(len(additions.pieces))]
+        # A unigram's ids are places in its list: added tokens behind it take theirs.
+        added = {token["id"]: token["content"] for token in document["added_tokens"]}
+        model["vocab"] += [
+            [added.get(index, f"<unused{index}>"), 0.0] for index in range(len(model["vocab"]), base.size)
+        ]
+        model["vocab"] += [[piece, score] for piece, score in zip(additions.pieces, scores, strict=True)]
+    else:
+        as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
+        if additions.merges is not None:
+            merges = [
+                tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]
+            ] + additions.merges
+        else:
+            merges = extended_merges(document, additions.pieces, scores, proto)
+        model["merges"] = [" ".join(merge) if as_text else list(merge) for merge in merges]
+        model["vocab"] |= {piece: base.size + index for index, piece in enumerate(additions.pieces)}
+    for path in base.directory.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt") and path.name.startswith(TOKENIZER_PREFIXES):
+            shutil.copyfile(path, directory / path.name)
+    write_text_atomic(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
+    if proto is not None:
+        if scores is None:
+            lowest = lowest_ordinary_score(proto)
+            scores = [lowest - 1 - rank for rank in range(len(additions.pieces))]
+        grown = append_pieces(proto, document["added_tokens"], list(zip(additions.pieces, scores, strict=True)))
+        (directory / "tokenizer.model").write_bytes(grown.SerializeToString())
+        if not (directory / "tokenizer_config.json").exists():
+            write_json_atomic(directory / "tokenizer_config.json", base.settings)
 
 
 def old_segmentation(base: Tokenizer, extended: Tokenizer) -> list[list[int]]:
-    """For each new id in order, the base's ids that its merges put together.
-
-    They are walked down the merge tree: a piece may begin or end inside a character, so its text cannot simply be
-    encoded.
-    """
-    vocabulary = extended.document["model"]["vocab"]
-    parts: dict[str, tuple[str, str]] = {}
-    for merge in extended.document["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        parts.setdefault(left + right, (left, right))
-    known: dict[str, list[int]] = {}
-
-    def walk(piece: str) -> list[int]:
-        if piece not in known:
-            index = vocabulary[piece]
-            known[piece] = [index] if index < base.size else walk(parts[piece][0]) + walk(parts[piece][1])
-        return known[piece]
-
-    by_id = {index: piece for piece, index in vocabulary.items()}
-    return [walk(by_id[index]) for index in range(base.size, extended.size)]
+    """For each new id in order, the base's ids of the same text (it may begin or end inside a character)."""
+    model = extended.document["model"]
+    listed = (
+        model["vocab"].items()
+        if model["type"] == "BPE"
+        else ((piece, i) for i, (piece, _) in enumerate(model["vocab"]))
+    )
+    by_id = {index: piece for piece, index in listed if index >= base.size}
+    tokenise = base.backend.model.tokenize
+    return [[token.id for token in tokenise(by_id[index])] for index in range(base.size, extended.size)]

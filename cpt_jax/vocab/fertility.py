@@ -1,16 +1,23 @@
-"""Fertility: how many tokens a text costs, before and after."""
+"""Fertility: how many tokens a text costs, before and after, and how many new pieces it takes."""
 
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
+
+from cpt_jax.vocab.extend import Additions, Extension, learn, write_extended
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fertility:
-    """Tokens per character, and UTF-8 bytes per token."""
+    """Tokens per character and per word (between white space), and UTF-8 bytes per token."""
 
     tokens_per_character: float
+    tokens_per_word: float
     bytes_per_token: float
 
 
@@ -19,6 +26,7 @@ def fertility(encoded: Sequence[Sequence[int]], texts: Sequence[str]) -> Fertili
     tokens = sum(len(ids) for ids in encoded)
     return Fertility(
         tokens_per_character=tokens / sum(len(text) for text in texts),
+        tokens_per_word=tokens / max(1, sum(len(text.split()) for text in texts)),
         bytes_per_token=sum(len(text.encode()) for text in texts) / max(1, tokens),
     )
 
@@ -38,5 +46,87 @@ def compare(name: str, base: Tokenizer, extended: Tokenizer, texts: Sequence[str
         "extended": dataclasses.asdict(fertility(after, texts)),
         "documents": len(texts),
         "documents_changed": sum(a != b for a, b in zip(before, after, strict=True)) / len(texts),
+        "tokens_change": sum(map(len, after)) / max(1, sum(map(len, before))) - 1,
         "round_trip_failures": sum(lost),
     }
+
+
+def speed(tokenizer: Tokenizer, texts: Sequence[str], repeats: int = 3) -> dict[str, float]:
+    """Megabytes of UTF-8 a second, encoding and decoding all texts, the best of some tries."""
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    encoding, decoding = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        ids = tokenizer.encode_documents(list(texts))
+        encoding.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
+        decoding.append(time.perf_counter() - started)
+    return {"encode": size / min(encoding), "decode": size / min(decoding)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What a vocabulary costs in a model: one row has `width` numbers in each of `tables` tables; the rest of a
+    forward pass takes 2 FLOPs for each of `other_parameters` a token (Kaplan et al. 2020, arXiv 2001.08361)."""
+
+    width: int
+    tables: int
+    other_parameters: int
+
+
+def curve(
+    base: Tokenizer,
+    extension: Extension,
+    texts: Sequence[str],
+    protected: Iterable[str],
+    heldout: Sequence[str],
+    sizes: Sequence[int],
+    model: ModelSizes | None,
+) -> dict:
+    """Fertility on held-out text against the number of new pieces, all prefixes of one learning.
+
+    Returns:
+      {"points": [{"new_tokens", "tokens_per_character", and with a model "parameters", "logit_share" (of a token's
+      FLOPs), "flops_per_character"}], "knee": a number of new pieces}. The knee is the point farthest below the
+      chord of tokens per character over the logarithm of the size (Satopaa et al. 2011, Kneedle).
+    """
+    largest = dataclasses.replace(extension, new_tokens=max(sizes))
+    additions = learn(base, largest, texts, protected)
+    points = []
+    for size in [0, *(size for size in sorted(sizes) if size <= len(additions.pieces))]:
+        with tempfile.TemporaryDirectory() as directory:
+            if size:
+                write_extended(base, _prefix(additions, size), Path(directory))
+            tokenizer = Tokenizer(Path(directory)) if size else base
+            rate = fertility(tokenizer.encode_documents(list(heldout)), heldout).tokens_per_character
+        points.append({"new_tokens": size, "tokens_per_character": rate} | _cost(model, base.size + size, size, rate))
+    return {"points": points, "knee": knee(points[1:])}
+
+
+def _prefix(additions: Additions, size: int) -> Additions:
+    if additions.merges is None:
+        scores = additions.scores
+        return Additions(pieces=additions.pieces[:size], scores=None if scores is None else scores[:size])
+    return Additions(pieces=additions.pieces[:size], merges=additions.merges[:size])
+
+
+def _cost(model: ModelSizes | None, rows: int, size: int, rate: float) -> dict:
+    if model is None:
+        return {}
+    logits, other = 2 * rows * model.width, 2 * model.other_parameters
+    return {
+        "parameters": size * model.width * model.tables,
+        "logit_share": logits / (logits + other),
+        "flops_per_character": rate * (logits + other),
+    }
+
+
+def knee(points: Sequence[dict]) -> int:
+    """The size behind which more pieces bring markedly less."""
+    x = np.log([point["new_tokens"] for point in points])
+    y = np.array([point["tokens_per_character"] for point in points])
+    if len(points) < 3 or y[0] <= y[-1]:
+        return points[-1]["new_tokens"] if points else 0
+    below = (1 - (x - x[0]) / (x[-1] - x[0])) - (y - y[-1]) / (y[0] - y[-1])
+    return points[int(np.argmax(below))]["new_tokens"]

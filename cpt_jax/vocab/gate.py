@@ -2,19 +2,27 @@
 
 import collections
 import dataclasses
+import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.vocab.sentencepiece_model import processor
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Beyond these the extension is refused: shares between 0 and 1."""
+    """Beyond these the extension is refused: shares between 0 and 1.
+
+    `old_tokens_added`: how many more tokens old text may take. `slow_fast_differences`: documents on which
+    SentencePiece and tokenizer.json may differ.
+    """
 
     old_documents_changed: float = 0.05
-    unreachable_pieces: float = 0.25
+    old_tokens_added: float = 0.01
+    unreachable_pieces: float = 0.1
+    slow_fast_differences: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -24,10 +32,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PieceUse:
-    """How the new pieces occur in the text they were learnt from."""
+    """How the new pieces occur in the text they were learnt from; `unreachable` lists some that do not."""
 
     new_pieces: int
     unreachable_pieces: int
+    unreachable: list[str]
     most_frequent: list[tuple[str, int]]
     longest: list[str]
 
@@ -36,21 +45,33 @@ def piece_use(base: Tokenizer, extended: Tokenizer, texts: Iterable[str], shown:
     """Counts the new pieces in `texts`. One that never occurs is a step on the way to longer pieces, or was
     overtaken by one."""
     counts: collections.Counter[int] = collections.Counter()
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == 1024:
-            counts.update(index for ids in extended.encode_documents(batch) for index in ids if index >= base.size)
-            batch = []
-    counts.update(index for ids in extended.encode_documents(batch) for index in ids if index >= base.size)
+    for batch in _batched(texts, 1024):
+        counts.update(index for ids in extended.encode_documents(batch) for index in ids if index >= base.size)
     new = range(base.size, extended.size)
-    pieces = {index: extended.piece(index) for index in new if counts[index]}
+    pieces = {index: extended.piece(index) for index in new}
     return PieceUse(
         new_pieces=len(new),
         unreachable_pieces=sum(1 for index in new if not counts[index]),
+        unreachable=[pieces[index] for index in new if not counts[index]][: 10 * shown],
         most_frequent=[(pieces[index], count) for index, count in counts.most_common(shown)],
-        longest=sorted(pieces.values(), key=lambda piece: (-len(piece), piece))[:shown],
+        longest=sorted((pieces[i] for i in new if counts[i]), key=lambda piece: (-len(piece), piece))[:shown],
     )
+
+
+def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def slow_fast_differences(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """The share of texts that SentencePiece itself cuts otherwise than tokenizer.json; 0 without a
+    tokenizer.model."""
+    if tokenizer.sentencepiece is None:
+        return 0.0
+    slow = processor(tokenizer.sentencepiece).encode(list(texts))
+    fast = tokenizer.encode_documents(list(texts))
+    return sum(a != b for a, b in zip(slow, fast, strict=True)) / max(1, len(texts))
 
 
 def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
@@ -85,42 +106,75 @@ def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def check(
-    base: Tokenizer, extended: Tokenizer, corpora: Sequence[dict], old: Sequence[str], use: PieceUse, limits: Limits
+    base: Tokenizer,
+    extended: Tokenizer,
+    corpora: dict[str, Sequence[str]],
+    compared: Sequence[dict],
+    old: Sequence[str],
+    use: PieceUse,
+    limits: Limits,
 ) -> None:
     """Refuses an extended tokenizer.
 
     Args:
-      corpora: `fertility.compare` of held-out text, by corpus.
+      corpora: held-out text by name; compared: `fertility.compare` of it.
       old: names of the corpora whose text is to stay as it was.
 
     Raises:
-      UserError: an id changed, a text does not come back, too much old text is tokenised differently, or too many
-      pieces are never used.
+      UserError: an id or a special token changed, a text does not come back, slow and fast tokenizer differ, too much
+      old text is tokenised differently, or too many pieces are never used.
     """
-    kept, now = base.backend.get_vocab(with_added_tokens=True), extended.backend.get_vocab(with_added_tokens=True)
-    if moved := [piece for piece, index in kept.items() if now.get(piece) != index]:
-        raise UserError(
-            f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
-        )
+    _check_kept(base, extended)
     fuzz = fuzzed_texts(1000)
     for text, before, after in zip(fuzz, base.encode_documents(fuzz), extended.encode_documents(fuzz), strict=True):
         if base.decode(before) == text and extended.decode(after) != text:
             raise UserError(
                 f"the extended tokenizer does not give back {text!r}, which the base does: extend the base anew"
             )
-    for corpus in corpora:
+    for name, texts in corpora.items():
+        _within(
+            slow_fast_differences(extended, texts),
+            limits.slow_fast_differences,
+            "slow_fast_differences",
+            f"of the documents of {name} are cut differently by tokenizer.model and tokenizer.json",
+            "use --scores below-base",
+        )
+    for corpus in compared:
         if corpus["round_trip_failures"]:
             raise UserError(
                 f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer"
             )
-        if corpus["name"] in old and corpus["documents_changed"] > limits.old_documents_changed:
-            raise UserError(
-                f"{corpus['documents_changed']:.1%} of the old documents ({corpus['name']}) are tokenised differently, more than the limit of "
-                f"{limits.old_documents_changed:.1%}: lower the number of new pieces, or raise vocabulary.limits.old_documents_changed"
-            )
-    share = use.unreachable_pieces / use.new_pieces
-    if share > limits.unreachable_pieces:
+        if corpus["name"] in old:
+            advice = "lower the number of new pieces"
+            what = f"of the old documents ({corpus['name']}) are tokenised differently"
+            _within(corpus["documents_changed"], limits.old_documents_changed, "old_documents_changed", what, advice)
+            what = f"more tokens are needed for the old documents ({corpus['name']})"
+            _within(corpus["tokens_change"], limits.old_tokens_added, "old_tokens_added", what, advice)
+    _within(
+        use.unreachable_pieces / use.new_pieces,
+        limits.unreachable_pieces,
+        "unreachable_pieces",
+        "of the new pieces are never used in the text they were learnt from",
+        "drop them (--drop-unreachable), lower the number of new pieces",
+    )
+
+
+def _within(value: float, limit: float, name: str, what: str, advice: str) -> None:
+    if value > limit:
+        raise UserError(f"{value:.1%} {what}, more than the limit of {limit:.1%}: {advice}, or raise the limit {name}")
+
+
+def _check_kept(base: Tokenizer, extended: Tokenizer) -> None:
+    kept, now = base.backend.get_vocab(with_added_tokens=True), extended.backend.get_vocab(with_added_tokens=True)
+    if moved := [piece for piece, index in kept.items() if now.get(piece) != index]:
         raise UserError(
-            f"{share:.1%} of the new pieces are never used in the text they were learnt from, more than the limit of "
-            f"{limits.unreachable_pieces:.1%}: lower the number of new pieces, or raise vocabulary.limits.unreachable_pieces"
+            f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
         )
+    for what, before, after in (
+        ("special tokens", base.document["added_tokens"], extended.document["added_tokens"]),
+        ("chat template", base.chat_template, extended.chat_template),
+    ):
+        if before != after:
+            raise UserError(
+                f"the extended tokenizer in {extended.directory} lost the base's {what}: extend the base anew"
+            )

@@ -3,12 +3,15 @@
 Every merge touches only the places where its pair occurs: 3 million characters and 2,000 merges take seconds.
 """
 
+import collections
 import heapq
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 _END = -1
+
+Pair = tuple[int, int]
 
 
 class PairCounts:
@@ -21,28 +24,34 @@ class PairCounts:
 
     def __init__(self, words: Sequence[Sequence[int]], weights: Sequence[int]) -> None:
         lengths = np.fromiter((len(word) for word in words), np.int64, len(words))
-        self.tokens = np.fromiter((token for word in words for token in word), np.int64, int(lengths.sum()))
+        total = int(lengths.sum())
+        self.tokens = np.fromiter((token for word in words for token in word), np.int32, total)
         self.weights = np.repeat(np.asarray(weights, np.int64), lengths)
-        places = np.arange(len(self.tokens))
+        places = np.arange(total, dtype=np.int32)
         self.after, self.before = places + 1, places - 1
         ends = np.cumsum(lengths)[lengths > 0] - 1
         self.after[ends] = _END
         self.before[np.concatenate([[0], ends[:-1] + 1])] = _END
-        self.counts: dict[tuple[int, int], int] = {}
-        self._places: dict[tuple[int, int], list[np.ndarray]] = {}
-        self._queue: list[tuple[int, tuple[int, int]]] = []
+        self.counts: dict[Pair, int] = {}
+        # How often each token stands in the text.
+        self.uses: collections.Counter[int] = collections.Counter()
+        kinds, where = np.unique(self.tokens, return_inverse=True)
+        sums = np.bincount(where, weights=self.weights, minlength=len(kinds))
+        self.uses.update(dict(zip(kinds.tolist(), sums.astype(np.int64).tolist(), strict=True)))
+        self._places: dict[Pair, list[np.ndarray]] = {}
+        self._queue: list[tuple[int, Pair]] = []
+        self._deferred: set[Pair] = set()
         self._add(places[self.after != _END])
 
     def _groups(self, starts: np.ndarray):
         """(pair, places) of the pairs that begin at `starts`."""
-        first, second = self.tokens[starts], self.tokens[self.after[starts]]
+        first, second = self.tokens[starts].astype(np.int64), self.tokens[self.after[starts]]
         keys = first << 32 | second
         order = np.argsort(keys, kind="stable")
         keys, starts = keys[order], starts[order]
         borders = np.flatnonzero(np.diff(keys)) + 1
-        for part in np.split(np.arange(len(keys)), borders) if len(keys) else ():
-            key = int(keys[part[0]])
-            yield (key >> 32, key & 0xFFFFFFFF), starts[part]
+        for part in np.split(starts, borders) if len(keys) else ():
+            yield (int(self.tokens[part[0]]), int(self.tokens[self.after[part[0]]])), part
 
     def _add(self, starts: np.ndarray) -> None:
         for pair, places in self._groups(starts):
@@ -53,9 +62,18 @@ class PairCounts:
     def _remove(self, starts: np.ndarray) -> None:
         for pair, places in self._groups(starts):
             self.counts[pair] -= int(self.weights[places].sum())
+            if pair in self._deferred:
+                self._deferred.discard(pair)
+                heapq.heappush(self._queue, (-self.counts[pair], pair))
 
-    def most_frequent(self, allowed: Callable[[tuple[int, int]], bool]) -> tuple[tuple[int, int], int] | None:
-        """The most frequent allowed pair and its count (ties: the lowest ids); None when none is left."""
+    def most_frequent(
+        self, allowed: Callable[[Pair], bool], now: Callable[[Pair, int], bool] = lambda pair, count: True
+    ) -> tuple[Pair, int] | None:
+        """The most frequent allowed pair and its count (ties: the lowest ids); None when none is left.
+
+        A pair that is not `allowed` is never asked for again; one that is not to be merged `now` is, when it has
+        become rarer.
+        """
         while self._queue:
             negative, pair = self._queue[0]
             count = self.counts[pair]
@@ -66,11 +84,13 @@ class PairCounts:
                     heapq.heappush(self._queue, (-count, pair))
                 continue
             if count and allowed(pair):
-                return pair, count
+                if now(pair, count):
+                    return pair, count
+                self._deferred.add(pair)
             heapq.heappop(self._queue)
         return None
 
-    def merge(self, pair: tuple[int, int], merged: int) -> None:
+    def merge(self, pair: Pair, merged: int) -> None:
         """Replaces the pair by the token `merged`, left to right, wherever it occurs."""
         found = np.unique(np.concatenate(self._places.pop(pair)))
         # Places are never taken off the lists: what has changed since is sorted out here.
@@ -88,6 +108,10 @@ class PairCounts:
         # A left neighbour that was itself merged away has its place taken by its own left half.
         left = self.before[found]
         self._add(np.unique(np.concatenate([left[left != _END], found[right != _END]])))
+        times = int(self.weights[found].sum())
+        self.uses.update({merged: times})
+        self.uses.subtract({pair[0]: times})
+        self.uses.subtract({pair[1]: times})
 
     def _every_other(self, found: np.ndarray) -> np.ndarray:
         """In a run of one token (a a a a), the pairs that do not overlap, from the left."""

@@ -8,23 +8,34 @@ from pathlib import Path
 import tokenizers
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.vocab.sentencepiece_model import ModelProto, fast_tokenizer, read_model, settings_of
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 
+def _tiktoken(directory: Path) -> bool:
+    return any(directory.glob("*.tiktoken"))
+
+
 class Tokenizer:
-    """tokenizer.json of a model directory.
+    """tokenizer.json of a model directory, or, where there is none, what it would be for its tokenizer.model.
 
     Raises:
-      UserError: there is no tokenizer.json, or it cannot be read.
+      UserError: there is neither, or it cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         path = self.directory / "tokenizer.json"
-        if not path.exists():
-            raise UserError(f"{directory} has no tokenizer.json: give a model or tokenizer directory that has one")
-        self._text = path.read_text(encoding="utf-8")
+        if path.exists():
+            self._text = path.read_text(encoding="utf-8")
+        elif self.sentencepiece is not None:
+            self._text = fast_tokenizer(self.sentencepiece)
+        else:
+            hint = "a tiktoken file without its table of merges cannot be read; " if _tiktoken(self.directory) else ""
+            raise UserError(
+                f"{directory} has no tokenizer.json and no tokenizer.model: {hint}give a model or tokenizer directory that has one"
+            )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:
@@ -36,9 +47,24 @@ class Tokenizer:
         return json.loads(self._text)
 
     @functools.cached_property
-    def _settings(self) -> dict:
+    def sentencepiece(self) -> ModelProto | None:
+        """tokenizer.model, where there is one."""
+        path = self.directory / "tokenizer.model"
+        return read_model(path) if path.exists() else None
+
+    @functools.cached_property
+    def settings(self) -> dict:
+        """tokenizer_config.json."""
         path = self.directory / "tokenizer_config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        return {} if self.sentencepiece is None else settings_of(self.sentencepiece)
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The template of a chat, from its own file or tokenizer_config.json."""
+        path = self.directory / "chat_template.jinja"
+        return path.read_text(encoding="utf-8") if path.exists() else self.settings.get("chat_template")
 
     @functools.cached_property
     def size(self) -> int:
@@ -66,7 +92,7 @@ class Tokenizer:
         return self._tokenizer.decode([index], skip_special_tokens=False)
 
     def _special(self, name: str) -> int | None:
-        value = self._settings.get(name)
+        value = self.settings.get(name)
         content = value.get("content") if isinstance(value, dict) else value
         return None if content is None else self._tokenizer.token_to_id(content)
 

@@ -1,0 +1,179 @@
+"""Merge learning that goes on from the base's own segmentation (Purason et al. 2025, arXiv 2512.03989)."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import say
+from cpt_jax.vocab.merges import Pair, PairCounts
+from cpt_jax.vocab.segmentation import CharacterBPE, Segmentation
+from cpt_jax.vocab.selection import Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class NewPiece:
+    """A piece in the base's inner spelling and the two that are merged into it (None: a character of its own)."""
+
+    piece: str
+    parts: tuple[str, str] | None
+
+
+class ContinuedLearning:
+    """One learning of pieces.
+
+    A piece is refused where it would change how `protected` text is tokenised (a pair that stands side by side in
+    it), where the selection excludes it, and where it would leave one of its own parts with fewer uses than
+    `min_frequency`: such a part would take up a row and never be produced.
+    """
+
+    def __init__(
+        self, kind: Segmentation, selection: Selection, texts: Sequence[str], protected: Iterable[str]
+    ) -> None:
+        self.kind, self.selection = kind, selection
+        words = kind.words(texts)
+        self.terms = self._candidate_words(words)
+        segments = kind.segments(words)
+        self.weights = dict(zip(words, words.values(), strict=True))
+        self.pairs = PairCounts(segments, list(words.values()))
+        self.untouchable, self.old_tokens = _adjacent(kind, protected)
+        self.next_id = kind.first_new
+        self.known = {piece for piece, index in kind.ids.items() if not self._is_unknown(index)}
+
+    def _is_unknown(self, index: int) -> bool:
+        return isinstance(self.kind, CharacterBPE) and index >= self.kind.unknown
+
+    def pieces(self) -> Iterator[NewPiece]:
+        """The new pieces, candidates first, then the most frequent."""
+        for term in self.terms:
+            yield from self._spell(term)
+        characters = self._unknown_characters()
+        for _ in range(self.selection.new_tokens):
+            found = self.pairs.most_frequent(self._allowed, self._leaves_parts_in_use)
+            gain, character = characters[-1] if characters else (0, "")
+            # A character that was spelt in n bytes saves n - 1 tokens each time. It occurs as often as any pair
+            # that holds it, so that it is always learnt before them.
+            if gain and (found is None or gain >= found[1]):
+                characters.pop()
+                yield self._take_character(character)
+            elif found is None or found[1] < self.selection.min_frequency:
+                return
+            else:
+                yield self._take(found[0])
+
+    def _allowed(self, pair: Pair) -> bool:
+        kind, selection = self.kind, self.selection
+        piece = kind.pieces[pair[0]] + kind.pieces[pair[1]]
+        if piece in self.known or kind.characters(piece) > selection.max_piece_characters or not kind.joins(piece):
+            return False
+        if any(self._is_unknown(index) and not self._may_add(kind.pieces[index], index) for index in pair):
+            return False
+        ways = kind.splits(piece) if kind.merges_by_spelling else [pair]
+        if any(way in self.untouchable for way in ways):
+            return False
+        return selection.allows(kind.text(piece), kind.special)
+
+    def _may_add(self, character: str, index: int) -> bool:
+        saves = len(character.encode()) > 1
+        return saves and index not in self.old_tokens and self.selection.allows(character, self.kind.special)
+
+    def _leaves_parts_in_use(self, pair: Pair, count: int) -> bool:
+        taken = 2 * count if pair[0] == pair[1] else count
+        return all(
+            index < self.kind.first_new or self.pairs.uses[index] - taken >= self.selection.min_frequency
+            for index in pair
+        )
+
+    def _unknown_characters(self) -> list[tuple[int, str]]:
+        """(tokens saved, character) of those that are no piece yet, the best last."""
+        if not isinstance(self.kind, CharacterBPE):
+            return []
+        found = []
+        for index, piece in self.kind.pieces.items():
+            uses = self.pairs.uses[index]
+            if self._is_unknown(index) and piece not in self.known and uses >= self.selection.min_frequency:
+                if self._may_add(piece, index):
+                    found.append((uses * (len(piece.encode()) - 1), piece))
+        return sorted(found, key=lambda entry: (entry[0], entry[1]))
+
+    def _take_character(self, character: str) -> NewPiece:
+        self.known.add(character)
+        self.next_id += 1
+        return NewPiece(character, None)
+
+    def _take(self, pair: Pair) -> NewPiece:
+        kind, index = self.kind, self.next_id
+        left, right = kind.pieces[pair[0]], kind.pieces[pair[1]]
+        piece = left + right
+        ways = [pair] + ([way for way in kind.splits(piece) if way != pair] if kind.merges_by_spelling else [])
+        for way in ways:
+            if self.pairs.counts.get(way, 0):
+                self.pairs.merge(way, index)
+        kind.ids[piece], kind.pieces[index] = index, piece
+        self.known.add(piece)
+        self.next_id += 1
+        return NewPiece(piece, (left, right))
+
+    # Candidates
+
+    def _candidate_words(self, words: dict[str, int]) -> list[str]:
+        """The candidates in inner spelling; with a space before them where the corpus has them so."""
+        self.selection.check_candidates(self.kind.special)
+        terms, split = [], []
+        for text in self.selection.candidates:
+            forms = [form for form in (text, " " + text) if len(self.kind.spelling(form)) == 1]
+            if not forms:
+                split.append(text)
+                continue
+            spelt = [self.kind.spelling(form)[0] for form in forms]
+            terms.extend([word for word in spelt if words.get(word)] or spelt[:1])
+        if split:
+            say(
+                f"tokenizer: {len(split)} candidates are several words to the base's pre-tokenizer and can be no piece: {', '.join(map(repr, split[:5]))}"
+            )
+        if self.selection.candidates and not terms and not self.selection.new_tokens:
+            raise UserError(
+                "no candidate can be a piece of this tokenizer: see its pre-tokenizer, or learn pieces from the text"
+            )
+        return list(dict.fromkeys(terms))
+
+    def _spell(self, term: str) -> Iterator[NewPiece]:
+        """The pieces that lead to a term, from left to right, the term itself last."""
+        if term in self.known:
+            return
+        (ids,) = self.kind.segments([term])
+        for index in ids:
+            if self._is_unknown(index) and self.kind.pieces[index] not in self.known:
+                yield self._take_character(self.kind.pieces[index])
+        ids = self._apply_new_merges(ids)
+        while len(ids) > 1:
+            pair = (ids[0], ids[1])
+            if pair in self.untouchable:
+                say(
+                    f"tokenizer: candidate {self.kind.text(term)!r} is left out: its parts stand together in the old text"
+                )
+                return
+            if self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]] not in self.known:
+                yield self._take(pair)
+            ids = [self.kind.ids[self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]]], *ids[2:]]
+
+    def _apply_new_merges(self, ids: list[int]) -> list[int]:
+        """The pieces that earlier candidates brought, where this one begins with them."""
+        length = len(ids)
+        while length > 1:
+            whole = "".join(self.kind.pieces[index] for index in ids[:length])
+            if self.kind.ids.get(whole, -1) >= self.kind.first_new and whole in self.known:
+                return [self.kind.ids[whole], *ids[length:]]
+            length -= 1
+        return ids
+
+
+def _adjacent(kind: Segmentation, texts: Iterable[str]) -> tuple[set[Pair], set[int]]:
+    """Pairs of the base's tokens that stand side by side in a word of the texts (merging one would change these
+    texts), and the tokens that occur."""
+    pairs: set[Pair] = set()
+    tokens: set[int] = set()
+    for ids in kind.segments(kind.words(texts)):
+        tokens.update(ids)
+        pairs.update(itertools.pairwise(ids))
+    return pairs, tokens

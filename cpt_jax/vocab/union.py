@@ -1,0 +1,121 @@
+"""The pieces of a tokenizer trained on the new text alone, as far as the base has not got them."""
+
+import collections
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import tokenizers
+
+from cpt_jax.vocab.continued import NewPiece, _adjacent
+from cpt_jax.vocab.segmentation import ByteLevel
+from cpt_jax.vocab.selection import Selection
+from cpt_jax.vocab.sentencepiece_model import BPE, NORMAL, SPACE, ModelProto, processor, train
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+
+def byte_level_union(
+    base: Tokenizer, selection: Selection, texts: Sequence[str], protected: Iterable[str]
+) -> Iterator[NewPiece]:
+    """Each piece of the domain's own BPE with the merge that makes it from what stands there without it."""
+    domain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    domain.pre_tokenizer = base.backend.pre_tokenizer  # type: ignore[assignment]
+    if base.backend.normalizer is not None:
+        domain.normalizer = base.backend.normalizer  # type: ignore[assignment]
+    trainer = tokenizers.trainers.BpeTrainer(  # type: ignore[call-arg]
+        vocab_size=256 + 4 * selection.new_tokens + 4000,
+        min_frequency=selection.min_frequency,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    domain.train_from_iterator(texts, trainer)
+    kind = ByteLevel(base)
+    untouchable, _ = _adjacent(kind, protected)
+    old = {(kind.pieces[left], kind.pieces[right]) for left, right in untouchable if left in kind.pieces}
+    ranks = {pair: rank for rank, pair in enumerate(base_merges(base))}
+    known = set(kind.ids)
+    wanted = collections.deque(
+        left + right for left, right in (_pair(m) for m in json.loads(domain.to_str())["model"]["merges"])
+    )
+    count, tried = 0, 0
+    # A piece that is more than two tokens now may be two when others have been added: it is asked for again.
+    while wanted and count < selection.new_tokens and tried < len(wanted):
+        piece = wanted.popleft()
+        if piece in known or kind.characters(piece) > selection.max_piece_characters:
+            continue
+        if not selection.allows(kind.text(piece), kind.special):
+            continue
+        tokens = segment(piece, ranks)
+        if len(tokens) != 2 or (tokens[0], tokens[1]) in old:
+            if len(tokens) > 2:
+                wanted.append(piece)
+                tried += 1
+            continue
+        known.add(piece)
+        ranks[tokens[0], tokens[1]] = len(ranks)
+        count, tried = count + 1, 0
+        yield NewPiece(piece, (tokens[0], tokens[1]))
+
+
+def base_merges(base: Tokenizer) -> list[tuple[str, str]]:
+    """The merges of tokenizer.json in order."""
+    return [_pair(merge) for merge in base.document["model"]["merges"]]
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def segment(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """A byte-level word under merges with these ranks."""
+    parts = list(piece)
+    while len(parts) > 1:
+        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        index, merged = 0, []
+        while index < len(parts):
+            if tuple(parts[index : index + 2]) == best:
+                merged.append(best[0] + best[1])
+                index += 2
+            else:
+                merged.append(parts[index])
+                index += 1
+        parts = merged
+    return parts
+
+
+def sentencepiece_union(base: Tokenizer, selection: Selection, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """(piece, the domain's own score) of the new pieces, the best first, each behind the characters it is made of.
+
+    SentencePiece merges characters that are no pieces themselves; tokenizer.json cannot.
+    """
+    vocabulary = base.document["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    special = [token["content"] for token in base.document["added_tokens"] if token["special"]]
+    domain = train(base.sentencepiece, texts, 2 * selection.new_tokens + 8_000, selection)
+    uses = _uses(domain, texts)
+    scores = {piece.piece: piece.score for piece in domain.pieces if piece.type == NORMAL}
+    chosen: dict[str, float] = {}
+    for index in sorted(range(len(domain.pieces)), key=lambda index: -domain.pieces[index].score):
+        piece = domain.pieces[index].piece
+        # A piece of a BPE that others have swallowed since has no uses of its own and still leads to them.
+        enough = uses[index] >= selection.min_frequency or domain.trainer_spec.model_type == BPE
+        if piece not in scores or piece in known or not enough:
+            continue
+        needed = [character for character in piece if character not in known] if len(piece) > 1 else []
+        needed = [*dict.fromkeys(needed), piece]
+        if len(chosen) + len(needed) > selection.new_tokens:
+            break
+        if all(part in scores and selection.allows(part.replace(SPACE, " "), special) for part in needed):
+            chosen |= {part: scores[part] for part in needed}
+            known.update(needed)
+    return list(chosen.items())
+
+
+def _uses(domain: ModelProto, texts: Sequence[str]) -> collections.Counter[int]:
+    encoder, uses = processor(domain), collections.Counter()
+    for first in range(0, len(texts), 1024):
+        uses.update(itertools.chain.from_iterable(encoder.encode(list(texts[first : first + 1024]), num_threads=2)))
+    return uses
