@@ -91,9 +91,9 @@ class ContinuedLearning:
         found = []
         for index, piece in self.kind.pieces.items():
             uses = self.pairs.uses[index]
-            if self._is_unknown(index) and piece not in self.known and uses >= self.selection.min_frequency:
-                if self._may_add(piece, index):
-                    found.append((uses * (len(piece.encode()) - 1), piece))
+            new = self._is_unknown(index) and piece not in self.known and uses >= self.selection.min_frequency
+            if new and self._may_add(piece, index):
+                found.append((uses * (len(piece.encode()) - 1), piece))
         return sorted(found, key=lambda entry: (entry[0], entry[1]))
 
     def _take_character(self, character: str) -> NewPiece:

@@ -184,6 +184,9 @@ def write_extended(base: Tokenizer, additions: Additions, directory: Path) -> No
         else:
             merges = extended_merges(document, additions.pieces, scores, proto)
         model["merges"] = [" ".join(merge) if as_text else list(merge) for merge in merges]
+        # `tokenizers` gives an added token that the vocabulary lacks the next free id, whatever the file says (Qwen,
+        # Llama 3): in the vocabulary it keeps its own, and no merge makes it.
+        model["vocab"] |= {token["content"]: token["id"] for token in document["added_tokens"]}
         model["vocab"] |= {piece: base.size + index for index, piece in enumerate(additions.pieces)}
     for path in base.directory.iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and path.name.startswith(TOKENIZER_PREFIXES):
