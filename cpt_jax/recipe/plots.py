@@ -9,7 +9,7 @@ ACCENT, GREY, PALE = "#1f6f8b", "#8a8f98", "#c9ced6"
 DOMAIN_COLOURS = ("#1f6f8b", "#c8553d", "#6a7f3c", "#7d5ba6", "#b08900", "#4a5568")
 
 
-def _figure(columns: int, width: float, height: float):
+def new_figure(columns: int, width: float, height: float):
     import matplotlib
 
     matplotlib.use("agg")
@@ -32,9 +32,15 @@ def _saved(figure, directory: Path, name: str) -> str:
 
     directory.mkdir(parents=True, exist_ok=True)
     figure.savefig(directory / f"{name}.png", dpi=160, facecolor="white")
+    svg = svg_text(figure)
+    pyplot.close(figure)
+    return svg
+
+
+def svg_text(figure) -> str:
+    """A figure to be put into a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    pyplot.close(figure)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # Sizes in points would not shrink on a phone.
@@ -45,7 +51,7 @@ def _saved(figure, directory: Path, name: str) -> str:
 
 def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path) -> str:
     """Bits per byte by stage, a panel a domain; the base as a dashed line."""
-    figure, axes = _figure(len(domains), 3.3 * len(domains), 2.7)
+    figure, axes = new_figure(len(domains), 3.3 * len(domains), 2.7)
     for axis, domain in zip(axes, domains, strict=True):
         rows = [entry for entry in entries if entry["domain"] == domain]
         labels = [entry["stage"] + (" EMA" if entry["weights"] == "ema" else "") for entry in rows]
@@ -82,7 +88,7 @@ def _smooth(values: Sequence[float], span: int) -> list[float]:
 def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
     """Training loss by domain (a step's value pale, its running mean on top) and the learning rate, over all stages'
     steps."""
-    figure, (loss, rate) = _figure(2, 9.6, 3.0)
+    figure, (loss, rate) = new_figure(2, 9.6, 3.0)
     names = sorted({key for lines in stages.values() for line in lines for key in line if key.startswith("nats/")})
     first = 0
     for number, (stage, lines) in enumerate(stages.items()):
@@ -129,7 +135,7 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
 
 def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
     """Tokens per character before and after, by corpus."""
-    figure, (axis,) = _figure(1, 5.2, 2.5)
+    figure, (axis,) = new_figure(1, 5.2, 2.5)
     for index, corpus in enumerate(corpora):
         for offset, key, colour in ((-0.18, "base", PALE), (0.18, "extended", ACCENT)):
             value = corpus[key]["tokens_per_character"]
@@ -144,7 +150,7 @@ def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
 
 def runs_plot(runs: Sequence[dict], new: str, old: str, directory: Path) -> str:
     """New-domain against old-domain bits per byte, a point a run: down and left is better; the base as a cross."""
-    figure, (axis,) = _figure(1, 6.0, 4.0)
+    figure, (axis,) = new_figure(1, 6.0, 4.0)
     for index, run in enumerate(runs):
         axis.scatter(
             run["new"], run["old"], s=46, color=DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)], label=run["name"], zorder=3

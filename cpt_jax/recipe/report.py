@@ -73,6 +73,11 @@ def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
             change = "" if label == labels[0] else f" ({value / base - 1:+.1%})"
             row.append(f"{value:.3f}{change}{'*' if value == lowest[name] else ' '}")
         rows.append(row)
+    return text_table(rows)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, as aligned text."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -101,7 +106,7 @@ def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> st
     return f'<div class="answer">{"".join(lines)}</div>'
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(
         "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
@@ -126,7 +131,7 @@ def _domain_section(entries: Sequence[dict], domains: Sequence[str], plots: Path
             )
         rows.append(row)
     note = "On held-out documents, whole, every byte counted once; changes are from the base on the same documents; ★ the lowest."
-    table = _html_table(["bits per byte", *map(html.escape, domains)], rows)
+    table = html_table(["bits per byte", *map(html.escape, domains)], rows)
     return (
         f"<h2>What it knows</h2>{table}<p class=note>{note}</p><figure>{stages_plot(entries, domains, plots)}</figure>"
     )
@@ -150,18 +155,23 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
         "documents tokenised differently",
         "round-trip failures",
     ]
-    pieces = "".join(
-        f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in fertility["most_frequent"]
-    )
-    longest = "".join(f"<span>{html.escape(piece)}</span>" for piece in fertility["longest"])
     used = (
         f"{fertility['new_pieces']:,} new pieces; {fertility['unreachable_pieces']:,} of them never occur in the text they were learnt from: "
         "they are steps on the way to longer ones."
     )
     return (
-        f"<h2>The vocabulary</h2>{_html_table(header, rows)}<p class=note>{used}</p><figure class=small>{fertility_plot(fertility['corpora'], plots)}</figure>"
-        f"<p class=note>Most used new pieces</p><div class=pieces>{pieces}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
+        f"<h2>The vocabulary</h2>{html_table(header, rows)}<p class=note>{used}</p><figure class=small>{fertility_plot(fertility['corpora'], plots)}</figure>"
+        + pieces_to_look_at(fertility)
     )
+
+
+def pieces_to_look_at(use: dict) -> str:
+    """The most used and the longest new pieces (`gate.PieceUse` as a dict)."""
+    frequent = "".join(
+        f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in use["most_frequent"]
+    )
+    longest = "".join(f"<span>{html.escape(piece)}</span>" for piece in use["longest"])
+    return f"<p class=note>Most used new pieces</p><div class=pieces>{frequent}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
 
 
 def _training_section(run: Path, plots: Path) -> str:
@@ -177,7 +187,7 @@ def _training_section(run: Path, plots: Path) -> str:
          f"{sum(x['tokens'] for x in lines) / sum(x['seconds'] for x in lines):,.0f}"]
         for name, lines in stages.items()
     ]  # fmt: skip
-    table = _html_table(["stage", "steps", "tokens", "time", "tokens per second"], rows)
+    table = html_table(["stage", "steps", "tokens", "time", "tokens per second"], rows)
     return f"<h2>How it trained</h2>{table}<figure>{curves_plot(stages, plots)}</figure>"
 
 
@@ -190,7 +200,7 @@ def _data_section(run: Path) -> str:
             [html.escape(m["name"]), f"{m['records']:,}", f"{m['bytes'] / 1e6:,.2f} MB", f"{m['tokens']:,}", skipped]
         )
     return (
-        f"<h2>What it read from</h2>{_html_table(['domain', 'documents', 'text', 'tokens', 'left out'], rows)}"
+        f"<h2>What it read from</h2>{html_table(['domain', 'documents', 'text', 'tokens', 'left out'], rows)}"
         if rows
         else ""
     )
@@ -237,20 +247,21 @@ def write_report(run: Path) -> Path:
         _vocabulary_section(fertility, plots) if fertility else "",
         _samples_section(run),
         _data_section(run),
-        f"<h2>Where the time went</h2>{_html_table(['station', 'time'], timing_rows)}" if timing_rows else "",
+        f"<h2>Where the time went</h2>{html_table(['station', 'time'], timing_rows)}" if timing_rows else "",
         f"<h2>The recipe</h2><details><summary>config.json, which replays this run</summary><pre>{html.escape(json.dumps(config, ensure_ascii=False, indent=2))}</pre></details>",
     ]
     name = html.escape(config["name"])
     base = html.escape(Path(config["base"]).name if Path(config["base"]).exists() else config["base"])
     out = run / "report.html"
-    write_text_atomic(out, _page(name, f"continued pre-training of {base}{total}", "".join(sections)))
+    write_text_atomic(out, page(name, f"continued pre-training of {base}{total}", "".join(sections)))
     return out
 
 
-def _page(title: str, subtitle: str, body: str) -> str:
+def page(title: str, subtitle: str, body: str, style: str = "") -> str:
+    """A self-contained page; `style` is added to the common one."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1><div class=sub>{subtitle}</div>{body}</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}{style}</style></head><body><h1>{title}</h1><div class=sub>{subtitle}</div>{body}</body></html>\n"
     )
 
 
@@ -273,7 +284,7 @@ def compare_reports(runs: Sequence[Path], out: Path) -> Path:
     for name, values in points:
         cells_ = [f"<td>{values[n][1]:.3f}<small>{values[n][1] / values[n][0] - 1:+.1%}</small></td>" for n in shared]
         rows.append([html.escape(name), *cells_])
-    table = _html_table(["bits per byte at the end", *map(html.escape, shared)], rows)
+    table = html_table(["bits per byte at the end", *map(html.escape, shared)], rows)
     new, old = ([n for n in shared if roles.get(n) == role] for role in ("new", "replay"))
     figure = ""
     if new and old:
@@ -284,7 +295,7 @@ def compare_reports(runs: Sequence[Path], out: Path) -> Path:
         figure = f"<figure>{runs_plot(dots, new[0], old[0], out.parent / 'plots')}</figure>"
     write_text_atomic(
         out,
-        _page(
+        page(
             "Runs compared",
             f"{len(runs)} runs; changes are from each run's own base",
             f"<h2>Results</h2>{table}{figure}",

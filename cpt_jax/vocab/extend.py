@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import progress, say
 from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
 from cpt_jax.vocab.continued import ContinuedLearning, NewPiece
 from cpt_jax.vocab.segmentation import kind_of, segmentation_of
@@ -56,8 +56,8 @@ def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected
     """
     kind = kind_of(base)
     if isinstance(extension, ContinuedBPE):
-        found = list(ContinuedLearning(segmentation_of(base), extension, texts, protected).pieces())
-        return _checked(_from_pieces(found, kind))
+        learning = ContinuedLearning(segmentation_of(base), extension, texts, protected)
+        return _checked(_from_pieces(_shown(learning.pieces(), extension), kind))
     if extension.candidates:
         raise UserError("candidates go with continued-bpe: --method continued-bpe")
     if kind == "byte-level":
@@ -65,9 +65,20 @@ def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected
             raise UserError(
                 f"scores {extension.scores!r} are for SentencePiece: a byte-level BPE has an order of merges only"
             )
-        return _checked(_from_pieces(list(byte_level_union(base, extension, texts, protected)), kind))
+        return _checked(_from_pieces(_shown(byte_level_union(base, extension, texts, protected), extension), kind))
     found = sentencepiece_union(base, extension, texts)
     return _checked(Additions(pieces=[piece for piece, _ in found], scores=_scores(base, extension, found)))
+
+
+def _shown(pieces: Iterable[NewPiece], extension: Extension) -> list[NewPiece]:
+    """All of them, with their progress."""
+    found = []
+    with progress("tokenizer: new pieces", extension.new_tokens + len(extension.candidates), "pieces") as shown:
+        for piece in pieces:
+            found.append(piece)
+            if len(found) % 100 == 0:
+                shown.advance(100)
+    return found
 
 
 def _from_pieces(found: Sequence[NewPiece], kind: str) -> Additions:

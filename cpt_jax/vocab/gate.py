@@ -32,30 +32,52 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PieceUse:
-    """How the new pieces occur in the text they were learnt from; `unreachable` lists some that do not."""
+    """How the new pieces occur in the text they were learnt from; `unreachable` lists some that do not.
+
+    `steps_to_candidates` are not counted among these: beginnings of a term that the user asked for, which merges need.
+    """
 
     new_pieces: int
     unreachable_pieces: int
     unreachable: list[str]
+    steps_to_candidates: int
     most_frequent: list[tuple[str, int]]
     longest: list[str]
 
 
-def piece_use(base: Tokenizer, extended: Tokenizer, texts: Iterable[str], shown: int = 30) -> PieceUse:
+def piece_use(
+    base: Tokenizer, extended: Tokenizer, texts: Iterable[str], candidates: Sequence[str] = (), shown: int = 30
+) -> PieceUse:
     """Counts the new pieces in `texts`. One that never occurs is a step on the way to longer pieces, or was
-    overtaken by one."""
+    overtaken by one.
+
+    A candidate need not occur: it is reachable when its own text gives it, alone or behind what words stand behind.
+    """
     counts: collections.Counter[int] = collections.Counter()
+    asked = [before + term for term in candidates for before in ("", " ", "\n", "(")]
+    produced = {index for ids in extended.encode_documents(asked) for index in ids}
     for batch in _batched(texts, 1024):
         counts.update(index for ids in extended.encode_documents(batch) for index in ids if index >= base.size)
     new = range(base.size, extended.size)
     pieces = {index: extended.piece(index) for index in new}
+    unused = [index for index in new if not counts[index] and index not in produced]
+    terms = tuple(term.lstrip() for term in candidates)
+    steps = {index for index in unused if _begins_one(pieces[index], terms)}
+    unreachable = [pieces[index] for index in unused if index not in steps]
     return PieceUse(
         new_pieces=len(new),
-        unreachable_pieces=sum(1 for index in new if not counts[index]),
-        unreachable=[pieces[index] for index in new if not counts[index]][: 10 * shown],
+        unreachable_pieces=len(unreachable),
+        unreachable=unreachable[: 10 * shown],
+        steps_to_candidates=len(steps),
         most_frequent=[(pieces[index], count) for index, count in counts.most_common(shown)],
         longest=sorted((pieces[i] for i in new if counts[i]), key=lambda piece: (-len(piece), piece))[:shown],
     )
+
+
+def _begins_one(piece: str, terms: Sequence[str]) -> bool:
+    # A piece may end inside a character.
+    beginning = piece.lstrip().rstrip("\ufffd")
+    return any(term.startswith(beginning) for term in terms)
 
 
 def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -151,7 +173,7 @@ def check(
             what = f"more tokens are needed for the old documents ({corpus['name']})"
             _within(corpus["tokens_change"], limits.old_tokens_added, "old_tokens_added", what, advice)
     _within(
-        use.unreachable_pieces / use.new_pieces,
+        use.unreachable_pieces / max(1, use.new_pieces),
         limits.unreachable_pieces,
         "unreachable_pieces",
         "of the new pieces are never used in the text they were learnt from",
@@ -164,9 +186,14 @@ def _within(value: float, limit: float, name: str, what: str, advice: str) -> No
         raise UserError(f"{value:.1%} {what}, more than the limit of {limit:.1%}: {advice}, or raise the limit {name}")
 
 
-def _check_kept(base: Tokenizer, extended: Tokenizer) -> None:
+def moved_ids(base: Tokenizer, extended: Tokenizer) -> list[str]:
+    """The base's pieces that have another id, or none, in the other tokenizer."""
     kept, now = base.backend.get_vocab(with_added_tokens=True), extended.backend.get_vocab(with_added_tokens=True)
-    if moved := [piece for piece, index in kept.items() if now.get(piece) != index]:
+    return [piece for piece, index in kept.items() if now.get(piece) != index]
+
+
+def _check_kept(base: Tokenizer, extended: Tokenizer) -> None:
+    if moved := moved_ids(base, extended):
         raise UserError(
             f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
         )
