@@ -9,6 +9,20 @@ from typing import Any, NoReturn
 
 from cpt_jax.core.errors import UserError
 
+# Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
+ROWS = (
+    "random",
+    "mean",
+    "subword-mean",
+    "subword-mean-length",
+    "subword-mean-first",
+    "subword-mean-last",
+    "subword-mean-calibrated",
+    "focus",
+    "wechsel",
+    "distilled",
+)
+
 
 def _adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from cpt_jax.recipe.defaults import adapt_recipe, explain
@@ -86,7 +100,18 @@ def _model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
 def _model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.commands import model_extend
 
-    model_extend(arguments.model, arguments.tokenizer, arguments.init, arguments.out)
+    model_extend(
+        model=arguments.model,
+        tokenizer=arguments.tokenizer,
+        init=arguments.init,
+        corpora=arguments.corpus,
+        vectors=arguments.vectors,
+        probe_steps=arguments.probe,
+        text_field=arguments.text_field,
+        seed=arguments.seed,
+        out=arguments.out,
+        json_path=arguments.json,
+    )
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -224,8 +249,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(model, "extend", _model_extend, "Grows the embedding (and an untied head) to the tokenizer's size.")
     sub.add_argument("--model", required=True)
     sub.add_argument("--tokenizer", required=True, type=Path)
-    sub.add_argument("--init", choices=("random", "mean", "subword-mean"), default="subword-mean")
+    sub.add_argument(
+        "--init", nargs="+", default=[], choices=ROWS, help="what the new rows start from; with --probe, several"
+    )
+    sub.add_argument("--corpus", nargs="+", default=[], metavar="SPEC", help="text of the new domain")
+    sub.add_argument("--vectors", nargs=2, default=[], metavar="VEC", help="wechsel: aligned .vec files, old and new")
+    sub.add_argument("--probe", type=int, metavar="STEPS", help="train each kind of rows so long, and take the best")
+    sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", required=True, type=Path)
+    text_field(sub)
+    json_out(sub)
     sub = command(model, "inspect", _model_inspect, "Family, sizes and the table of parameters.")
     sub.add_argument("--model", required=True)
 

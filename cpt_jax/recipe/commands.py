@@ -1,7 +1,8 @@
 """The parts of the pipeline as commands of their own."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cpt_jax.checkpoint.hf import read_config, resolve_base
@@ -10,18 +11,21 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
+from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import Corpus, SkipCounts, read
 from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.generate import generate
-from cpt_jax.recipe.grow import check_fits, grow_model
+from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
+from cpt_jax.recipe.recipe import Vocabulary
+from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.extend import ContinuedBPE, Extension, Union, extend
 from cpt_jax.vocab.fertility import compare
 from cpt_jax.vocab.gate import piece_use
-from cpt_jax.vocab.init_rows import InitRows, Mean, Random, SubwordMean
+from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 FLOAT32 = Precision(compute="float32")
@@ -84,11 +88,71 @@ def tokenizer_report(
         write_json_atomic(json_path, {"corpora": rows, **dataclasses.asdict(use)})
 
 
-def model_extend(model: str, tokenizer: Path, init: str, out: Path) -> None:
-    """`cpt model extend`."""
-    initial_rows: InitRows = {"random": Random(), "mean": Mean(), "subword-mean": SubwordMean()}[init]
-    grow_model(_directory(model), tokenizer, initial_rows, 0, out)
-    print(out)
+def model_extend(
+    *,
+    model: str,
+    tokenizer: Path,
+    init: Sequence[str],
+    corpora: Sequence[str],
+    vectors: Sequence[str],
+    probe_steps: int | None,
+    text_field: str,
+    seed: int,
+    out: Path,
+    json_path: Path | None,
+) -> None:
+    """`cpt model extend`: rows of one kind, or, with a probe, of the kind that is best after `probe_steps` steps."""
+    quiet_libraries()
+    candidates = _candidates(init, vectors, probe_steps is not None)
+    if needy := [name for name, rows in candidates.items() if isinstance(rows, NEEDS_TEXT) and not corpora]:
+        raise UserError(f"rows {needy[0]!r} are made from text of the new domain: give --corpus SPEC")
+    if probe_steps is None:
+        if len(candidates) > 1:
+            raise UserError(
+                f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
+            )
+        growth = Growth(_directory(model), tokenizer, seed, lambda: _texts(_corpora(corpora, text_field)))
+        growth.save(growth.rows(next(iter(candidates.values()))), out)
+        print(out)
+        return
+    if not corpora:
+        raise UserError("--probe trains on text of the new domain: give --corpus SPEC")
+    with tempfile.TemporaryDirectory() as directory:
+        heldout, learnt = _held_apart(_corpora(corpora, text_field), Path(directory))
+        growth = Growth(_directory(model), tokenizer, seed, learnt)
+        probe = Probe(steps=(0, probe_steps))
+        rows, results = best_rows(growth, candidates, heldout, probe)
+        growth.save(rows, out)
+    print(f"{'rows':<26}{'at once':>10}{f'{probe_steps} steps':>12}{'seconds to make':>18}   (bits per byte, held out)")
+    for result in results:
+        before, after = result.bits_per_byte.values()
+        print(f"{result.name:<26}{before:>10.3f}{after:>12.3f}{result.seconds:>18.0f}")
+    print(f"{out}: {results[0].name}")
+    if json_path is not None:
+        write_json_atomic(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
+
+
+def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> dict[str, InitRows]:
+    known = NAMED_ROWS | ({"wechsel": Wechsel(source=vectors[0], target=vectors[1])} if vectors else {})
+    if not names:
+        return known if probed else {"default": Vocabulary().initial_rows}
+    if "wechsel" in names and not vectors:
+        raise UserError("rows 'wechsel' need word vectors of both languages: give --vectors OLD.vec NEW.vec")
+    return {name: known[name] for name in names}
+
+
+def _held_apart(corpora: Sequence[Corpus], directory: Path) -> tuple[list[str], Callable[[], Iterator[str]]]:
+    """(held-out texts, the rest) of the corpora."""
+    holdout = Holdout()
+    for corpus in corpora:
+        write_heldout(corpus, holdout, directory / corpus.name)
+    heldout = [text for corpus in corpora for text in read_heldout(directory / corpus.name)]
+
+    def rest() -> Iterator[str]:
+        for corpus in corpora:
+            yield from training_documents(corpus, holdout, directory / corpus.name, SkipCounts())
+
+    return heldout, rest
 
 
 def model_inspect(model: str) -> None:

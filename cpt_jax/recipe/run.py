@@ -20,10 +20,11 @@ from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.recipe.export import export_model, sample_page
-from cpt_jax.recipe.grow import check_fits, grow_model, grow_tokenizer
+from cpt_jax.recipe.grow import check_fits, grow_tokenizer
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table, write_report
+from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.loop import Training, train

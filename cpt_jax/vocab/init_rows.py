@@ -187,6 +187,21 @@ class Distilled:
 
 InitRows = SubwordMean | Mean | Random | Focus | Wechsel | Distilled
 
+# Names for a command line; WECHSEL needs files and has none.
+NAMED_ROWS: dict[str, InitRows] = {
+    "random": Random(),
+    "mean": Mean(),
+    "subword-mean": SubwordMean(),
+    "subword-mean-length": SubwordMean(weights="length"),
+    "subword-mean-first": SubwordMean(weights="first"),
+    "subword-mean-last": SubwordMean(weights="last"),
+    "subword-mean-calibrated": SubwordMean(calibrated=True),
+    "focus": Focus(),
+    "distilled": Distilled(),
+}
+# Made from a corpus as well as from the old rows.
+NEEDS_TEXT = (Focus, Wechsel, Distilled)
+
 
 def sparsemax(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
     """The nearest points of the simplex (Martins & Astudillo 2016, arXiv 1602.02068)."""
