@@ -59,28 +59,62 @@ def _overridden(recipe, overrides: list[str]):
     return apply_overrides(recipe, overrides)
 
 
-def _tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import tokenizer_extend
+def _extension(arguments: argparse.Namespace, new_tokens: int, candidates: Path | None):
+    from cpt_jax.recipe.tokenizer_commands import extension_of
 
+    return extension_of(
+        method=arguments.method,
+        new_tokens=new_tokens,
+        scores=arguments.scores,
+        candidates=candidates,
+        ban=arguments.ban,
+        scripts=arguments.scripts,
+        min_frequency=arguments.min_frequency,
+        max_piece_characters=arguments.max_piece_characters,
+        sample_bytes=arguments.sample_bytes,
+    )
+
+
+def _tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.tokenizer_commands import tokenizer_extend
+    from cpt_jax.vocab.gate import Limits
+
+    given = {
+        "old_documents_changed": arguments.max_old_documents_changed,
+        "old_tokens_added": arguments.max_old_tokens_added,
+        "unreachable_pieces": arguments.max_unreachable,
+        "slow_fast_differences": arguments.max_slow_fast_differences,
+    }
     tokenizer_extend(
         base=arguments.base,
         corpora=arguments.corpus,
-        new_tokens=arguments.new_tokens,
-        method=arguments.method,
+        protect=arguments.protect,
+        extension=_extension(arguments, arguments.new_tokens, arguments.candidates),
+        drop_unreachable=arguments.drop_unreachable,
+        limits=Limits(**{name: value for name, value in given.items() if value is not None}),
+        heldout_share=arguments.heldout_share,
         text_field=arguments.text_field,
         out=arguments.out,
+        json_path=arguments.json,
     )
 
 
 def _tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import tokenizer_report
+    from cpt_jax.recipe.tokenizer_commands import tokenizer_report
 
     tokenizer_report(
         base=arguments.base,
         tokenizer=arguments.tokenizer,
         corpora=arguments.corpus,
+        protect=arguments.protect,
+        extension=_extension(arguments, max(arguments.sizes), None) if arguments.curve else None,
+        sizes=arguments.sizes,
+        sample_bytes=arguments.sample_bytes,
+        heldout_share=arguments.heldout_share,
         text_field=arguments.text_field,
         json_path=arguments.json,
+        html_path=arguments.html,
+        picture_path=arguments.plot,
     )
 
 
@@ -161,6 +195,37 @@ def _named_spec(text: str) -> tuple[str, str]:
     return name, spec
 
 
+def _texts_and_learning(sub: argparse.ArgumentParser) -> None:
+    """What `tokenizer extend` and `tokenizer report --curve` learn from, and how."""
+    spec: dict[str, Any] = dict(nargs="+", metavar="SPEC")
+    sub.add_argument("--base", required=True, help="a directory with tokenizer.json or tokenizer.model, or a hub id")
+    sub.add_argument("--corpus", required=True, help="text of the new domain", **spec)
+    sub.add_argument(
+        "--protect",
+        default=[],
+        help="old text: cut as before by learning, and a held-out part of it is what is measured",
+        **spec,
+    )
+    sub.add_argument("--method", choices=("union", "continued-bpe"), default="continued-bpe")
+    sub.add_argument(
+        "--scores", choices=("below-base", "own", "zero"), help="of a SentencePiece union (default below-base)"
+    )
+    sub.add_argument("--ban", type=Path, metavar="FILE", help="pieces that are never learnt, one a line (UTF-8)")
+    sub.add_argument(
+        "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
+    )
+    sub.add_argument("--min-frequency", type=int, metavar="N", help="of a learnt piece in the text (default 2)")
+    sub.add_argument("--max-piece-characters", type=int, metavar="N", help="(default 16)")
+    sub.add_argument(
+        "--sample-bytes",
+        type=int,
+        metavar="N",
+        help="of more text than this, documents chosen by hash (default 200,000,000; to compare, 20,000,000 a corpus)",
+    )
+    sub.add_argument("--heldout-share", type=float, default=0.1, help="of documents, by hash (default 0.1)")
+    sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Continued pre-training of language models in JAX.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -229,17 +294,37 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
     sub = command(tokenizer, "extend", _tokenizer_extend, "Adds new pieces; every id of the base keeps its meaning.")
-    sub.add_argument("--base", required=True, help="a HF directory with tokenizer.json")
-    sub.add_argument("--corpus", required=True, nargs="+", metavar="SPEC")
-    sub.add_argument("--new-tokens", required=True, type=int)
-    sub.add_argument("--method", choices=("union", "continued-bpe"), default="continued-bpe")
+    _texts_and_learning(sub)
+    sub.add_argument("--new-tokens", required=True, type=int, help="pieces learnt from the corpora, at most")
+    sub.add_argument("--candidates", type=Path, metavar="FILE", help="terms to be pieces besides, one a line (UTF-8)")
+    sub.add_argument(
+        "--drop-unreachable", action="store_true", help="leave out pieces that the corpora never come to use"
+    )
+    for name, help in (
+        ("old-documents-changed", "protected documents that may be tokenised differently"),
+        ("old-tokens-added", "more tokens that protected documents may take"),
+        ("unreachable", "new pieces that may never be used"),
+        ("slow-fast-differences", "documents that tokenizer.model and tokenizer.json may cut differently"),
+    ):
+        sub.add_argument(f"--max-{name}", type=float, metavar="SHARE", help=f"limit (0 to 1) of {help}")
     sub.add_argument("--out", required=True, type=Path)
-    text_field(sub)
-    sub = command(tokenizer, "report", _tokenizer_report, "Compares two tokenizers on text.")
-    sub.add_argument("--base", required=True, type=Path)
-    sub.add_argument("--tokenizer", required=True, type=Path)
-    sub.add_argument("--corpus", required=True, nargs="+", metavar="SPEC")
-    text_field(sub)
+    json_out(sub)
+    sub = command(
+        tokenizer, "report", _tokenizer_report, "Compares two tokenizers on text, or shows what extending one brings."
+    )
+    _texts_and_learning(sub)
+    sub.add_argument("--tokenizer", help="the other tokenizer's directory or hub id")
+    sub.add_argument("--curve", action="store_true", help="fertility against the number of new pieces")
+    sub.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[500, 1000, 2000, 4000, 8000, 16000, 32000],
+        metavar="N",
+        help="the curve's numbers of new pieces (default 500 to 32000)",
+    )
+    sub.add_argument("--html", type=Path, help="also write a self-contained page to this file")
+    sub.add_argument("--plot", type=Path, help="also write the curve's picture to this PNG file")
     json_out(sub)
 
     model = group("model", "import, extend and inspect models")

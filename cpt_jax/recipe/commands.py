@@ -22,9 +22,6 @@ from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
-from cpt_jax.vocab.extend import ContinuedBPE, Extension, Union, extend
-from cpt_jax.vocab.fertility import compare
-from cpt_jax.vocab.gate import piece_use
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -53,39 +50,6 @@ def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
     for corpus in corpora:
         for document in read(corpus, SkipCounts()):
             yield document.text
-
-
-def tokenizer_extend(
-    *, base: str, corpora: Sequence[str], new_tokens: int, method: str, text_field: str, out: Path
-) -> None:
-    """`cpt tokenizer extend`."""
-    extension: Extension = (
-        ContinuedBPE(new_tokens=new_tokens) if method == "continued-bpe" else Union(new_tokens=new_tokens)
-    )
-    count = extend(_directory(base), extension, _texts(_corpora(corpora, text_field)), (), out)
-    print(f"{out}: {count:,} new pieces")
-
-
-def tokenizer_report(
-    *, base: Path, tokenizer: Path, corpora: Sequence[str], text_field: str, json_path: Path | None
-) -> None:
-    """`cpt tokenizer report`: both tokenizers on each corpus; a piece counts as unreachable when none of the corpora
-    holds it."""
-    before, after = Tokenizer(base), Tokenizer(tokenizer)
-    named = _corpora(corpora, text_field)
-    rows = [compare(corpus.name, before, after, list(_texts([corpus]))) for corpus in named]
-    use = piece_use(before, after, _texts(named))
-    print(f"{'corpus':<16}{'tokens/character':>24}{'bytes/token':>20}{'changed':>10}{'failures':>10}")
-    for row in rows:
-        old, new = row["base"], row["extended"]
-        rates = f"{old['tokens_per_character']:.3f} -> {new['tokens_per_character']:.3f}"
-        sizes = f"{old['bytes_per_token']:.2f} -> {new['bytes_per_token']:.2f}"
-        print(
-            f"{row['name']:<16}{rates:>24}{sizes:>20}{row['documents_changed']:>10.1%}{row['round_trip_failures']:>10}"
-        )
-    print(f"{use.new_pieces:,} new pieces, {use.unreachable_pieces:,} of them not in these corpora")
-    if json_path is not None:
-        write_json_atomic(json_path, {"corpora": rows, **dataclasses.asdict(use)})
 
 
 def model_extend(

@@ -86,6 +86,8 @@ def curve(
 ) -> dict:
     """Fertility on held-out text against the number of new pieces, all prefixes of one learning.
 
+    Where the text gives fewer pieces than the largest size, the last point is all that it gives.
+
     Returns:
       {"points": [{"new_tokens", "tokens_per_character", and with a model "parameters", "logit_share" (of a token's
       FLOPs), "flops_per_character"}], "knee": a number of new pieces}. The knee is the point farthest below the
@@ -93,8 +95,8 @@ def curve(
     """
     largest = dataclasses.replace(extension, new_tokens=max(sizes))
     additions = learn(base, largest, texts, protected)
-    points = []
-    for size in [0, *(size for size in sorted(sizes) if size <= len(additions.pieces))]:
+    available, points = len(additions.pieces), []
+    for size in [0, *sorted({min(size, available) for size in sizes})]:
         with tempfile.TemporaryDirectory() as directory:
             if size:
                 write_extended(base, _prefix(additions, size), Path(directory))

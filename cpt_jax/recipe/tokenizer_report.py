@@ -1,0 +1,433 @@
+"""What `cpt tokenizer` shows: tables for the terminal, the curve's picture, and one self-contained HTML page."""
+
+import dataclasses
+import html
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
+from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, svg_text
+from cpt_jax.recipe.report import html_table, page, pieces_to_look_at, text_table
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+STYLE = """
+.cut { font-size: 1.05rem; line-height: 2.1; padding: .7rem .9rem; background: var(--band); border-radius: 6px;
+overflow-wrap: anywhere; } .cut span { border-radius: 4px; padding: .12rem .16rem; margin-right: 2px; color: #1c2127;
+white-space: pre-wrap; -webkit-box-decoration-break: clone; box-decoration-break: clone; } .cut .a { background:
+#d9e2ea; } .cut .b { background: #ece4d3; } .cut .n { background: #a9d6e2; font-weight: 600; } .cut .n.b {
+background: #8cc6d6; } .cut sup { font-size: .62em; color: #a3341c; font-weight: 700; margin-left: 1px; line-height: 0;
+} .key span { border-radius: 4px; padding: .05rem .4rem; color: #1c2127; } .key .a { background: #d9e2ea; } .key .n {
+background: #a9d6e2; } tr.knee td { font-weight: 700; color: var(--accent); } .example { margin: 1rem 0 1.6rem; }
+"""
+
+
+# The terminal
+
+
+def report_text(figures: dict) -> str:
+    """The corpora under both tokenizers, the new pieces and the speed, as text."""
+    rows = [["corpus", "tokens/character", "bytes/token", "tokens/word", "changed", "tokens", "lost"]]
+    for corpus in figures["corpora"]:
+        before, after = corpus["base"], corpus["extended"]
+        note = {True: " (held out)", False: " (learnt from)", None: ""}[corpus.get("held_out")]
+        rows.append([
+            corpus["name"] + note,
+            f"{before['tokens_per_character']:.3f} -> {after['tokens_per_character']:.3f}",
+            f"{before['bytes_per_token']:.2f} -> {after['bytes_per_token']:.2f}",
+            f"{before['tokens_per_word']:.2f} -> {after['tokens_per_word']:.2f}",
+            f"{corpus['documents_changed']:.1%}",
+            f"{corpus['tokens_change']:+.1%}",
+            str(corpus["round_trip_failures"]),
+        ])  # fmt: skip
+    legend = "changed: documents tokenised differently; lost: documents that do not come back"
+    parts = [text_table(rows), legend, _pieces_text(figures), *_agreement(figures), *_speed_lines(figures)]
+    return "\n".join(part for part in parts if part)
+
+
+def _pieces_text(figures: dict) -> str:
+    if figures["new_pieces"] is None:
+        return _unrelated(figures)
+    lines = [_pieces_sentence(figures)]
+    if figures["unreachable"]:
+        lines.append("  never used:    " + _shown(figures["unreachable"]))
+    lines.append("  most frequent: " + _shown([piece for piece, _ in figures["most_frequent"]]))
+    lines.append("  longest:       " + _shown(figures["longest"]))
+    return "\n".join(lines)
+
+
+def _shown(pieces: Sequence[str], count: int = 10) -> str:
+    more = f" ... ({len(pieces) - count:,} more)" if len(pieces) > count else ""
+    return "  ".join(repr(piece) for piece in pieces[:count]) + more
+
+
+def _unrelated(figures: dict) -> str:
+    return (
+        f"{figures['moved_ids']:,} pieces of the base have another id, or none, in the other tokenizer: it is no extension of the base, "
+        "and nothing is said of new pieces"
+    )
+
+
+def _pieces_sentence(figures: dict) -> str:
+    sentence = (
+        f"{figures['new_pieces']:,} new pieces, {figures['unreachable_pieces']:,} of them never used in this text"
+    )
+    if steps := figures.get("steps_to_candidates"):
+        sentence += f", and {steps:,} steps to candidates"
+    if dropped := figures.get("dropped"):
+        sentence += f"; {dropped:,} unreachable ones dropped"
+    return sentence
+
+
+def _agreement(figures: dict) -> list[str]:
+    """How far tokenizer.model and tokenizer.json cut alike, where there is a tokenizer.model."""
+    lines = []
+    for side in ("base", "extended"):
+        shares = [corpus.get("slow_fast_differences", {}).get(side) for corpus in figures["corpora"]]
+        known = [share for share in shares if share is not None]
+        if known:
+            worst = max(known)
+            words = "cut every document alike" if not worst else f"differ on up to {worst:.1%} of a corpus's documents"
+            lines.append(f"{side}: tokenizer.model and tokenizer.json {words}")
+    return lines
+
+
+def _speed_lines(figures: dict) -> list[str]:
+    if "speed" not in figures:
+        return []
+    rates, sizes = figures["speed"], figures["vocabulary"]
+    return [
+        f"vocabulary: {sizes['base']:,} -> {sizes['extended']:,} ids",
+        "; ".join(
+            f"{name}: {rates['base'][name]:.2f} -> {rates['extended'][name]:.2f} MB/s (ratio {rates[f'{name}_ratio']:.2f})"
+            for name in ("encode", "decode")
+        ),
+    ]
+
+
+def curve_text(curve: dict) -> str:
+    """The curve's table and what it says, as text."""
+    header, rows = _curve_rows(curve)
+    marked = [[("* " if point["new_tokens"] == curve["knee"] else "  ") + row[0], *row[1:]]
+              for point, row in zip(curve["points"], rows, strict=True)]  # fmt: skip
+    header[0] = "  " + header[0]
+    title = f"{', '.join(curve['corpora'])}: held-out text ({curve['heldout_bytes']:,} bytes), {curve['method']}"
+    return "\n".join([title, text_table([header, *marked]), *curve_sentences(curve)])
+
+
+def _curve_rows(curve: dict) -> tuple[list[str], list[list[str]]]:
+    points = curve["points"]
+    header = ["new pieces", "tokens/character", "tokens"]
+    costs = "parameters" in points[0]
+    if costs:
+        header += ["parameters added", "logits' share", "FLOPs/character"]
+    rows = []
+    for point in points:
+        row = [
+            f"{point['new_tokens']:,}",
+            f"{point['tokens_per_character']:.3f}",
+            f"{point['tokens_per_character'] / points[0]['tokens_per_character'] - 1:+.1%}"
+            if point["new_tokens"]
+            else "",
+        ]
+        if costs:
+            change = point["flops_per_character"] / points[0]["flops_per_character"] - 1
+            row += [
+                f"{point['parameters'] / 1e6:,.2f} M",
+                f"{point['logit_share']:.1%}",
+                f"{point['flops_per_character'] / 1e6:,.0f} M" + (f" ({change:+.0%})" if point["new_tokens"] else ""),
+            ]
+        rows.append(row)
+    return header, rows
+
+
+def curve_sentences(curve: dict) -> list[str]:
+    """The knee in words, and where a character costs the least to compute."""
+    points = curve["points"][1:]
+    if not points:
+        return ["There is nothing to add."]
+    place = [point["new_tokens"] for point in points].index(curve["knee"])
+    rate = points[place]["tokens_per_character"]
+    before, after = (_savings(part) for part in (points[: place + 1], points[place:]))
+    sentence = f"The knee: {curve['knee']:,} pieces ({rate:.3f} tokens per character)"
+    if after:
+        sentence += (
+            f": beyond it, twice as many pieces save less than {math.floor(100 * max(after)) + 1}% of the tokens"
+        )
+        sentence += f"; up to it, {math.floor(100 * min(before))}% or more" if before else ""
+    sentences = [sentence + "."]
+    if "flops_per_character" in points[0]:
+        best = min(points, key=lambda point: point["flops_per_character"])
+        sentences.append(
+            f"A character costs the fewest FLOPs with {best['new_tokens']:,} pieces "
+            f"({best['flops_per_character'] / curve['points'][0]['flops_per_character'] - 1:+.0%} against the base)."
+        )
+    return sentences
+
+
+def _savings(points: Sequence[dict]) -> list[float]:
+    """The share of tokens that each doubling saves, between neighbouring points."""
+    return [
+        1 - (right["tokens_per_character"] / left["tokens_per_character"])
+        ** (1 / math.log2(right["new_tokens"] / left["new_tokens"]))
+        for left, right in itertools.pairwise(points)
+    ]  # fmt: skip
+
+
+# The picture
+
+
+def curve_figure(curve: dict):
+    """Fertility against the number of new pieces, and beside it, where the model is known, what they cost."""
+    points, base = curve["points"][1:], curve["points"][0]
+    costs = "parameters" in base
+    figure, axes = new_figure(2 if costs else 1, 9.6 if costs else 5.6, 3.2)
+    sizes = [point["new_tokens"] for point in points]
+    rates = [point["tokens_per_character"] for point in points]
+    axes[0].axhline(base["tokens_per_character"], color=GREY, linestyle="--", linewidth=1)
+    axes[0].annotate(
+        f"base {base['tokens_per_character']:.3f}", (sizes[0], base["tokens_per_character"]),
+        xytext=(0, 3), textcoords="offset points", fontsize=8, color=GREY,
+    )  # fmt: skip
+    axes[0].plot(sizes, rates, color=ACCENT, marker="o", markersize=4, linewidth=1.8)
+    for size, rate in zip(sizes, rates, strict=True):
+        bold = "bold" if size == curve["knee"] else "normal"
+        axes[0].annotate(
+            f"{rate:.3f}", (size, rate), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8,
+            fontweight=bold,
+        )  # fmt: skip
+    axes[0].set_ylabel("tokens per character, held-out text")
+    axes[0].set_ylim(0, base["tokens_per_character"] * 1.12)
+    if costs:
+        _draw_costs(axes[1], points, base)
+    for axis in axes:
+        axis.axvline(curve["knee"], color=DOMAIN_COLOURS[1], linestyle=":", linewidth=1.2)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [f"{size / 1000:g}k" for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel("new pieces")
+    axes[0].annotate(
+        "knee", (curve["knee"], 0), xycoords=("data", "axes fraction"), xytext=(4, 5), textcoords="offset points",
+        fontsize=8, color=DOMAIN_COLOURS[1],
+    )  # fmt: skip
+    return figure
+
+
+def _draw_costs(axis, points: Sequence[dict], base: dict) -> None:
+    sizes = [point["new_tokens"] for point in points]
+    work = [point["flops_per_character"] / base["flops_per_character"] for point in points]
+    share = [point["logit_share"] for point in points]
+    for values, colour, name in (
+        (work, ACCENT, "FLOPs per character, of the base's"),
+        (share, DOMAIN_COLOURS[4], "logits' share of a token's FLOPs"),
+    ):
+        axis.plot(sizes, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
+    for point, size, value in zip(points, sizes, share, strict=True):
+        axis.annotate(
+            f"+{point['parameters'] / 1e6:.3g}M", (size, value), xytext=(0, -12), textcoords="offset points",
+            ha="center", fontsize=7.5, color=GREY,
+        )  # fmt: skip
+    axis.set_ylim(0, max(1.0, *work, *share) * 1.05)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.plot([], [], " ", label="+ parameters added")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def write_curve_picture(curve: dict, path: Path) -> None:
+    """The curve as a PNG file."""
+    from matplotlib import pyplot
+
+    figure, picture = curve_figure(curve), io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, facecolor="white")
+    pyplot.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk_full_is_told(path):
+            partial.write_bytes(picture.getvalue())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# The page
+
+
+def write_page(
+    path: Path, figures: dict, base: Tokenizer, extended: Tokenizer | None, texts: dict[str, list[str]]
+) -> None:
+    """Tables, the new pieces, sentences cut by both tokenizers, and the curve, as far as they were measured."""
+    name = html.escape(_name(base))
+    title, subtitle, sections = f"How many new pieces for {name}?", "fertility against the size of the vocabulary", []
+    if extended is not None:
+        title = f"{name} → {html.escape(_name(extended))}"
+        sizes = figures["vocabulary"]
+        documents = sum(corpus["documents"] for corpus in figures["corpora"])
+        subtitle = f"two tokenizers, {sizes['base']:,} → {sizes['extended']:,} ids, on {documents:,} documents"
+        sections = [_answer(figures), _corpora_section(figures), _examples_section(figures, base, extended, texts),
+                    _pieces_section(figures), _speed_section(figures)]  # fmt: skip
+    if "curve" in figures:
+        sections.insert(2, _curve_section(figures["curve"]))
+    write_text_atomic(path, page(title, subtitle, "".join(sections), STYLE))
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    return tokenizer.directory.resolve().name
+
+
+def _answer(figures: dict) -> str:
+    lines = []
+    for corpus in figures["corpora"]:
+        before, after = corpus["base"]["tokens_per_character"], corpus["extended"]["tokens_per_character"]
+        name = f"<b>{html.escape(corpus['name'])}</b>"
+        if not corpus["documents_changed"]:
+            lines.append(f"<p>{name} is cut exactly as before, {after:.2f} tokens per character.</p>")
+        else:
+            lines.append(
+                f"<p>{name} takes <b>{before:.2f} → {after:.2f} tokens per character</b> ({corpus['tokens_change']:+.1%} tokens).</p>"
+            )
+    return f'<div class="answer">{"".join(lines)}</div>'
+
+
+def _corpora_section(figures: dict) -> str:
+    rows = []
+    for corpus in figures["corpora"]:
+        before, after = corpus["base"], corpus["extended"]
+        rows.append([
+            f"<td>{html.escape(corpus['name'])}<small>{corpus['documents']:,} documents, {corpus['bytes'] / 1e6:,.2f} MB</small></td>",
+            f"{before['tokens_per_character']:.3f} → {after['tokens_per_character']:.3f}",
+            f"{before['bytes_per_token']:.2f} → {after['bytes_per_token']:.2f}",
+            f"{before['tokens_per_word']:.2f} → {after['tokens_per_word']:.2f}",
+            f"{corpus['tokens_change']:+.1%}",
+            f"{corpus['documents_changed']:.1%}",
+            str(corpus["round_trip_failures"]),
+        ])  # fmt: skip
+    header = ["corpus", "tokens per character", "bytes per token", "tokens per word", "tokens",
+              "documents cut differently", "documents lost"]  # fmt: skip
+    note = "Words are what stands between white space. A document is lost when the base gives it back from its tokens and the other does not."
+    agreement = "".join(f" {line[0].upper()}{line[1:]}." for line in _agreement(figures))
+    return f"<h2>The text</h2>{html_table(header, rows)}<p class=note>{note}{agreement}</p>"
+
+
+def _pieces_section(figures: dict) -> str:
+    if figures["new_pieces"] is None:
+        return f"<h2>New pieces</h2><p class=note>{_unrelated(figures)}.</p>"
+    unused = ""
+    if figures["unreachable"]:
+        spans = "".join(f"<span>{html.escape(piece)}</span>" for piece in figures["unreachable"])
+        unused = (
+            f"<details><summary>Never used in this text: {len(figures['unreachable']):,} of {figures['unreachable_pieces']:,}</summary>"
+            f"<div class=pieces>{spans}</div></details>"
+        )
+    return f"<h2>New pieces</h2><p class=note>{_pieces_sentence(figures)}.</p>{pieces_to_look_at(figures)}{unused}"
+
+
+def _speed_section(figures: dict) -> str:
+    rates = figures["speed"]
+    rows = [
+        [name, f"{rates['base'][name]:.2f}", f"{rates['extended'][name]:.2f}", f"{rates[f'{name}_ratio']:.2f}"]
+        for name in ("encode", "decode")
+    ]
+    header = ["megabytes a second", "before", "after", "ratio"]
+    note = "The same text and library, the two tokenizers in turns, the best of three."
+    return f"<h2>Speed</h2>{html_table(header, rows)}<p class=note>{note}</p>"
+
+
+def _curve_section(curve: dict) -> str:
+    from matplotlib import pyplot
+
+    header, rows = _curve_rows(curve)
+    if not curve["points"][1:]:
+        return "<h2>How many pieces?</h2><p class=note>There is nothing to add.</p>"
+    rows = [
+        [f"<td class=best>{cell} ★</td>" if number == 0 else f"<td class=best>{cell}</td>" for number, cell in enumerate(row)]
+        if point["new_tokens"] == curve["knee"]
+        else row
+        for point, row in zip(curve["points"], rows, strict=True)
+    ]  # fmt: skip
+    figure = curve_figure(curve)
+    picture = svg_text(figure)
+    pyplot.close(figure)
+    words = "".join(f"<p>{sentence}</p>" for sentence in curve_sentences(curve))
+    names = html.escape(", ".join(curve["corpora"]))
+    note = (
+        f"Learnt by {curve['method']} from {curve['learnt_bytes']:,} bytes of {names}; measured on {curve['heldout_bytes']:,} bytes held out by hash. "
+        "FLOPs are those of a forward pass without attention's products; the logits are the output table's part. ★ the knee."
+    )
+    return (
+        f'<h2>How many pieces?</h2><div class="answer">{words}</div><figure>{picture}</figure>'
+        f"{html_table(header, rows)}<p class=note>{note}</p>"
+    )
+
+
+# Sentences cut by both
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of text that one token covers, or several when characters are cut into bytes."""
+
+    text: str
+    tokens: int
+    is_new: bool
+
+
+def spans(tokenizer: Tokenizer, text: str, first_new: int | None) -> list[Span]:
+    """A text as its tokens; ids from `first_new` on are new."""
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    found: list[tuple[int, int, bool]] = []
+    end = 0
+    for index, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+        is_new = first_new is not None and index >= first_new
+        if found and (first < end or last <= end):
+            count, new = found[-1][1] + 1, found[-1][2] or is_new
+            end = max(end, last)
+            found[-1] = (end, count, new)
+        else:
+            end = last
+            found.append((end, 1, is_new))
+    starts = [0, *(last for last, *_ in found)]
+    return [Span(text[first:last], count, new) for first, (last, count, new) in zip(starts, found, strict=False)]
+
+
+def examples(base: Tokenizer, extended: Tokenizer, texts: Sequence[str], ratio: float, count: int = 2) -> list[str]:
+    """Lines of 25 to 110 characters, each of another document, whose change in tokens is nearest to the corpus's."""
+    step = max(1, len(texts) // 200)
+    lines = [
+        next((line.strip() for line in text.splitlines() if 25 <= len(line.strip()) <= 110), text.strip()[:110])
+        for text in texts[::step]
+    ]
+    counts = zip(base.encode_documents(lines), extended.encode_documents(lines), strict=True)
+    distance = [abs(math.log(max(1, len(after)) / max(1, len(before))) - math.log(ratio)) for before, after in counts]
+    order = sorted(range(len(lines)), key=lambda index: (len(lines[index]) < 25, distance[index], index))
+    return list(dict.fromkeys(lines[index] for index in order))[:count]
+
+
+def _examples_section(figures: dict, base: Tokenizer, extended: Tokenizer, texts: dict[str, list[str]]) -> str:
+    first_new = None if figures["new_pieces"] is None else base.size
+    blocks = []
+    for corpus in figures["corpora"]:
+        chosen = examples(base, extended, texts[corpus["name"]], 1 + corpus["tokens_change"])
+        for line in chosen:
+            sides = "".join(_cut_html(side, spans(tokenizer, line, first_new))
+                            for side, tokenizer in (("before", base), ("after", extended)))  # fmt: skip
+            blocks.append(
+                f"<div class=example><span class=note>{html.escape(corpus['name'])}</span><div class=pair>{sides}</div></div>"
+            )
+    new = ", <span class=n>a new piece</span>" if first_new is not None else ""
+    key = (
+        f'<p class="note key"><span class=a>a token</span>{new}; a red number: so many tokens for these characters.</p>'
+    )
+    return f"<h2>Sentences, cut by both</h2>{key}{''.join(blocks)}"
+
+
+def _cut_html(side: str, found: Sequence[Span]) -> str:
+    cells = []
+    for index, span in enumerate(found):
+        style = ("n " if span.is_new else "") + "ab"[index % 2]
+        number = f"<sup>{span.tokens}</sup>" if span.tokens > 1 else ""
+        cells.append(f'<span class="{style}">{html.escape(span.text)}{number}</span>')
+    total = sum(span.tokens for span in found)
+    return f"<div><span class=note>{side}: {total} tokens</span><div class=cut>{'<wbr>'.join(cells)}</div></div>"
