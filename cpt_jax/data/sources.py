@@ -5,8 +5,9 @@ import dataclasses
 import glob
 import gzip
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +77,23 @@ def _document(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | N
         skipped[f"no group field {corpus.group_field!r}"] += 1
         return None
     return Document(text, str(record[corpus.group_field]))
+
+
+def corpora_of(specs: Sequence[str], text_field: str) -> list[Corpus]:
+    """Corpora named by their files' names, numbered where two have the same.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    corpora: list[Corpus] = []
+    for spec in specs:
+        stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus"
+        taken = {corpus.name for corpus in corpora}
+        numbered = (stem if count == 1 else f"{stem}-{count}" for count in itertools.count(1))
+        name = next(name for name in numbered if name not in taken)
+        corpora.append(Corpus(name=name, spec=spec, text_field=text_field))
+        files_of(corpora[-1])
+    return corpora
 
 
 def files_of(corpus: Corpus) -> list[Path]:

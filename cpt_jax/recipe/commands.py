@@ -13,7 +13,7 @@ from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read
 from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
@@ -32,18 +32,6 @@ CACHE = Path(".cache/models")
 
 def _directory(model: str) -> Path:
     return resolve_base(model, CACHE / Path(model).stem)
-
-
-def _corpora(specs: Sequence[str], text_field: str) -> list[Corpus]:
-    """Corpora named by their files' names."""
-    return [
-        Corpus(
-            name="".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus",
-            spec=spec,
-            text_field=text_field,
-        )
-        for spec in specs
-    ]
 
 
 def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
@@ -75,14 +63,14 @@ def model_extend(
             raise UserError(
                 f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
             )
-        growth = Growth(_directory(model), tokenizer, seed, lambda: _texts(_corpora(corpora, text_field)))
+        growth = Growth(_directory(model), tokenizer, seed, lambda: _texts(corpora_of(corpora, text_field)))
         growth.save(growth.rows(next(iter(candidates.values()))), out)
         print(out)
         return
     if not corpora:
         raise UserError("--probe trains on text of the new domain: give --corpus SPEC")
     with tempfile.TemporaryDirectory() as directory:
-        heldout, learnt = _held_apart(_corpora(corpora, text_field), Path(directory))
+        heldout, learnt = _held_apart(corpora_of(corpora, text_field), Path(directory))
         growth = Growth(_directory(model), tokenizer, seed, learnt)
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)

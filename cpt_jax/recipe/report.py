@@ -165,12 +165,17 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
     )
 
 
+def visible(piece: str) -> str:
+    """A piece as HTML in which white space can be seen."""
+    return html.escape(piece.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥"))
+
+
 def pieces_to_look_at(use: dict) -> str:
     """The most used and the longest new pieces (`gate.PieceUse` as a dict)."""
     frequent = "".join(
-        f"<span>{html.escape(piece)} <small>{count:,}</small></span>" for piece, count in use["most_frequent"]
+        f"<span>{visible(piece)} <small>{count:,}</small></span>" for piece, count in use["most_frequent"]
     )
-    longest = "".join(f"<span>{html.escape(piece)}</span>" for piece in use["longest"])
+    longest = "".join(f"<span>{visible(piece)}</span>" for piece in use["longest"])
     return f"<p class=note>Most used new pieces</p><div class=pieces>{frequent}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
 
 

@@ -5,6 +5,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cpt_jax.checkpoint.hf import read_config, resolve_base
 from cpt_jax.core.errors import UserError
@@ -12,7 +13,7 @@ from cpt_jax.core.progress import progress, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
-from cpt_jax.data.sources import Corpus, SkipCounts, files_of, read
+from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.recipe.grow import grow_tokenizer
@@ -40,7 +41,7 @@ def extension_of(
     Raises:
       UserError: a value is wrong, or a flag does not go with the method.
     """
-    selection = {
+    selection: dict[str, Any] = {
         "new_tokens": new_tokens,
         "candidates": _terms(candidates),
         "banned": _terms(ban),
@@ -72,19 +73,6 @@ def _terms(path: Path | None) -> tuple[str, ...]:
 def _directory(tokenizer: str) -> Path:
     path = Path(tokenizer).expanduser()
     return path if path.is_dir() else resolve_base(tokenizer, CACHE / path.stem)
-
-
-def _corpora(specs: Sequence[str], text_field: str) -> list[Corpus]:
-    """Corpora named by their files' names, numbered where two have the same."""
-    corpora: list[Corpus] = []
-    for spec in specs:
-        stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(spec).name.split(".")[0]) or "corpus"
-        taken = {corpus.name for corpus in corpora}
-        numbered = (stem if count == 1 else f"{stem}-{count}" for count in itertools.count(1))
-        name = next(name for name in numbered if name not in taken)
-        corpora.append(Corpus(name=name, spec=spec, text_field=text_field))
-        files_of(corpora[-1])
-    return corpora
 
 
 def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
@@ -129,7 +117,7 @@ def tokenizer_extend(
     source = _directory(base)
     _check_out(out, source)
     kind_of(Tokenizer(source))
-    named = _corpora([*corpora, *protect], text_field)
+    named = corpora_of([*corpora, *protect], text_field)
     new, old = named[: len(corpora)], named[len(corpora) :]
     with tempfile.TemporaryDirectory() as place:
         measured = {corpus.name: _sample(corpus, MEASURED_BYTES) for corpus in new}
@@ -183,7 +171,7 @@ def tokenizer_report(
         raise UserError(f"--sizes holds {min(sizes)}: give numbers of new pieces of at least 1")
     before = Tokenizer(_directory(base))
     after = None if tokenizer is None else Tokenizer(_directory(tokenizer))
-    named = _corpora([*corpora, *protect], text_field)
+    named = corpora_of([*corpora, *protect], text_field)
     figures: dict = {"base_tokenizer": base, "corpora": []}
     texts: dict[str, list[str]] = {}
     if after is not None:

@@ -5,12 +5,13 @@ import html
 import io
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
 from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, svg_text
-from cpt_jax.recipe.report import html_table, page, pieces_to_look_at, text_table
+from cpt_jax.recipe.report import html_table, page, pieces_to_look_at, text_table, visible
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 STYLE = """
@@ -205,9 +206,14 @@ def curve_figure(curve: dict):
     for axis in axes:
         axis.axvline(curve["knee"], color=DOMAIN_COLOURS[1], linestyle=":", linewidth=1.2)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [f"{size / 1000:g}k" for size in sizes])
         axis.minorticks_off()
         axis.set_xlabel("new pieces")
+    labels = [f"{size / 1000:.3g}k" for size in sizes]
+    axes[0].set_xticks(sizes, labels)
+    if costs:
+        added = [f"{label}\n+{point['parameters'] / 1e6:.2g}M" for label, point in zip(labels, points, strict=True)]
+        axes[1].set_xticks(sizes, added)
+        axes[1].set_xlabel("new pieces, and the parameters they add")
     axes[0].annotate(
         "knee", (curve["knee"], 0), xycoords=("data", "axes fraction"), xytext=(4, 5), textcoords="offset points",
         fontsize=8, color=DOMAIN_COLOURS[1],
@@ -224,14 +230,8 @@ def _draw_costs(axis, points: Sequence[dict], base: dict) -> None:
         (share, DOMAIN_COLOURS[4], "logits' share of a token's FLOPs"),
     ):
         axis.plot(sizes, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
-    for point, size, value in zip(points, sizes, share, strict=True):
-        axis.annotate(
-            f"+{point['parameters'] / 1e6:.3g}M", (size, value), xytext=(0, -12), textcoords="offset points",
-            ha="center", fontsize=7.5, color=GREY,
-        )  # fmt: skip
     axis.set_ylim(0, max(1.0, *work, *share) * 1.05)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.plot([], [], " ", label="+ parameters added")
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -316,12 +316,16 @@ def _pieces_section(figures: dict) -> str:
         return f"<h2>New pieces</h2><p class=note>{_unrelated(figures)}.</p>"
     unused = ""
     if figures["unreachable"]:
-        spans = "".join(f"<span>{html.escape(piece)}</span>" for piece in figures["unreachable"])
+        spans = "".join(f"<span>{visible(piece)}</span>" for piece in figures["unreachable"])
         unused = (
             f"<details><summary>Never used in this text: {len(figures['unreachable']):,} of {figures['unreachable_pieces']:,}</summary>"
             f"<div class=pieces>{spans}</div></details>"
         )
-    return f"<h2>New pieces</h2><p class=note>{_pieces_sentence(figures)}.</p>{pieces_to_look_at(figures)}{unused}"
+    broken = any("\ufffd" in piece for piece in (*figures["longest"], *figures["unreachable"]))
+    note = " \ufffd: a piece begins or ends inside a character." if broken else ""
+    return (
+        f"<h2>New pieces</h2><p class=note>{_pieces_sentence(figures)}.{note}</p>{pieces_to_look_at(figures)}{unused}"
+    )
 
 
 def _speed_section(figures: dict) -> str:
@@ -392,13 +396,17 @@ def spans(tokenizer: Tokenizer, text: str, first_new: int | None) -> list[Span]:
     return [Span(text[first:last], count, new) for first, (last, count, new) in zip(starts, found, strict=False)]
 
 
+def _sentence(text: str) -> str:
+    """The first sentence or line of 25 to 110 characters, or the text's beginning."""
+    parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n", text))
+    if found := next((part for part in parts if 25 <= len(part) <= 110), None):
+        return found
+    return text.strip() if len(text.strip()) <= 110 else text.strip()[:110].rsplit(" ", 1)[0]
+
+
 def examples(base: Tokenizer, extended: Tokenizer, texts: Sequence[str], ratio: float, count: int = 2) -> list[str]:
-    """Lines of 25 to 110 characters, each of another document, whose change in tokens is nearest to the corpus's."""
-    step = max(1, len(texts) // 200)
-    lines = [
-        next((line.strip() for line in text.splitlines() if 25 <= len(line.strip()) <= 110), text.strip()[:110])
-        for text in texts[::step]
-    ]
+    """Sentences, each of another document, whose change in tokens is nearest to the corpus's."""
+    lines = [_sentence(text) for text in texts[:: max(1, len(texts) // 200)]]
     counts = zip(base.encode_documents(lines), extended.encode_documents(lines), strict=True)
     distance = [abs(math.log(max(1, len(after)) / max(1, len(before))) - math.log(ratio)) for before, after in counts]
     order = sorted(range(len(lines)), key=lambda index: (len(lines[index]) < 25, distance[index], index))

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.vocab.sentencepiece_model import ModelProto, fast_tokenizer, read_model, settings_of
+from cpt_jax.vocab.sentencepiece_model import SPACE, ModelProto, fast_tokenizer, read_model, settings_of
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -88,8 +88,9 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def piece(self, index: int) -> str:
-        """A token as text to look at."""
-        return self._tokenizer.decode([index], skip_special_tokens=False)
+        """A token as text to look at; the space before a word is shown (SentencePiece drops a text's first one)."""
+        text, inner = self._tokenizer.decode([index], skip_special_tokens=False), self._tokenizer.id_to_token(index)
+        return " " + text if inner and inner.startswith(SPACE) and not text.startswith(" ") else text
 
     def _special(self, name: str) -> int | None:
         value = self.settings.get(name)
