@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -54,6 +55,13 @@ HF_LLAMA = {
 }
 
 
+def compounds(documents: int, seed: int = 0) -> list[str]:
+    """English words that hold the others: a new domain in the old one's letters."""
+    generator = random.Random(seed)
+    words = [first + second for first in ENGLISH for second in ENGLISH]
+    return [" ".join(generator.choices(words, k=generator.randint(4, 30))) + "." for _ in range(documents)]
+
+
 def english(documents: int, seed: int = 0) -> list[str]:
     generator = random.Random(seed)
     return [" ".join(generator.choices(ENGLISH, k=generator.randint(4, 40))) + "." for _ in range(documents)]
@@ -69,29 +77,70 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def write_tokenizer(directory: Path, texts: list[str], size: int = 320) -> None:
-    """A byte-level BPE tokenizer as GPT-2's, trained on a few texts, with two special tokens in front."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+def write_tokenizer(
+    directory: Path, texts: list[str], size: int = 320, kind: Literal["gpt2", "qwen", "llama3"] = "gpt2"
+) -> None:
+    """A byte-level BPE tokenizer, trained on a few texts, with its special tokens in front.
 
-    tokenizer = tokenizers.Tokenizer(models.BPE())
+    As Qwen's and Llama 3's, it has them behind the vocabulary, with another added token and a chat template, and
+    splits words and single digits by a pattern; Qwen's normalizes text, and in Llama 3's a word that is a piece is
+    that piece, whatever the merges make of it.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    special, behind = ["<|endoftext|>", "<|im_end|>"], kind != "gpt2"
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if behind:
+        pattern = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    if kind == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        vocab_size=size - 4 if behind else size,
+        special_tokens=[] if behind else special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
         "bos_token": "<|endoftext|>",
     }
+    if behind:
+        tokenizer.add_special_tokens([*special, "<|im_start|>"])
+        tokenizer.add_tokens(["<think>"])
+        settings["chat_template"] = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_sentencepiece(directory: Path, texts: list[str], kind: Literal["bpe", "unigram"], size: int) -> None:
+    """tokenizer.model as LLaMA's: byte fallback, single digits, a space put before a text."""
+    import sentencepiece
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type=kind,
+            vocab_size=size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+            num_threads=1,
+        )
 
 
 def tiny_config(**changes) -> DecoderConfig:

@@ -15,7 +15,7 @@ from cpt_jax.vocab.segmentation import kind_of, segmentation_of
 from cpt_jax.vocab.selection import Selection, sampled
 from cpt_jax.vocab.sentencepiece_model import append_pieces, extended_merges, lowest_ordinary_score
 from cpt_jax.vocab.tokenizer import Tokenizer
-from cpt_jax.vocab.union import byte_level_union, sentencepiece_union
+from cpt_jax.vocab.union import byte_level_union, merge_steps, merges_of, sentencepiece_union
 
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "chat_")
 
@@ -94,7 +94,10 @@ def _checked(additions: Additions) -> Additions:
 
 def _scores(base: Tokenizer, extension: Union, found: Sequence[tuple[str, float]]) -> list[float] | None:
     if extension.scores == "own":
-        return [score for _, score in found]
+        # A BPE's scores are whole numbers, its pieces' places in the order of learning. Halves keep those of two
+        # tokenizers apart: of equal scores SentencePiece takes the leftmost, which no order of merges can say.
+        bpe = base.document["model"]["type"] == "BPE"
+        return [score - 0.5 if bpe else score for _, score in found]
     return [0.0] * len(found) if extension.scores == "zero" else None
 
 
@@ -159,16 +162,26 @@ def _in_use(base: Tokenizer, additions: Additions, extended: Tokenizer, corpus: 
     seen: set[int] = set()
     for first in range(0, len(corpus), 1024):
         seen.update(*extended.encode_documents(list(corpus[first : first + 1024])))
-    parts = {part for merge in additions.merges or () for part in merge}
-    keep = [
-        base.size + index in seen or piece in parts or extended.piece(base.size + index).strip() in asked
+    wanted = {
+        piece
         for index, piece in enumerate(additions.pieces)
-    ]
+        if base.size + index in seen or extended.piece(base.size + index).strip() in asked
+    }
+    wanted |= _on_the_way(wanted, extended)
+    keep = [piece in wanted for piece in additions.pieces]
 
     def kept(values):
         return None if values is None else [value for value, wanted in zip(values, keep, strict=True) if wanted]
 
     return Additions(pieces=kept(additions.pieces) or [], merges=kept(additions.merges), scores=kept(additions.scores))
+
+
+def _on_the_way(pieces: Iterable[str], tokenizer: Tokenizer) -> set[str]:
+    """What is merged into these pieces, step by step; nothing for a unigram."""
+    if tokenizer.document["model"]["type"] == "Unigram":
+        return set()
+    ranks = {merge: rank for rank, merge in enumerate(merges_of(tokenizer))}
+    return {part for piece in pieces for step in merge_steps(piece, ranks) for part in step}
 
 
 def write_extended(base: Tokenizer, additions: Additions, directory: Path) -> None:

@@ -17,7 +17,7 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 def byte_level_union(
     base: Tokenizer, selection: Selection, texts: Sequence[str], protected: Iterable[str]
 ) -> Iterator[NewPiece]:
-    """Each piece of the domain's own BPE with the merge that makes it from what stands there without it."""
+    """Each piece of the domain's own BPE with the merges that make it from what stands there without it."""
     domain = tokenizers.Tokenizer(tokenizers.models.BPE())
     domain.pre_tokenizer = base.backend.pre_tokenizer  # type: ignore[assignment]
     if base.backend.normalizer is not None:
@@ -32,34 +32,38 @@ def byte_level_union(
     kind = ByteLevel(base)
     untouchable, _ = _adjacent(kind, protected)
     old = {(kind.pieces[left], kind.pieces[right]) for left, right in untouchable if left in kind.pieces}
-    ranks = {pair: rank for rank, pair in enumerate(base_merges(base))}
+    ranks = {pair: rank for rank, pair in enumerate(merges_of(base))}
     known = set(kind.ids)
-    wanted = collections.deque(
-        left + right for left, right in (_pair(m) for m in json.loads(domain.to_str())["model"]["merges"])
-    )
-    count, tried = 0, 0
-    # A piece that is more than two tokens now may be two when others have been added: it is asked for again.
-    while wanted and count < selection.new_tokens and tried < len(wanted):
-        piece = wanted.popleft()
-        if piece in known or kind.characters(piece) > selection.max_piece_characters:
+    wanted = [left + right for left, right in map(_pair, json.loads(domain.to_str())["model"]["merges"])]
+    trained, count = set(wanted), 0
+
+    def free(pair: tuple[str, str]) -> bool:
+        piece = pair[0] + pair[1]
+        return piece not in known and pair not in old and selection.allows(kind.text(piece), kind.special)
+
+    for piece in wanted:
+        if kind.characters(piece) > selection.max_piece_characters or not selection.allows(
+            kind.text(piece), kind.special
+        ):
             continue
-        if not selection.allows(kind.text(piece), kind.special):
-            continue
-        tokens = segment(piece, ranks)
-        if len(tokens) != 2 or (tokens[0], tokens[1]) in old:
-            if len(tokens) > 2:
-                wanted.append(piece)
-                tried += 1
-            continue
-        known.add(piece)
-        ranks[tokens[0], tokens[1]] = len(ranks)
-        count, tried = count + 1, 0
-        yield NewPiece(piece, (tokens[0], tokens[1]))
+        tokens = [] if piece in known else segment(piece, ranks)
+        # What the domain's own tokenizer merges on the way may be protected: then another way leads there, by pieces
+        # that it has too, if there are any.
+        while len(tokens) > 1 and count < selection.new_tokens:
+            pairs = [pair for pair in itertools.pairwise(tokens) if free(pair)]
+            if not pairs:
+                break
+            pair = min(pairs, key=lambda pair: pair[0] + pair[1] not in trained)
+            known.add(pair[0] + pair[1])
+            ranks[pair] = len(ranks)
+            count += 1
+            yield NewPiece(pair[0] + pair[1], pair)
+            tokens = segment(piece, ranks)
 
 
-def base_merges(base: Tokenizer) -> list[tuple[str, str]]:
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The merges of tokenizer.json in order."""
-    return [_pair(merge) for merge in base.document["model"]["merges"]]
+    return [_pair(merge) for merge in tokenizer.document["model"]["merges"]]
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
@@ -68,8 +72,15 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def segment(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """A byte-level word under merges with these ranks."""
+    """A word in inner spelling under merges with these ranks."""
+    *_, parts = merge_steps(piece, ranks)
+    return parts
+
+
+def merge_steps(piece: str, ranks: dict[tuple[str, str], int]) -> Iterator[list[str]]:
+    """A word's parts before the first merge, and after each."""
     parts = list(piece)
+    yield parts
     while len(parts) > 1:
         best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
@@ -83,7 +94,7 @@ def segment(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
                 merged.append(parts[index])
                 index += 1
         parts = merged
-    return parts
+        yield parts
 
 
 def sentencepiece_union(base: Tokenizer, selection: Selection, texts: Sequence[str]) -> list[tuple[str, float]]:

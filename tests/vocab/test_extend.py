@@ -1,80 +1,57 @@
-"""Extended tokenizers: nothing is taken from the base, and the merges are those of a plain implementation."""
+"""Byte-level tokenizers extended: nothing is taken from the base, and the pieces are those of a plain learning."""
 
 import collections
+import dataclasses
 import itertools
+import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from inputs import chinese, english, write_tokenizer
+from inputs import chinese, compounds, english, write_tokenizer
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.vocab.extend import ContinuedBPE, Union, adjacent_pairs, byte_characters, extend, old_segmentation
+from cpt_jax.vocab.extend import ContinuedBPE, Union, extend, old_segmentation
 from cpt_jax.vocab.fertility import compare
-from cpt_jax.vocab.gate import Limits, check, fuzzed_texts, piece_use
-from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean
-from cpt_jax.vocab.merges import PairCounts
+from cpt_jax.vocab.gate import fuzzed_texts
+from cpt_jax.vocab.segmentation import byte_alphabet
+from cpt_jax.vocab.selection import Selection
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    write_tokenizer(directory, english(300))
-    return directory
+KINDS = ("gpt2", "qwen", "llama3")
+METHODS = {"continued-bpe": ContinuedBPE(new_tokens=60), "union": Union(new_tokens=60)}
+SPECIAL = ["<|im_end|>国务院<|endoftext|>本法", "应当<|im_end|>", "the<|endoftext|>city"]
+CHAT = ["<|im_start|>国务院<|im_end|><think>应当</think>"]
 
 
-@pytest.fixture(
-    scope="module", params=[ContinuedBPE(new_tokens=60), Union(new_tokens=60)], ids=["continued-bpe", "union"]
-)
-def grown(request, base, tmp_path_factory):
+@pytest.fixture(scope="module", params=itertools.product(KINDS, METHODS), ids="-".join)
+def grown(request, bases, tmp_path_factory):
+    """(base, extended) of every kind by every method."""
+    kind, method = request.param
     out = tmp_path_factory.mktemp("grown") / "tokenizer"
-    extend(base, request.param, chinese(400), english(300), out)
-    return Tokenizer(base), Tokenizer(out)
+    extend(bases[kind], METHODS[method], chinese(400), english(300), out)
+    return Tokenizer(bases[kind]), Tokenizer(out)
 
 
-def naive_merges(words: list[list[int]], weights: list[int], count: int, first_id: int):
-    """Byte-pair learning written plainly: count all pairs, merge the most frequent (ties: lowest ids), again."""
-    words = [list(word) for word in words]
-    learnt = []
-    for new in range(first_id, first_id + count):
-        pairs = collections.Counter()
-        for word, weight in zip(words, weights, strict=True):
-            for pair in itertools.pairwise(word):
-                pairs[pair] += weight
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        learnt.append((best, pairs[best]))
-        for word in words:
-            index = 0
-            while index < len(word) - 1:
-                if (word[index], word[index + 1]) == best:
-                    word[index : index + 2] = [new]
-                index += 1
-    return learnt, words
+def spelt(piece: str) -> bytes:
+    return bytes(byte_alphabet()[character] for character in piece)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=14), min_size=1, max_size=6), st.data())
-def test_incremental_counts_are_those_of_counting_anew(words, data):
-    weights = [data.draw(st.integers(1, 3)) for _ in words]
-    expected, _ = naive_merges(words, weights, 6, 10)
-    pairs = PairCounts(words, weights)
-    for new, (pair, count) in enumerate(expected, start=10):
-        found = pairs.most_frequent(lambda _: True)
-        assert found is not None
-        # Pairs of one token (a a) are counted as overlapping by both.
-        assert found == (pair, count)
-        pairs.merge(pair, new)
+def new_pieces(base: Tokenizer, extended: Tokenizer) -> list[str]:
+    """In order of their ids, in inner spelling."""
+    vocabulary = extended.backend.get_vocab()
+    return sorted((piece for piece in vocabulary if vocabulary[piece] >= base.size), key=vocabulary.__getitem__)
 
 
-def test_ids_of_the_base_keep_their_meaning(grown):
+def uses(tokenizer: Tokenizer, texts: list[str]) -> collections.Counter[int]:
+    return collections.Counter(index for ids in tokenizer.encode_documents(texts) for index in ids)
+
+
+def test_ids_of_the_base_keep_their_meaning_and_new_ones_follow_without_a_gap(grown):
     base, extended = grown
     before, after = base.backend.get_vocab(), extended.backend.get_vocab()
-    assert all(after[piece] == index for piece, index in before.items())
-    assert extended.size == base.size + 60
-    assert sorted(after.values()) == list(range(extended.size))
+    assert {piece: after[piece] for piece in before} == before
+    assert sorted(after.values()) == list(range(base.size + 60))
+    for index in range(base.size):
+        assert extended.backend.id_to_token(index) == base.backend.id_to_token(index)
 
 
 def test_protected_text_is_tokenised_as_before(grown):
@@ -83,10 +60,10 @@ def test_protected_text_is_tokenised_as_before(grown):
     assert base.encode_documents(texts) == extended.encode_documents(texts)
 
 
-def test_every_text_comes_back(grown):
-    _, extended = grown
-    for text in chinese(200, seed=9) + english(200, seed=9) + fuzzed_texts(500, seed=9):
-        assert extended.decode(extended.encode(text)) == text
+def test_every_text_that_came_back_comes_back(grown):
+    base, extended = grown
+    for text in chinese(200, seed=9) + english(200, seed=9) + SPECIAL + CHAT + fuzzed_texts(500, seed=9):
+        assert extended.decode(extended.encode(text)) == base.decode(base.encode(text))
 
 
 def test_new_text_takes_fewer_tokens(grown):
@@ -102,74 +79,218 @@ def test_transformers_reads_it_alike(grown):
     _, extended = grown
     reference = AutoTokenizer.from_pretrained(extended.directory)
     assert len(reference) == extended.size
-    for text in chinese(20, seed=3) + english(20, seed=3):
+    texts = chinese(30, seed=3) + english(30, seed=3) + SPECIAL + CHAT + fuzzed_texts(300, seed=3)
+    for text in texts:
         assert reference(text, add_special_tokens=False)["input_ids"] == extended.encode(text)
+
+
+def test_special_tokens_and_the_chat_template_stay(grown):
+    base, extended = grown
+    assert extended.document["added_tokens"] == base.document["added_tokens"]
+    assert (extended.start_id, extended.end_id) == (base.start_id, base.end_id)
+    assert extended.chat_template == base.chat_template
+    for token in base.document["added_tokens"]:
+        assert extended.encode(f"国务院{token['content']}应当").count(token["id"]) == 1
 
 
 def test_a_new_piece_is_its_old_pieces(grown):
     base, extended = grown
     table = {index: piece for piece, index in extended.backend.get_vocab().items()}
-    for offset, ids in enumerate(old_segmentation(base, extended)):
+    segmented = old_segmentation(base, extended)
+    assert len(segmented) == 60
+    for offset, ids in enumerate(segmented):
         assert "".join(table[index] for index in ids) == table[base.size + offset]
         assert max(ids) < base.size
         assert len(ids) >= 2
 
 
-def test_merges_never_join_what_stands_together_in_old_text(base, tmp_path):
+def test_an_extended_tokenizer_is_extended_again(grown, tmp_path):
+    base, extended = grown
+    extend(extended.directory, ContinuedBPE(new_tokens=20), compounds(200), chinese(400), tmp_path / "out")
+    again = Tokenizer(tmp_path / "out")
+    vocabulary = again.backend.get_vocab()
+    assert all(vocabulary[piece] == index for piece, index in extended.backend.get_vocab().items())
+    assert again.size == base.size + 80
+    assert again.encode_documents(chinese(400)) == extended.encode_documents(chinese(400))
+
+
+def plain_learning(base: Tokenizer, extension: Selection, texts: list[str], protected: list[str]) -> list[bytes]:
+    """Continued BPE written plainly: count all pairs of all words, merge the most frequent one that may be, again."""
+    words = collections.Counter(word for text in texts for word, _ in base.backend.pre_tokenizer.pre_tokenize_str(text))
+    tokens = {word: [token.id for token in base.backend.model.tokenize(word)] for word in words}
+    old = {
+        pair
+        for text in protected
+        for word, _ in base.backend.pre_tokenizer.pre_tokenize_str(text)
+        for pair in itertools.pairwise(token.id for token in base.backend.model.tokenize(word))
+    }
+    pieces = {index: piece for piece, index in base.document["model"]["vocab"].items()}
+    learnt: list[bytes] = []
+    while len(learnt) < extension.new_tokens:
+        pairs, used = collections.Counter(), collections.Counter()
+        for word, ids in tokens.items():
+            pairs.update(
+                {pair: words[word] * times for pair, times in collections.Counter(itertools.pairwise(ids)).items()}
+            )
+            used.update({index: words[word] * times for index, times in collections.Counter(ids).items()})
+        for (left, right), count in sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0])):
+            piece, taken = pieces[left] + pieces[right], 2 * count if left == right else count
+            leaves = all(i < base.size or used[i] - taken >= extension.min_frequency for i in {left, right})
+            characters = sum(byte & 0xC0 != 0x80 for byte in spelt(piece))
+            fits = characters <= extension.max_piece_characters and count >= extension.min_frequency
+            if leaves and fits and (left, right) not in old and piece not in pieces.values():
+                break
+        else:
+            break
+        new = base.size + len(learnt)
+        pieces[new] = piece
+        learnt.append(spelt(piece))
+        for word, ids in tokens.items():
+            index = 0
+            while index < len(ids) - 1:
+                if (ids[index], ids[index + 1]) == (left, right):
+                    ids[index : index + 2] = [new]
+                index += 1
+            tokens[word] = ids
+    return learnt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "extension",
+    [
+        ContinuedBPE(new_tokens=80),
+        ContinuedBPE(new_tokens=200, min_frequency=12),
+        ContinuedBPE(new_tokens=80, max_piece_characters=3),
+    ],
+    ids=["80", "rare ones left", "short"],
+)
+def test_continued_learning_is_that_of_a_plain_implementation(bases, tmp_path, kind, extension):
+    texts, protected = chinese(60) + compounds(40), english(60)
+    base = Tokenizer(bases[kind])
+    expected = plain_learning(base, extension, texts, protected)
+    extend(bases[kind], extension, texts, protected, tmp_path / "out")
+    assert list(map(spelt, new_pieces(base, Tokenizer(tmp_path / "out")))) == expected
+    assert 0 < len(expected) <= extension.new_tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frequency", [1, 2, 40])
+def test_every_continued_piece_is_used_as_often_as_asked(bases, tmp_path, kind, frequency):
+    texts = chinese(300) + compounds(100)
+    done = extend(bases[kind], ContinuedBPE(new_tokens=300, min_frequency=frequency), texts, [], tmp_path / "out")
+    base, extended = Tokenizer(bases[kind]), Tokenizer(tmp_path / "out")
+    counts = uses(extended, texts)
+    assert done.new_pieces > 20
+    assert min(counts[index] for index in range(base.size, extended.size)) >= frequency
+
+
+def test_union_pieces_are_those_of_the_domains_own_tokenizer(bases, tmp_path):
+    import tokenizers
+
+    base, texts = Tokenizer(bases["gpt2"]), chinese(400)
+    domain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    domain.pre_tokenizer = base.backend.pre_tokenizer  # type: ignore[assignment]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4500, min_frequency=2, show_progress=False)  # type: ignore[call-arg]
+    domain.train_from_iterator(texts, trainer)
+    extend(bases["gpt2"], Union(new_tokens=60), texts, [], tmp_path / "out")
+    extended = Tokenizer(tmp_path / "out")
+    new = new_pieces(base, extended)
+    assert set(new) <= set(domain.get_vocab())
+    # Each is what the extended tokenizer makes of its own text.
+    for piece in new:
+        assert [token.value for token in extended.backend.model.tokenize(piece)] == [piece]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_text_gives_the_same_tokenizer(bases, tmp_path, kind, method):
+    for name in ("first", "second"):
+        extend(bases[kind], method, chinese(100), english(100), tmp_path / name)
+    assert (tmp_path / "first/tokenizer.json").read_bytes() == (tmp_path / "second/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropping_unreachable_pieces_leaves_the_text_as_it_is(bases, tmp_path, kind):
+    texts = compounds(150)
+    extension = Union(new_tokens=200)
+    whole = extend(bases[kind], extension, texts, [], tmp_path / "whole")
+    fewer = extend(bases[kind], extension, texts, [], tmp_path / "fewer", drop_unreachable=True)
+    assert fewer.new_pieces + fewer.dropped == whole.new_pieces
+    assert fewer.dropped > 0
+    base, one, two = (Tokenizer(path) for path in (bases[kind], tmp_path / "whole", tmp_path / "fewer"))
+    for text in texts:
+        tokens = [tokenizer.backend.encode(text, add_special_tokens=False).tokens for tokenizer in (one, two)]
+        assert tokens[0] == tokens[1]
+    # What is left and not used leads to a piece that is.
+    counts, parts = uses(two, texts), {part for merge in two.document["model"]["merges"] for part in merge}
+    for index in range(base.size, two.size):
+        assert counts[index] or two.backend.id_to_token(index) in parts
+
+
+def test_merges_never_join_what_stands_together_in_old_text(bases, tmp_path):
     texts = ["zzqq zzqq zzqq"] * 50
-    with pytest.raises(UserError, match="nothing in the corpus is worth adding"):
-        extend(base, ContinuedBPE(new_tokens=5), texts, texts, tmp_path / "out")
+    for method in METHODS.values():
+        with pytest.raises(UserError, match="nothing in the corpus is worth adding"):
+            extend(bases["gpt2"], method, texts, texts, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_extension_leaves_an_earlier_one_as_it_was(bases, tmp_path):
+    out = tmp_path / "out"
+    extend(bases["gpt2"], METHODS["union"], chinese(100), [], out)
+    before = (out / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="worth adding"):
+        extend(bases["gpt2"], METHODS["union"], ["the city"], [], out)
+    assert (out / "tokenizer.json").read_bytes() == before
+
+
+def test_options_of_other_kinds_are_refused(bases, tmp_path):
+    with pytest.raises(UserError, match="'zero' are for SentencePiece"):
+        extend(bases["gpt2"], Union(new_tokens=5, scores="zero"), chinese(10), [], tmp_path / "out")
+    with pytest.raises(UserError, match="candidates go with continued-bpe"):
+        extend(bases["gpt2"], Union(new_tokens=5, candidates=("国务院",)), chinese(10), [], tmp_path / "out")
+
+
+def test_other_kinds_of_tokenizer_are_refused_with_what_would_work(tmp_path):
+    import tokenizers
+
+    wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    wordpiece.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"WordPiece cannot be extended: byte-level BPE .*new pieces 0"):
+        extend(tmp_path, ContinuedBPE(new_tokens=5), ["a"], [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_pieces_keep_to_the_length_asked_for(base, tmp_path):
-    extend(base, ContinuedBPE(new_tokens=60, max_piece_characters=2), chinese(400), [], tmp_path / "out")
-    extended = Tokenizer(tmp_path / "out")
-    pieces = [piece for piece, index in extended.backend.get_vocab().items() if index >= Tokenizer(base).size]
-    assert max(map(byte_characters, pieces)) == 2
-
-
-def test_the_gate_names_the_figure(grown):
-    base, extended = grown
-    use = piece_use(base, extended, chinese(400))
-    assert use.new_pieces == 60
-    good = [compare("en", base, extended, english(50))]
-    check(base, extended, good, ["en"], use, Limits(unreachable_pieces=1.0))
-    changed = [compare("en", base, extended, chinese(50))]
-    with pytest.raises(UserError, match=r"100\.0% of the old documents \(en\)"):
-        check(base, extended, changed, ["en"], use, Limits(unreachable_pieces=1.0))
-
-
-def test_other_kinds_of_tokenizer_are_refused(tmp_path):
-    import tokenizers
-
-    tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).save(
-        str(tmp_path / "tokenizer.json")
-    )
-    with pytest.raises(UserError, match="WordPiece"):
+def test_a_tiktoken_file_without_its_table_is_refused_with_what_would_work(tmp_path):
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(
+        UserError, match=r"tiktoken .* cannot be read; give a model or tokenizer directory that has one"
+    ):
         extend(tmp_path, ContinuedBPE(new_tokens=5), ["a"], [], tmp_path / "out")
 
 
-def test_adjacent_pairs_are_those_of_the_base(base):
-    tokenizer = Tokenizer(base)
-    ids = tokenizer.encode("xyzzy")
-    assert adjacent_pairs(tokenizer, ["xyzzy"]) == set(itertools.pairwise(ids))
+def test_merges_written_as_text_stay_so(bases, tmp_path):
+    """Files of older `tokenizers` hold merges as "left right"."""
+    write_tokenizer(tmp_path / "base", english(300))
+    document = json.loads((tmp_path / "base/tokenizer.json").read_text())
+    document["model"]["merges"] = [" ".join(merge) for merge in document["model"]["merges"]]
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(document))
+    for name, base in (("text", tmp_path / "base"), ("pairs", bases["gpt2"])):
+        extend(base, METHODS["continued-bpe"], chinese(100), [], tmp_path / name)
+    text, pairs = (Tokenizer(tmp_path / name) for name in ("text", "pairs"))
+    assert text.document["model"]["merges"] == [" ".join(merge) for merge in pairs.document["model"]["merges"]]
+    assert text.encode_documents(chinese(50)) == pairs.encode_documents(chinese(50))
 
 
-def test_initial_rows(grown):
-    import numpy as np
-
-    base, extended = grown
-    generator = np.random.default_rng(0)
-    table = (generator.normal(0, 1, (base.size, 8)) @ np.diag(np.arange(1, 9)) + 3).astype(np.float32)
-    pieces = old_segmentation(base, extended)
-    mean = SubwordMean().build(table, pieces, 0)
-    np.testing.assert_allclose(mean[0], table[pieces[0]].mean(0), rtol=1e-6)
-    np.testing.assert_allclose(Mean().build(table, pieces, 0)[5], table.mean(0), rtol=1e-5)
-    many = Random().build(table, [[0]] * 20_000, 0)
-    np.testing.assert_allclose(np.cov(many, rowvar=False), np.cov(table, rowvar=False), rtol=0.1, atol=1.5)
-    first = SubwordMean(weights="first").build(table, [[1, 2]], 0)[0]
-    np.testing.assert_allclose(first, (2 * table[1] + table[2]) / 3, rtol=1e-6)
+def test_a_sample_is_told_and_bounds_what_is_learnt_from(bases, tmp_path, capsys):
+    texts = chinese(400)
+    total = sum(len(text.encode()) for text in texts)
+    extension = dataclasses.replace(METHODS["continued-bpe"], sample_bytes=total // 4)
+    done = extend(bases["gpt2"], extension, iter(texts), [], tmp_path / "out")
+    assert 0.8 * total / 4 < done.learnt_bytes <= total // 4
+    assert done.corpus_bytes == total
+    assert f"{done.learnt_bytes:,} of {total:,} bytes" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -190,6 +311,8 @@ def test_the_real_tokenizer_on_real_statutes(smollm2, tmp_path):
     rates = compare("statutes", base, extended, held)
     assert rates["extended"]["tokens_per_character"] < 0.70 < 1.75 < rates["base"]["tokens_per_character"]
     assert base.encode_documents(old) == extended.encode_documents(old)
+    counts = uses(extended, learnt)
+    assert sum(counts[index] > 0 for index in range(base.size, extended.size)) >= 0.99 * 2000
     for text in [*held[:1000], *old]:
         assert extended.decode(extended.encode(text)) == text
     # This base has no token for some bytes of the rarest planes: there the extended tokenizer is as it is.

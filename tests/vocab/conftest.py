@@ -1,0 +1,17 @@
+"""Bases of every kind that the tests of this room extend."""
+
+from pathlib import Path
+
+import pytest
+from inputs import english, write_sentencepiece, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """Tokenizer directories: byte-level ones by the model they are like, and SentencePiece's two kinds."""
+    root = tmp_path_factory.mktemp("bases")
+    for kind in ("gpt2", "qwen", "llama3"):
+        write_tokenizer(root / kind, english(300), kind=kind)
+    write_sentencepiece(root / "bpe", english(300), "bpe", 380)
+    write_sentencepiece(root / "unigram", english(300), "unigram", 295)
+    return {path.name: path for path in root.iterdir()}
