@@ -48,8 +48,10 @@ def extension_of(
         "scripts": tuple(scripts),
         **{name: value for name, value in limits.items() if value is not None},
     }
+    if scores is not None:
+        selection["scores"] = scores
     if method == "union":
-        return Union(**selection, **({"scores": scores} if scores else {}))
+        return Union(**selection)
     if scores is not None:
         raise UserError(f"--scores {scores} goes with --method union: continued-bpe needs no scores")
     return ContinuedBPE(**selection)

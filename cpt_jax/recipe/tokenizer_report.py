@@ -154,10 +154,8 @@ def curve_sentences(curve: dict) -> list[str]:
     before, after = (_savings(part) for part in (points[: place + 1], points[place:]))
     sentence = f"The knee: {curve['knee']:,} pieces ({rate:.3f} tokens per character)"
     if after:
-        sentence += (
-            f": beyond it, twice as many pieces save less than {math.floor(100 * max(after)) + 1}% of the tokens"
-        )
-        sentence += f"; up to it, {math.floor(100 * min(before))}% or more" if before else ""
+        sentence += f": beyond it, twice as many pieces save less than {(math.floor(1000 * max(after)) + 1) / 10:g}% of the tokens"
+        sentence += f"; up to it, {math.floor(1000 * min(before)) / 10:g}% or more" if before else ""
     sentences = [sentence + "."]
     if "flops_per_character" in points[0]:
         best = min(points, key=lambda point: point["flops_per_character"])
@@ -401,7 +399,8 @@ def _sentence(text: str) -> str:
     parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n", text))
     if found := next((part for part in parts if 25 <= len(part) <= 110), None):
         return found
-    return text.strip() if len(text.strip()) <= 110 else text.strip()[:110].rsplit(" ", 1)[0]
+    text = text.strip()
+    return text if len(text) <= 70 else re.split(r"\s", text[:70][::-1], maxsplit=1)[-1][::-1]
 
 
 def examples(base: Tokenizer, extended: Tokenizer, texts: Sequence[str], ratio: float, count: int = 2) -> list[str]:
