@@ -4,7 +4,7 @@ Question: SmolLM2-135M gets 2,000 pieces of Chinese statutes. What do held-out s
 only the new rows train, for every way to make the rows?
 
 Expectation: `distilled` is best from the start, since it has already trained; of the free ones the uniform mean; `focus` cannot do much, as the base shares
-few pieces with Chinese; `random` and `mean` are far behind and stay so.
+few pieces with Chinese; `wechsel` better for the 787 of 2,000 pieces that have a vector; `random` and `mean` are far behind and stay so.
 
 `python -m experiments.initial_rows` (three seeds: other batches, and other draws where rows are drawn). Results go to
 `docs/initial_rows.json` one by one; what is there is not computed again.
@@ -25,13 +25,14 @@ from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
 from cpt_jax.data.sources import SkipCounts
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.rows import Growth, Probe, RowProbe
-from cpt_jax.vocab.init_rows import NAMED_ROWS, InitRows
+from cpt_jax.vocab.init_rows import NAMED_ROWS, InitRows, Wechsel
+from cpt_jax.vocab.tokenizer import Tokenizer
+from experiments.bilingual_vectors import write_vectors
 
 OUT = Path("docs/initial_rows.json")
 WORK = Path(".cache/initial_rows")
 SEEDS = (0, 1, 2)
 PROBE = Probe(steps=(0, 50, 200), batch_size=1, sequence_length=128)
-CANDIDATES: dict[str, InitRows] = {"subword-mean": NAMED_ROWS["subword-mean"]} | NAMED_ROWS
 
 
 def growth() -> tuple[Growth, list[str]]:
@@ -54,6 +55,11 @@ def growth() -> tuple[Growth, list[str]]:
         learn, keep = (lambda: texts("statutes")), (lambda: texts("english"))
         grow_tokenizer(source, recipe.vocabulary, learn, keep, heldout, ["english"], tokenizer, None)
     return Growth(source, tokenizer, 0, lambda: texts("statutes")), heldout["statutes"]
+
+
+def candidates(tokenizer: Tokenizer) -> dict[str, InitRows]:
+    old, new = write_vectors(tokenizer, WORK)
+    return NAMED_ROWS | {"wechsel": Wechsel(source=str(old), target=str(new))}
 
 
 def table(results: list[dict]) -> str:
@@ -83,7 +89,7 @@ def main() -> None:
     prober = RowProbe(grown, heldout, PROBE)
     for seed in SEEDS:
         batches = None
-        for name, candidate in CANDIDATES.items():
+        for name, candidate in candidates(grown.extended).items():
             if any(result["name"] == name and result["seed"] == seed for result in results):
                 continue
             batches = prober.batches(seed) if batches is None else batches
