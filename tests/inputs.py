@@ -121,10 +121,24 @@ def write_tokenizer(
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_sentencepiece(directory: Path, texts: list[str], kind: Literal["bpe", "unigram"], size: int) -> None:
-    """tokenizer.model as LLaMA's: byte fallback, single digits, a space put before a text."""
+def write_sentencepiece(directory: Path, texts: list[str], kind: str, size: int, **changes) -> None:
+    """tokenizer.model as LLaMA's: byte fallback, single digits, a space put before a text.
+
+    `kind`: "bpe" or "unigram"; `changes`: other settings of the `sentencepiece` trainer.
+    """
     import sentencepiece
 
+    settings = dict(
+        character_coverage=1.0,
+        byte_fallback=kind in ("bpe", "unigram"),
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -132,14 +146,7 @@ def write_sentencepiece(directory: Path, texts: list[str], kind: Literal["bpe", 
             model_writer=file,
             model_type=kind,
             vocab_size=size,
-            character_coverage=1.0,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            minloglevel=2,
-            num_threads=1,
+            **(settings | changes),
         )
 
 

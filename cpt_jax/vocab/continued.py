@@ -142,20 +142,30 @@ class ContinuedLearning:
         if term in self.known:
             return
         (ids,) = self.kind.segments([term])
-        for index in ids:
-            if self._is_unknown(index) and self.kind.pieces[index] not in self.known:
-                yield self._take_character(self.kind.pieces[index])
+        new = [index for index in dict.fromkeys(ids) if self._is_unknown(index)]
+        new = [index for index in new if self.kind.pieces[index] not in self.known]
         ids = self._apply_new_merges(ids)
+        if self.old_tokens.intersection(new) or self._changes_old_text(ids):
+            say(f"tokenizer: candidate {self.kind.text(term)!r} is left out: its parts stand together in the old text")
+            return
+        for index in new:
+            yield self._take_character(self.kind.pieces[index])
         while len(ids) > 1:
             pair = (ids[0], ids[1])
-            if pair in self.untouchable:
-                say(
-                    f"tokenizer: candidate {self.kind.text(term)!r} is left out: its parts stand together in the old text"
-                )
-                return
             if self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]] not in self.known:
                 yield self._take(pair)
             ids = [self.kind.ids[self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]]], *ids[2:]]
+
+    def _changes_old_text(self, ids: Sequence[int]) -> bool:
+        """Whether merging these from left to right merges a pair of the protected text."""
+        kind, piece = self.kind, self.kind.pieces[ids[0]]
+        for index in ids[1:]:
+            ways = [(kind.ids.get(piece), index)]
+            piece += kind.pieces[index]
+            ways += kind.splits(piece) if kind.merges_by_spelling else []
+            if piece not in self.known and not self.untouchable.isdisjoint(ways):
+                return True
+        return False
 
     def _apply_new_merges(self, ids: list[int]) -> list[int]:
         """The pieces that earlier candidates brought, where this one begins with them."""

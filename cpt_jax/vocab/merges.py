@@ -29,9 +29,9 @@ class PairCounts:
         self.weights = np.repeat(np.asarray(weights, np.int64), lengths)
         places = np.arange(total, dtype=np.int32)
         self.after, self.before = places + 1, places - 1
-        ends = np.cumsum(lengths)[lengths > 0] - 1
-        self.after[ends] = _END
-        self.before[np.concatenate([[0], ends[:-1] + 1])] = _END
+        ends, filled = np.cumsum(lengths), lengths > 0
+        self.after[ends[filled] - 1] = _END
+        self.before[(ends - lengths)[filled]] = _END
         self.counts: dict[Pair, int] = {}
         # How often each token stands in the text.
         self.uses: collections.Counter[int] = collections.Counter()

@@ -3,14 +3,15 @@
 import collections
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 
 from cpt_jax.vocab.continued import NewPiece, _adjacent
 from cpt_jax.vocab.segmentation import ByteLevel
 from cpt_jax.vocab.selection import Selection
-from cpt_jax.vocab.sentencepiece_model import BPE, NORMAL, SPACE, ModelProto, processor, train
+from cpt_jax.vocab.sentencepiece_model import BPE, NORMAL, SPACE, ModelProto, all_splits, processor, train
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -77,12 +78,12 @@ def segment(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     return parts
 
 
-def merge_steps(piece: str, ranks: dict[tuple[str, str], int]) -> Iterator[list[str]]:
+def merge_steps(piece: str, ranks: Mapping[tuple[str, str], float]) -> Iterator[list[str]]:
     """A word's parts before the first merge, and after each."""
     parts = list(piece)
     yield parts
     while len(parts) > 1:
-        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
+        best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, math.inf))
         if best not in ranks:
             break
         index, merged = 0, []
@@ -111,9 +112,7 @@ def sentencepiece_union(base: Tokenizer, selection: Selection, texts: Sequence[s
     chosen: dict[str, float] = {}
     for index in sorted(range(len(domain.pieces)), key=lambda index: -domain.pieces[index].score):
         piece = domain.pieces[index].piece
-        # A piece of a BPE that others have swallowed since has no uses of its own and still leads to them.
-        enough = uses[index] >= selection.min_frequency or domain.trainer_spec.model_type == BPE
-        if piece not in scores or piece in known or not enough:
+        if piece not in scores or piece in known or uses[piece] < selection.min_frequency:
             continue
         needed = [character for character in piece if character not in known] if len(piece) > 1 else []
         needed = [*dict.fromkeys(needed), piece]
@@ -125,8 +124,17 @@ def sentencepiece_union(base: Tokenizer, selection: Selection, texts: Sequence[s
     return list(chosen.items())
 
 
-def _uses(domain: ModelProto, texts: Sequence[str]) -> collections.Counter[int]:
-    encoder, uses = processor(domain), collections.Counter()
+def _uses(domain: ModelProto, texts: Sequence[str]) -> collections.Counter[str]:
+    """How often each piece stands in the text, or, of a BPE, on the way to one that does."""
+    encoder, ids = processor(domain), collections.Counter()
     for first in range(0, len(texts), 1024):
-        uses.update(itertools.chain.from_iterable(encoder.encode(list(texts[first : first + 1024]), num_threads=2)))
+        ids.update(itertools.chain.from_iterable(encoder.encode(list(texts[first : first + 1024]), num_threads=2)))
+    uses = collections.Counter({domain.pieces[index].piece: count for index, count in ids.items()})
+    if domain.trainer_spec.model_type == BPE:
+        scores = {piece.piece: piece.score for piece in domain.pieces if piece.type == NORMAL}
+        ranks = {pair: -score for piece, score in scores.items() for pair in all_splits(piece, scores)}
+        for index, count in ids.items():
+            piece = domain.pieces[index].piece
+            steps = {part for step in merge_steps(piece, ranks) for part in step}
+            uses.update(dict.fromkeys(steps - {piece}, count))
     return uses

@@ -18,7 +18,7 @@ from cpt_jax.core.tree import flatten, partition
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import SkipCounts
-from cpt_jax.models.cross_entropy import token_losses
+from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
@@ -239,21 +239,24 @@ class TestCrossEntropy:
         hidden, tables, targets, weights = self.inputs()
         total, losses, dhidden, dtables = self.reference(hidden, tables, targets, weights)
 
-        def objective(hidden, tables, trains):
-            arguments = (jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", trains)
+        def uses(*trains):
+            return tuple(TableUse(len(table), wanted) for table, wanted in zip(tables, trains, strict=True))
+
+        def objective(hidden, tables, uses):
+            arguments = (jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", uses)
             return 2 * token_losses(hidden, tables, *arguments)[0]
 
         low = jnp.asarray(hidden, jnp.float32), tuple(jnp.asarray(table, jnp.float32) for table in tables)
-        value, (first, second) = jax.value_and_grad(objective, argnums=(0, 1))(*low, (True, True))
+        value, (first, second) = jax.value_and_grad(objective, argnums=(0, 1))(*low, uses(True, True))
         np.testing.assert_allclose(value, 2 * total, rtol=1e-5)
         np.testing.assert_allclose(first, 2 * dhidden, atol=1e-4)
         for mine, reference in zip(second, dtables, strict=True):
             np.testing.assert_allclose(mine, 2 * reference, atol=1e-3)
-        _, (_, frozen) = jax.value_and_grad(objective, argnums=(0, 1))(*low, (False, True))
+        _, (_, frozen) = jax.value_and_grad(objective, argnums=(0, 1))(*low, uses(False, True))
         np.testing.assert_array_equal(frozen[0], 0)
         np.testing.assert_allclose(frozen[1], 2 * dtables[1], atol=1e-3)
         _, each = token_losses(
-            *low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", (False, False)
+            *low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", uses(False, False)
         )
         np.testing.assert_allclose(each, losses, rtol=1e-4, atol=1e-5)
 

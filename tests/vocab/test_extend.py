@@ -22,7 +22,7 @@ SPECIAL = ["<|im_end|>国务院<|endoftext|>本法", "应当<|im_end|>", "the<|e
 CHAT = ["<|im_start|>国务院<|im_end|><think>应当</think>"]
 
 
-@pytest.fixture(scope="module", params=itertools.product(KINDS, METHODS), ids="-".join)
+@pytest.fixture(scope="module", params=list(itertools.product(KINDS, METHODS)), ids="-".join)
 def grown(request, bases, tmp_path_factory):
     """(base, extended) of every kind by every method."""
     kind, method = request.param
