@@ -71,7 +71,7 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     if not chosen:
         raise UserError(
             f"corpus {corpus.name}: no document of at most {holdout.max_document_bytes} bytes fell into the held-out share of "
-            f"{holdout.share:g}: raise heldout.share, or heldout.max_document_bytes"
+            f"{holdout.share:g}: raise heldout.share (--heldout-share), or heldout.max_document_bytes"
         )
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(chosen, reverse=True)]
     directory.mkdir(parents=True, exist_ok=True)

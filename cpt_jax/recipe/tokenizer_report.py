@@ -51,12 +51,13 @@ def report_text(figures: dict) -> str:
 def _pieces_text(figures: dict) -> str:
     if figures["new_pieces"] is None:
         return _unrelated(figures)
-    lines = [_pieces_sentence(figures)]
-    if figures["unreachable"]:
-        lines.append("  never used:    " + _shown(figures["unreachable"]))
-    lines.append("  most frequent: " + _shown([piece for piece, _ in figures["most_frequent"]]))
-    lines.append("  longest:       " + _shown(figures["longest"]))
-    return "\n".join(lines)
+    lists = {
+        "never used:    ": figures["unreachable"],
+        "most frequent: ": [piece for piece, _ in figures["most_frequent"]],
+        "longest:       ": figures["longest"],
+    }
+    lines = [f"  {title}{_shown(pieces)}" for title, pieces in lists.items() if pieces]
+    return "\n".join([_pieces_sentence(figures), *lines])
 
 
 def _shown(pieces: Sequence[str], count: int = 10) -> str:
@@ -282,6 +283,10 @@ def _answer(figures: dict) -> str:
         name = f"<b>{html.escape(corpus['name'])}</b>"
         if not corpus["documents_changed"]:
             lines.append(f"<p>{name} is cut exactly as before, {after:.2f} tokens per character.</p>")
+        elif abs(corpus["tokens_change"]) < 0.0005:
+            lines.append(
+                f"<p>{name} is cut differently in {corpus['documents_changed']:.1%} of its documents, and takes as many tokens as before.</p>"
+            )
         else:
             lines.append(
                 f"<p>{name} takes <b>{before:.2f} → {after:.2f} tokens per character</b> ({corpus['tokens_change']:+.1%} tokens).</p>"
