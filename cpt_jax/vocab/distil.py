@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder, apply, head_path
+
+# Of documents that rows are fitted on, in tokens.
+SHORTEST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,6 @@ def batches(
     for ids in documents:
         text = aligned([start, *ids], context.pieces, context.base.size)
         count = min(student_length, int(np.searchsorted(text.ends, teacher_length)), len(text.student))
-        if count < 8:
-            continue
         ends = text.ends[:count]
         row = {
             "student": np.pad(text.student[:count], (0, student_length - count)),
@@ -147,11 +149,21 @@ def _stretch(context) -> float:
 
 
 def _endless(settings, context) -> Iterator[dict[str, np.ndarray]]:
-    texts = list(context.texts())
-    generator = random.Random(context.seed)
     # Multiples of 64, so that few shapes are compiled.
     length = -(-int(settings.sequence_length * _stretch(context) * 1.1) // 64) * 64
+    return batches(_documents(context), context, settings.batch_size, settings.sequence_length, length)
+
+
+def _documents(context) -> Iterator[list[int]]:
+    """The texts' tokens, in another order in each pass."""
+    texts, generator = list(context.texts()), random.Random(context.seed)
     while True:
         generator.shuffle(texts)
-        documents = (ids for text in texts for ids in context.extended.encode_documents([text]))
-        yield from batches(documents, context, settings.batch_size, settings.sequence_length, length)
+        found = False
+        for text in texts:
+            (ids,) = context.extended.encode_documents([text])
+            if len(ids) >= SHORTEST:
+                found = True
+                yield ids
+        if not found:
+            raise UserError(f"no text to fit new rows on: give documents of {SHORTEST} tokens or more")

@@ -18,6 +18,8 @@ def static_vectors(
     import scipy.sparse.linalg
 
     documents = tokenizer.encode_documents(list(texts))
+    if not any(documents):
+        return {}
     flat = np.concatenate([np.asarray(ids, np.int64) for ids in documents if ids])
     document = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
     counts = np.bincount(flat, minlength=tokenizer.size)
