@@ -13,7 +13,7 @@ from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text
 from cpt_jax.vocab.continued import ContinuedLearning, NewPiece
 from cpt_jax.vocab.segmentation import kind_of, segmentation_of
 from cpt_jax.vocab.selection import Selection, sampled
-from cpt_jax.vocab.sentencepiece_model import append_pieces, extended_merges, lowest_ordinary_score
+from cpt_jax.vocab.sentencepiece_model import append_pieces, extended_merges, scores_below
 from cpt_jax.vocab.tokenizer import Tokenizer
 from cpt_jax.vocab.union import byte_level_union, merge_steps, merges_of, sentencepiece_union
 
@@ -218,8 +218,7 @@ def write_extended(base: Tokenizer, additions: Additions, directory: Path) -> No
     write_text_atomic(directory / "tokenizer.json", json.dumps(document, ensure_ascii=False))
     if proto is not None:
         if scores is None:
-            lowest = lowest_ordinary_score(proto)
-            scores = [lowest - 1 - rank for rank in range(len(additions.pieces))]
+            scores = scores_below(proto, len(additions.pieces))
         grown = append_pieces(proto, document["added_tokens"], list(zip(additions.pieces, scores, strict=True)))
         (directory / "tokenizer.model").write_bytes(grown.SerializeToString())
         if not (directory / "tokenizer_config.json").exists():

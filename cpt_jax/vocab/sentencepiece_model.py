@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, processors
@@ -113,8 +114,11 @@ def settings_of(proto: ModelProto) -> dict:
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
 
 
-def lowest_ordinary_score(proto: ModelProto) -> float:
-    return min(score for score in ordinary_pieces(proto).values() if score > LOWEST_ORDINARY)
+def scores_below(proto: ModelProto, count: int) -> list[float]:
+    """Falling scores below every piece of the model, runs of spaces too, that float32 tells apart."""
+    lowest = min(ordinary_pieces(proto).values())
+    step = max(1.0, 4 * float(np.spacing(np.float32(abs(lowest)))))
+    return [lowest - step * (rank + 1) for rank in range(count)]
 
 
 def append_pieces(proto: ModelProto, added: Sequence[dict], pieces: Sequence[tuple[str, float]]) -> ModelProto:

@@ -308,3 +308,21 @@ def test_files_that_are_no_such_model_are_refused(tmp_path):
     write_sentencepiece(tmp_path / "word", english(50), "word", 280)
     with pytest.raises(UserError, match="word and character models cannot be used"):
         Tokenizer(tmp_path / "word")
+
+
+def test_new_pieces_come_after_runs_of_spaces(tmp_path):
+    # Mistral's runs of spaces have the score -1e9, far below all else: a piece that begins with a space must not take
+    # one from them.
+    write_sentencepiece(tmp_path / "base", english(300), "bpe", 300)
+    proto = read_model(tmp_path / "base" / "tokenizer.model")
+    for run in ("▁▁", "▁▁▁▁"):
+        proto.pieces.add(piece=run, score=-1e9, type=NORMAL)
+    (tmp_path / "base" / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (tmp_path / "base" / "tokenizer.json").unlink(missing_ok=True)
+    extend(tmp_path / "base", Union(new_tokens=20), [f"{index} 法律的" for index in range(50)], [], tmp_path / "out")
+    extended, texts = Tokenizer(tmp_path / "out"), ["   法律的", "法律的    法律的 x", "     法律的   法律的"]
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
+    encoded = extended.encode_documents(texts)
+    assert encoded == reference.encode(texts)
+    assert any(extended.piece(index) == " 法律的" for index in range(Tokenizer(tmp_path / "base").size, extended.size))
+    assert [extended.backend.id_to_token(index) for index in encoded[0]][0] == "▁▁▁▁"
