@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,20 @@ def decode_record(record: bytes) -> np.ndarray:
     return np.frombuffer(record, "<u4").astype(np.int32)
 
 
+def _encoded(texts: Iterator[str], tokenizer: Encoder) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Batches of texts and their tokens; while one is written, the next is encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        batch: list[str] = []
+        coming = None
+        while following := list(itertools.islice(texts, BATCH_DOCUMENTS)):
+            pending, coming = coming, pool.submit(tokenizer.encode_documents, following)
+            if pending is not None:
+                yield batch, pending.result()
+            batch = following
+        if coming is not None:
+            yield batch, coming.result()
+
+
 def prepare(
     name: str,
     texts: Iterator[str],
@@ -75,14 +90,14 @@ def prepare(
     paths: list[Path] = []
     writer = None
     with disk_full_is_told(directory):
-        while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
+        for batch, encoded in _encoded(texts, tokenizer):
             if writer is None or in_shard >= SHARD_TOKENS:
                 if writer is not None:
                     writer.close()
                 paths.append(directory / f"train-{len(paths):05d}.arrayrecord")
                 # Groups of one record: training reads documents one by one, in random order.
                 writer, in_shard = ArrayRecordWriter(str(paths[-1]), "group_size:1"), 0
-            for text, ids in zip(batch, tokenizer.encode_documents(batch), strict=True):
+            for text, ids in zip(batch, encoded, strict=True):
                 writer.write(encode_record(ids))
                 records, size, characters, tokens = (
                     records + 1,
