@@ -1,5 +1,6 @@
 """Merge learning that goes on from the base's own segmentation (Purason et al. 2025, arXiv 2512.03989)."""
 
+import array
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +34,8 @@ class ContinuedLearning:
         self.kind, self.selection = kind, selection
         words = kind.words(texts)
         self.terms = self._candidate_words(words)
-        segments = kind.segments(words)
-        self.weights = dict(zip(words, words.values(), strict=True))
+        # Arrays hold a token in 4 bytes, lists of Python's numbers in 36.
+        segments = [array.array("i", ids) for word in words for ids in kind.segments([word])]
         self.pairs = PairCounts(segments, list(words.values()))
         self.untouchable, self.old_tokens = _adjacent(kind, protected)
         self.next_id = kind.first_new

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 _END = -1
+# Places counted at once, in the beginning: bounds the memory of sorting them.
+_AT_ONCE = 1 << 23
 
 Pair = tuple[int, int]
 
@@ -26,7 +28,8 @@ class PairCounts:
         lengths = np.fromiter((len(word) for word in words), np.int64, len(words))
         total = int(lengths.sum())
         self.tokens = np.fromiter((token for word in words for token in word), np.int32, total)
-        self.weights = np.repeat(np.asarray(weights, np.int64), lengths)
+        smallest = np.min_scalar_type(max(weights, default=0))
+        self.weights = np.repeat(np.asarray(weights, smallest), lengths)
         places = np.arange(total, dtype=np.int32)
         self.after, self.before = places + 1, places - 1
         ends, filled = np.cumsum(lengths), lengths > 0
@@ -35,33 +38,40 @@ class PairCounts:
         self.counts: dict[Pair, int] = {}
         # How often each token stands in the text.
         self.uses: collections.Counter[int] = collections.Counter()
-        kinds, where = np.unique(self.tokens, return_inverse=True)
-        sums = np.bincount(where, weights=self.weights, minlength=len(kinds))
-        self.uses.update(dict(zip(kinds.tolist(), sums.astype(np.int64).tolist(), strict=True)))
+        for first in range(0, total, _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            kinds, where = np.unique(self.tokens[part], return_inverse=True)
+            sums = np.bincount(where, weights=self.weights[part], minlength=len(kinds))
+            self.uses.update(dict(zip(kinds.tolist(), sums.astype(np.int64).tolist(), strict=True)))
         self._places: dict[Pair, list[np.ndarray]] = {}
         self._queue: list[tuple[int, Pair]] = []
         self._deferred: set[Pair] = set()
-        self._add(places[self.after != _END])
+        starts = places[self.after != _END]
+        for first in range(0, len(starts), _AT_ONCE):
+            self._add(starts[first : first + _AT_ONCE])
 
-    def _groups(self, starts: np.ndarray):
-        """(pair, places) of the pairs that begin at `starts`."""
-        first, second = self.tokens[starts].astype(np.int64), self.tokens[self.after[starts]]
-        keys = first << 32 | second
+    def _sorted(self, starts: np.ndarray) -> tuple[list[Pair], list[int], np.ndarray, list[int]]:
+        """The pairs that begin at `starts`, their counts, the places sorted by pair, and where each pair's begin."""
+        keys = self.tokens[starts].astype(np.int64) << 32 | self.tokens[self.after[starts]]
         order = np.argsort(keys, kind="stable")
         keys, starts = keys[order], starts[order]
-        borders = np.flatnonzero(np.diff(keys)) + 1
-        for part in np.split(starts, borders) if len(keys) else ():
-            yield (int(self.tokens[part[0]]), int(self.tokens[self.after[part[0]]])), part
+        first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+        sums = np.add.reduceat(self.weights[starts], first, dtype=np.int64) if len(keys) else first
+        keys = keys[first]
+        pairs = list(zip((keys >> 32).tolist(), (keys & 0xFFFFFFFF).tolist(), strict=True))
+        return pairs, sums.tolist(), starts, [*first.tolist(), len(starts)]
 
     def _add(self, starts: np.ndarray) -> None:
-        for pair, places in self._groups(starts):
-            self.counts[pair] = self.counts.get(pair, 0) + int(self.weights[places].sum())
-            self._places.setdefault(pair, []).append(places)
-            heapq.heappush(self._queue, (-self.counts[pair], pair))
+        pairs, sums, starts, borders = self._sorted(starts)
+        for index, (pair, times) in enumerate(zip(pairs, sums, strict=True)):
+            count = self.counts[pair] = self.counts.get(pair, 0) + times
+            self._places.setdefault(pair, []).append(starts[borders[index] : borders[index + 1]])
+            heapq.heappush(self._queue, (-count, pair))
 
     def _remove(self, starts: np.ndarray) -> None:
-        for pair, places in self._groups(starts):
-            self.counts[pair] -= int(self.weights[places].sum())
+        pairs, sums, *_ = self._sorted(starts)
+        for pair, times in zip(pairs, sums, strict=True):
+            self.counts[pair] -= times
             if pair in self._deferred:
                 self._deferred.discard(pair)
                 heapq.heappush(self._queue, (-self.counts[pair], pair))
