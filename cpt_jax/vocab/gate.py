@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.sentencepiece_model import processor
@@ -135,7 +135,7 @@ def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
 def check(
     base: Tokenizer,
     extended: Tokenizer,
-    corpora: dict[str, Sequence[str]],
+    corpora: Mapping[str, Sequence[str]],
     compared: Sequence[dict],
     old: Sequence[str],
     use: PieceUse,

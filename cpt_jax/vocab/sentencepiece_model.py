@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece.sentencepiece_model_pb2 as generated
 import tokenizers
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from cpt_jax.core.errors import UserError
 
 SPACE = "\u2581"
+# Classes that protobuf makes when the module is imported: type checkers do not see them.
+sentencepiece_model_pb2: Any = generated
 ModelProto = Any
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 UNIGRAM, BPE = 1, 2
@@ -146,12 +149,12 @@ def extended_merges(
     new piece may also be a part of an old one: then it is merged into that at the old one's place.
     """
     model = document["model"]
-    old = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    old: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocabulary = {piece for piece in model["vocab"]} | set(new)
     last = {left + right: index for index, (left, right) in enumerate(old)}
     fresh = set(new)
     keyed: list[tuple[tuple[float, float, float], tuple[str, str]]] = [
-        ((index, 0.0, 0.0), merge) for index, merge in enumerate(old)
+        ((float(index), 0.0, 0.0), merge) for index, merge in enumerate(old)
     ]
     places = [float(len(old))] * len(new)
     if scores is not None and proto is not None:

@@ -325,4 +325,4 @@ def test_new_pieces_come_after_runs_of_spaces(tmp_path):
     encoded = extended.encode_documents(texts)
     assert encoded == reference.encode(texts)
     assert any(extended.piece(index) == " 法律的" for index in range(Tokenizer(tmp_path / "base").size, extended.size))
-    assert [extended.backend.id_to_token(index) for index in encoded[0]][0] == "▁▁▁▁"
+    assert extended.backend.id_to_token(encoded[0][0]) == "▁▁▁▁"
