@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cpt_jax.core.config import from_json
 from cpt_jax.data.holdout import read_heldout, training_documents
 from cpt_jax.data.sources import SkipCounts
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.models.generate import generate
 from cpt_jax.recipe.export import FLOAT32, text_logits
 from cpt_jax.recipe.model import load_model
@@ -41,12 +42,11 @@ class Checks:
         self.all_held &= held
 
 
-def torch_bits_per_byte(model, start_id: int, tokenizer, documents: list[str], length: int) -> float:
-    """Documents that fit in `length` tokens, one by one."""
+def torch_bits_per_byte(model, start_id: int, tokenizer, documents: list[str]) -> float:
+    """One document after the other, each whole."""
     nats, size = 0.0, 0
     for document in documents:
         ids = [start_id, *tokenizer(document, add_special_tokens=False)["input_ids"]]
-        assert len(ids) <= length + 1, "longer than a window: windows are not recomputed here"
         with torch.no_grad():
             logits = model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
         nats -= logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum().item()
@@ -61,6 +61,7 @@ def check_model(check: Checks, run: Path, recipe: Recipe, directory: Path, stage
     reader = AutoTokenizer.from_pretrained(directory)
     told = [entry for entry in json.loads((run / "eval.json").read_text()) if entry["stage"] == stage]
     told = {entry["domain"]: entry for entry in told if entry["weights"] == "last"}
+    weights = ours.on_device(FLOAT32)
     for domain in recipe.domains:
         documents = read_heldout(run / "data" / domain.name)
         ids = [tokenizer.start_id, *tokenizer.encode(documents[0])][:128]
@@ -74,14 +75,17 @@ def check_model(check: Checks, run: Path, recipe: Recipe, directory: Path, stage
         check(
             f"{stage}, {domain.name}: logits differ by {double:.1e} in float64, {rounded:.1e} in float32", double < 1e-4
         )
-        short = [text for text in documents if len(tokenizer.encode(text)) <= recipe.evaluation.sequence_length]
-        expected = torch_bits_per_byte(reference, tokenizer.start_id, reader, short, recipe.evaluation.sequence_length)
+        length = recipe.evaluation.sequence_length
+        short = [text for text in documents if len(tokenizer.encode(text)) <= length]
+        expected = torch_bits_per_byte(reference, tokenizer.start_id, reader, short)
+        packed = pack_documents(tokenizer, short, length)
+        found = bits_per_byte(ours.network, weights, packed, batch_size=4, precision=FLOAT32).bits_per_byte
         if len(short) == len(documents):
-            found = told[domain.name]["bits_per_byte"]
             check(
-                f"{stage}, {domain.name}: {found:.4f} bits per byte, torch {expected:.4f}", abs(found - expected) < 5e-4
+                f"{stage}, {domain.name}: eval.json has these bits per byte",
+                abs(told[domain.name]["bits_per_byte"] - found) < 5e-4,
             )
-    weights = ours.on_device(FLOAT32)
+        check(f"{stage}, {domain.name}: {found:.4f} bits per byte, torch {expected:.4f}", abs(found - expected) < 5e-4)
     for prompt in recipe.samples.prompts:
         ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
         count = recipe.samples.new_tokens

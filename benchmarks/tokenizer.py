@@ -151,7 +151,8 @@ def _train_sentencepiece(texts: list[str]) -> None:
         sentence_iterator=lines,
         model_writer=io.BytesIO(),
         model_type="bpe",
-        vocab_size=PIECES,
+        # It keeps every character as a piece: 9,400 of them here.
+        vocab_size=PIECES + 9_500,
         byte_fallback=True,
         character_coverage=0.9995,
         hard_vocab_limit=False,
