@@ -67,6 +67,7 @@ class Case:
         scores = ("below-base", "own", "zero") if self.base == "Mistral v1" else ("below-base",)
         unions = [Union(new_tokens=LARGEST, scores=name) for name in scores]
         names = [f"union, {union.scores}" for union in unions] if len(unions) > 1 else ["union"]
+        scripts = ContinuedBPE(new_tokens=UNPROTECTED, scripts=JAPANESE)
         return (
             Method(name="continued-bpe", extension=ContinuedBPE(new_tokens=LARGEST)),
             Method(
@@ -74,6 +75,7 @@ class Case:
                 extension=ContinuedBPE(new_tokens=UNPROTECTED),
                 protects=False,
             ),
+            *([Method(name="continued-bpe, Japanese scripts", extension=scripts)] * (self.corpus == "manpages")),
             *(Method(name=name, extension=union) for name, union in zip(names, unions, strict=True)),
         )
 
@@ -83,6 +85,7 @@ CASES = (
     *(Case(base="Mistral v1", corpus=corpus) for corpus in ("statutes", "poems", "python")),
     *(Case(base=base, corpus=corpus) for base in ("SmolLM2", "Qwen3", "Llama 3") for corpus in ("manpages", "poems")),
 )
+JAPANESE = ("Han", "Hiragana", "Katakana", "Common")
 # What must stay as it was, beside the text that is learnt.
 OLD = ("english", "python", "statutes")
 
