@@ -202,7 +202,9 @@ def main() -> None:
 def _in_a_process(trainer: str) -> dict:
     say(f"benchmark: {trainer}")
     command = [sys.executable, "-m", "benchmarks.tokenizer", "--trainer", trainer]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    figures = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    say(f"benchmark: {figures.strip()}")
+    return json.loads(figures)
 
 
 if __name__ == "__main__":
