@@ -79,6 +79,29 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     assert cpt("generate", "--model", "grown", "--prompt", "the city", "--new-tokens", 3).startswith("the city")
 
 
+def test_a_probe_takes_the_rows_that_learn_best(cpt, place, tiny_model):
+    """The model written holds the chosen kind's rows, untrained; the old rows are the base's."""
+    cpt("tokenizer", "extend", "--base", tiny_model, "--corpus", "zh.jsonl", "--new-tokens", 25, "--out", "probed-t")
+    common = ("--model", tiny_model, "--tokenizer", "probed-t", "--corpus", "zh.jsonl", "--seed", 3)
+    kinds = ("random", "mean", "subword-mean", "focus")
+    out = cpt("model", "extend", *common, "--init", *kinds, "--probe", 8, "--out", "probed", "--json", "probe.json")
+    told = json.loads((place / "probe.json").read_text())
+    after = {entry["name"]: entry["bits_per_byte"]["8"] for entry in told["probe"]}
+    assert set(after) == set(kinds)
+    assert told["chosen"] == min(after, key=after.__getitem__)
+    assert f"probed: {told['chosen']}" in out
+    # Training the new rows helps whatever they begin with.
+    assert all(entry["bits_per_byte"]["8"] < entry["bits_per_byte"]["0"] for entry in told["probe"])
+    cpt("model", "extend", *common, "--init", told["chosen"], "--out", "alone")
+    name = "model.embed_tokens.weight"
+    probed, alone, base = (
+        load_file(d / "model.safetensors")[name] for d in (place / "probed", place / "alone", tiny_model)
+    )
+    if told["chosen"] != "focus":  # made from the text that was not held out
+        np.testing.assert_array_equal(probed, alone)
+    np.testing.assert_array_equal(probed[: len(base)], base)
+
+
 WRONG = {
     "tokenizer too large": (["eval", "--model", "{mixed}", "--data", "en=en.jsonl"], "run `cpt model extend`"),
     "no tokenizer": (
@@ -90,6 +113,18 @@ WRONG = {
         "new_tokens is 0",
     ),
     "no corpus": (["eval", "--model", "{model}", "--data", "en=nowhere.jsonl"], "there is no such file"),
+    "rows without text": (
+        ["model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--init", "focus", "--out", "x"],
+        "rows 'focus' are made from text of the new domain: give --corpus SPEC",
+    ),
+    "two kinds of rows": (
+        ["model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--init", "mean", "random", "--out", "x"],
+        "--init names 2 kinds of rows: give one, or --probe STEPS",
+    ),
+    "rows without vectors": (
+        ["model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--init", "wechsel", "--out", "x"],
+        "give --vectors OLD.vec NEW.vec",
+    ),
     "not named": (["eval", "--model", "{model}", "--data", "en.jsonl"], "is not NAME=SPEC"),
     "no run": (["export", "--run", "data", "--out", "x"], "no run's directory"),
 }
