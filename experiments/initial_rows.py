@@ -19,14 +19,13 @@ import numpy as np
 
 from configs.quickstart import quickstart
 from cpt_jax.checkpoint.hf import resolve_base
-from cpt_jax.core.progress import quiet_libraries
+from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
-from cpt_jax.data.sources import SkipCounts
+from cpt_jax.data.holdout import HeldApart
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.rows import Growth, Probe, RowProbe
 from cpt_jax.vocab.init_rows import NAMED_ROWS, InitRows, Wechsel
-from cpt_jax.vocab.tokenizer import Tokenizer
+from cpt_jax.vocab.static import word_vectors
 from experiments.bilingual_vectors import write_vectors
 
 OUT = Path("docs/initial_rows.json")
@@ -39,26 +38,22 @@ def growth() -> tuple[Growth, list[str]]:
     """The quickstart's model, tokenizer and data, and the held-out statutes."""
     recipe = quickstart()
     source = resolve_base(recipe.base, WORK / "source")
-    domains = {domain.name: domain for domain in recipe.domains}
-    for name, domain in domains.items():
-        if not (WORK / name / "heldout.jsonl").exists():
-            write_heldout(domain.corpus, domain.heldout, WORK / name)
-
-    def texts(name: str):
-        domain = domains[name]
-        return training_documents(domain.corpus, domain.heldout, WORK / name, SkipCounts())
-
-    heldout = {name: read_heldout(WORK / name) for name in domains}
+    parts = {domain.name: HeldApart(domain.corpus, domain.heldout, WORK) for domain in recipe.domains}
+    heldout = {name: part.measured() for name, part in parts.items()}
     tokenizer = WORK / "tokenizer"
     assert recipe.vocabulary is not None
     if not tokenizer.exists():
-        learn, keep = (lambda: texts("statutes")), (lambda: texts("english"))
+        learn, keep = parts["statutes"].learnt, parts["english"].learnt
         grow_tokenizer(source, recipe.vocabulary, learn, keep, heldout, ["english"], tokenizer, None)
-    return Growth(source, tokenizer, 0, lambda: texts("statutes")), heldout["statutes"]
+    return Growth(source, tokenizer, 0, parts["statutes"].learnt), heldout["statutes"]
 
 
-def candidates(tokenizer: Tokenizer) -> dict[str, InitRows]:
+def candidates(grown: Growth) -> dict[str, InitRows]:
+    """Every kind, by name."""
+    tokenizer = grown.extended
     old, new = write_vectors(tokenizer, WORK)
+    known = sum(index >= grown.base.size for index in word_vectors(new, tokenizer))
+    say(f"wechsel: {known:,} of {len(grown.pieces):,} new pieces have a vector")
     return NAMED_ROWS | {"wechsel": Wechsel(source=str(old), target=str(new))}
 
 
@@ -89,7 +84,7 @@ def main() -> None:
     prober = RowProbe(grown, heldout, PROBE)
     for seed in SEEDS:
         batches = None
-        for name, candidate in candidates(grown.extended).items():
+        for name, candidate in candidates(grown).items():
             if any(result["name"] == name and result["seed"] == seed for result in results):
                 continue
             batches = prober.batches(seed) if batches is None else batches

@@ -33,7 +33,7 @@ from cpt_jax.core.progress import progress, quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus, SkipCounts, read
-from cpt_jax.vocab.extend import Additions, ContinuedBPE, Extension, Union, learn, write_extended
+from cpt_jax.vocab.extend import ContinuedBPE, Extension, Union, learn, write_extended
 from cpt_jax.vocab.gate import slow_fast_differences
 from cpt_jax.vocab.tokenizer import Tokenizer
 from experiments.vocabulary_inputs import DIRECTORY
@@ -140,15 +140,6 @@ def bases() -> dict[str, Path]:
     }
 
 
-def _prefix(additions: Additions, size: int) -> Additions:
-    """Learning is greedy: the first pieces are those that a smaller learning finds."""
-
-    def first(values):
-        return None if values is None else values[:size]
-
-    return Additions(pieces=additions.pieces[:size], merges=first(additions.merges), scores=first(additions.scores))
-
-
 class Reading:
     """The held-out documents of every corpus under a base, read once."""
 
@@ -163,13 +154,6 @@ class Reading:
 
 def _decoded(tokenizer: Tokenizer, documents: list[list[int]]) -> list[str]:
     return tokenizer.backend.decode_batch(documents, skip_special_tokens=False)
-
-
-def _in_use(first_new: int, extended: Tokenizer, texts: Sequence[str]) -> float:
-    seen: set[int] = set()
-    for first in range(0, len(texts), 512):
-        seen.update(*extended.encode_documents(list(texts[first : first + 512])))
-    return sum(index >= first_new for index in seen) / (extended.size - first_new)
 
 
 def _reference_mismatches(extended: Tokenizer, texts: Sequence[str]) -> int:
@@ -200,7 +184,8 @@ def measure(reading: Reading, corpus: str, extended: Tokenizer, references: bool
         "new_pieces": extended.size - base.size,
         "before": sum(map(len, reading.ids[corpus])) / sum(map(len, heldout)),
         "after": sum(map(len, now[corpus])) / sum(map(len, heldout)),
-        "in_use_training": _in_use(base.size, extended, splits[corpus].training),
+        "in_use_training": sum(index >= base.size for index in extended.count(splits[corpus].training))
+        / (extended.size - base.size),
         "in_use_heldout": sum(index >= base.size for index in seen) / (extended.size - base.size),
         "old": {name: [changed[name], tokens[name]] for name in names[1:]},
         "round_trip_failures": lost,
@@ -246,7 +231,7 @@ def _job(reading: Reading, case: Case, method: Method) -> list[dict]:
     rows = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as directory:
-            write_extended(base, _prefix(additions, size), Path(directory))
+            write_extended(base, additions.chosen(range(size)), Path(directory))
             rows.append(measure(reading, case.corpus, Tokenizer(Path(directory)), references=size == sizes[-1]))
     return [row | {"seconds_to_learn": seconds} for row in rows]
 

@@ -26,12 +26,17 @@ def disk_full_is_told(path: Path) -> Iterator[None]:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Writes a text file whole or not at all (UTF-8)."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with disk_full_is_told(path):
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

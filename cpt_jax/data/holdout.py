@@ -95,3 +95,18 @@ def training_documents(corpus: Corpus, holdout: Holdout, directory: Path, skippe
             skipped["equal to a held-out text"] += 1
         else:
             yield document.text
+
+
+class HeldApart:
+    """A corpus in two parts, by hash: what may be learnt from, and what is only measured; `place` holds which is
+    which."""
+
+    def __init__(self, corpus: Corpus, holdout: Holdout, place: Path) -> None:
+        self._corpus, self._holdout, self._directory = corpus, holdout, place / corpus.name
+        write_heldout(corpus, holdout, self._directory)
+
+    def measured(self) -> list[str]:
+        return read_heldout(self._directory)
+
+    def learnt(self) -> Iterator[str]:
+        return training_documents(self._corpus, self._holdout, self._directory, SkipCounts())

@@ -96,6 +96,13 @@ def corpora_of(specs: Sequence[str], text_field: str) -> list[Corpus]:
     return corpora
 
 
+def texts_of(corpora: Iterable[Corpus]) -> Iterator[str]:
+    """The texts of all documents, one corpus after the other."""
+    for corpus in corpora:
+        for document in read(corpus, SkipCounts()):
+            yield document.text
+
+
 def files_of(corpus: Corpus) -> list[Path]:
     """The files a corpus is read from, sorted; none for `tfds:` and `hf:`."""
     if corpus.spec.startswith(("tfds:", "hf:")):

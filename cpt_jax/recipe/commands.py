@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.checkpoint.hf import read_config, resolve_base
@@ -11,9 +11,9 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
-from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
+from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read
+from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
 from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
@@ -32,12 +32,6 @@ CACHE = Path(".cache/models")
 
 def _directory(model: str) -> Path:
     return resolve_base(model, CACHE / Path(model).stem)
-
-
-def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
-    for corpus in corpora:
-        for document in read(corpus, SkipCounts()):
-            yield document.text
 
 
 def model_extend(
@@ -63,15 +57,16 @@ def model_extend(
             raise UserError(
                 f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
             )
-        growth = Growth(_directory(model), tokenizer, seed, lambda: _texts(corpora_of(corpora, text_field)))
+        growth = Growth(_directory(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
         growth.save(growth.rows(next(iter(candidates.values()))), out)
         print(out)
         return
     if not corpora:
         raise UserError("--probe trains on text of the new domain: give --corpus SPEC")
     with tempfile.TemporaryDirectory() as directory:
-        heldout, learnt = _held_apart(corpora_of(corpora, text_field), Path(directory))
-        growth = Growth(_directory(model), tokenizer, seed, learnt)
+        parts = [HeldApart(corpus, Holdout(), Path(directory)) for corpus in corpora_of(corpora, text_field)]
+        heldout = [text for part in parts for text in part.measured()]
+        growth = Growth(_directory(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt()))
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
         growth.save(rows, out)
@@ -91,20 +86,6 @@ def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> d
     if "wechsel" in names and not vectors:
         raise UserError("rows 'wechsel' need word vectors of both languages: give --vectors OLD.vec NEW.vec")
     return {name: known[name] for name in names}
-
-
-def _held_apart(corpora: Sequence[Corpus], directory: Path) -> tuple[list[str], Callable[[], Iterator[str]]]:
-    """(held-out texts, the rest) of the corpora."""
-    holdout = Holdout()
-    for corpus in corpora:
-        write_heldout(corpus, holdout, directory / corpus.name)
-    heldout = [text for corpus in corpora for text in read_heldout(directory / corpus.name)]
-
-    def rest() -> Iterator[str]:
-        for corpus in corpora:
-            yield from training_documents(corpus, holdout, directory / corpus.name, SkipCounts())
-
-    return heldout, rest
 
 
 def model_inspect(model: str) -> None:
@@ -142,7 +123,7 @@ def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, 
 
 def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
     texts, size = [], 0
-    for text in _texts([corpus]):
+    for text in texts_of([corpus]):
         size += len(text.encode())
         if texts and size > max_bytes:
             break

@@ -159,18 +159,12 @@ class RowProbe:
     def __init__(self, growth: Growth, heldout: Sequence[str], probe: Probe) -> None:
         self.growth, self.probe = growth, probe
         self._heldout: PackedDocuments = pack_documents(growth.extended, heldout, probe.sequence_length)
-        self._model = growth.model(
-            {name: np.zeros((len(growth.pieces), t.shape[1]), np.float32) for name, t in growth.tables.items()}
-        )
-        self._model = self._model.unrolled(jax.default_backend() == "cpu")
-        on_device = self._model.on_device(probe.precision)
+        zeros = {name: np.zeros((len(growth.pieces), t.shape[1]), np.float32) for name, t in growth.tables.items()}
+        self._model = growth.model(zeros).unrolled(jax.default_backend() == "cpu")
         trains = Embeddings(rows="new").trains
-        _, self._frozen = partition(on_device, trains)
+        trainable, self._frozen = partition(self._model.on_device(probe.precision), trains)
         schedule = Constant().build(probe.optimizer.learning_rate, max(probe.steps))
-        empty = {
-            f"{name}/new": np.zeros((len(growth.pieces), t.shape[1]), np.float32) for name, t in growth.tables.items()
-        }
-        self._optimizer = probe.optimizer.build(schedule, unflatten(empty))
+        self._optimizer = probe.optimizer.build(schedule, trainable)
         loss = make_loss(self._model.network, probe.precision.dtype, trains, 1)
         self._step = jax.jit(make_train_step(loss, self._optimizer, schedule, None), donate_argnums=0)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
-from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
-from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read
+from cpt_jax.data.holdout import HeldApart, Holdout
+from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
-from cpt_jax.recipe.tokenizer_report import curve_text, report_text, write_curve_picture, write_page
+from cpt_jax.recipe.tokenizer_curve import curve_text, write_curve_picture
+from cpt_jax.recipe.tokenizer_report import report_text, write_page
 from cpt_jax.vocab.extend import TOKENIZER_PREFIXES, ContinuedBPE, Extension, Union
 from cpt_jax.vocab.fertility import ModelSizes, compare, curve, speed
 from cpt_jax.vocab.gate import Limits, moved_ids, piece_use, slow_fast_differences
@@ -77,12 +78,6 @@ def _directory(tokenizer: str) -> Path:
     return path if path.is_dir() else resolve_base(tokenizer, CACHE / path.stem)
 
 
-def _texts(corpora: Sequence[Corpus]) -> Iterator[str]:
-    for corpus in corpora:
-        for document in read(corpus, SkipCounts()):
-            yield document.text
-
-
 def _sample(corpus: Corpus, max_bytes: int) -> list[str]:
     """Whole documents, chosen by hash where there are more than `max_bytes`; what was left out is told."""
     skipped = SkipCounts()
@@ -93,19 +88,8 @@ def _sample(corpus: Corpus, max_bytes: int) -> list[str]:
     return texts
 
 
-class HeldOut:
-    """A corpus in two parts, by hash: what may be learnt from, and what is only measured."""
-
-    def __init__(self, corpus: Corpus, share: float, place: Path) -> None:
-        self._corpus, self._directory = corpus, place / corpus.name
-        self._holdout = Holdout(share=share, max_bytes=MEASURED_BYTES, max_document_bytes=MEASURED_BYTES // 10)
-        write_heldout(corpus, self._holdout, self._directory)
-
-    def measured(self) -> list[str]:
-        return read_heldout(self._directory)
-
-    def learnt(self) -> Iterator[str]:
-        return training_documents(self._corpus, self._holdout, self._directory, SkipCounts())
+def _holdout(share: float) -> Holdout:
+    return Holdout(share=share, max_bytes=MEASURED_BYTES, max_document_bytes=MEASURED_BYTES // 10)
 
 
 # Extend
@@ -123,13 +107,13 @@ def tokenizer_extend(
     new, old = named[: len(corpora)], named[len(corpora) :]
     with tempfile.TemporaryDirectory() as place:
         measured = {corpus.name: _sample(corpus, MEASURED_BYTES) for corpus in new}
-        kept = {corpus.name: HeldOut(corpus, heldout_share, Path(place)) for corpus in old}
+        kept = {corpus.name: HeldApart(corpus, _holdout(heldout_share), Path(place)) for corpus in old}
         measured |= {name: parts.measured() for name, parts in kept.items()}
         say(f"tokenizer: learning {extension.new_tokens:,} new pieces")
         figures = grow_tokenizer(
             source,
             Vocabulary(extension=extension, drop_unreachable=drop_unreachable, limits=limits),
-            lambda: _texts(new),
+            lambda: texts_of(new),
             lambda: itertools.chain.from_iterable(parts.learnt() for parts in kept.values()),
             measured,
             list(kept),
@@ -228,7 +212,7 @@ def _speeds(base: Tokenizer, extended: Tokenizer, texts: dict[str, list[str]]) -
     best: dict = {"base": {}, "extended": {}}
     for _ in range(3):
         for side, tokenizer in (("base", base), ("extended", extended)):
-            for name, value in speed(tokenizer, sample, repeats=1).items():
+            for name, value in speed(tokenizer, sample).items():
                 best[side][name] = max(value, best[side].get(name, 0.0))
     ratios = {f"{name}_ratio": best["extended"][name] / best["base"][name] for name in ("encode", "decode")}
     return best | ratios
@@ -247,8 +231,9 @@ def measured_curve(
 ) -> dict:
     """`fertility.curve` of the corpora, each without its held-out part, on which fertility is measured."""
     with tempfile.TemporaryDirectory() as place:
-        parts = [HeldOut(corpus, heldout_share, Path(place)) for corpus in new]
-        kept = [HeldOut(corpus, heldout_share, Path(place)) for corpus in old]
+        holdout = _holdout(heldout_share)
+        parts = [HeldApart(corpus, holdout, Path(place)) for corpus in new]
+        kept = [HeldApart(corpus, holdout, Path(place)) for corpus in old]
         texts, learnt, total = sampled(
             itertools.chain.from_iterable(part.learnt() for part in parts), extension.sample_bytes
         )

@@ -37,7 +37,7 @@ class ContinuedLearning:
         # Arrays hold a token in 4 bytes, lists of Python's numbers in 36.
         segments = [array.array("i", ids) for word in words for ids in kind.segments([word])]
         self.pairs = PairCounts(segments, list(words.values()))
-        self.untouchable, self.old_tokens = _adjacent(kind, protected)
+        self.untouchable, self.old_tokens = adjacent(kind, protected)
         self.next_id = kind.first_new
         self.known = {piece for piece, index in kind.ids.items() if not self._is_unknown(index)}
 
@@ -179,7 +179,7 @@ class ContinuedLearning:
         return ids
 
 
-def _adjacent(kind: Segmentation, texts: Iterable[str]) -> tuple[set[Pair], set[int]]:
+def adjacent(kind: Segmentation, texts: Iterable[str]) -> tuple[set[Pair], set[int]]:
     """Pairs of the base's tokens that stand side by side in a word of the texts (merging one would change these
     texts), and the tokens that occur."""
     pairs: set[Pair] = set()

@@ -71,11 +71,10 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
     """The fitted rows of each table; see `init_rows.Distilled`."""
     model: FrozenModel = context.model()
     first_new = context.base.size
-    grown = dataclasses.replace(model.config, vocab_size=first_new, new_rows=len(context.pieces), layer_loop="scan")
+    grown = dataclasses.replace(model.config, new_rows=len(context.pieces), layer_loop="scan")
     teacher, student = abstract_decoder(dataclasses.replace(model.config, layer_loop="scan")), abstract_decoder(grown)
     head, dtype = head_path(grown), jnp.dtype(model.compute_dtype)
-    old = flatten(model.weights)
-    kept = {path: leaf[:first_new] if path.endswith("/base") else leaf for path, leaf in old.items()}
+    kept = flatten(model.weights)
 
     def hidden_of(network, weights, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -15,7 +15,7 @@ from cpt_jax.vocab.segmentation import kind_of, segmentation_of
 from cpt_jax.vocab.selection import Selection, sampled
 from cpt_jax.vocab.sentencepiece_model import append_pieces, extended_merges, scores_below
 from cpt_jax.vocab.tokenizer import Tokenizer
-from cpt_jax.vocab.union import byte_level_union, merge_steps, merges_of, sentencepiece_union
+from cpt_jax.vocab.union import byte_level_union, merge_steps, sentencepiece_union
 
 TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "chat_")
 
@@ -46,6 +46,14 @@ class Additions:
     pieces: list[str]
     merges: list[tuple[str, str]] | None = None
     scores: list[float] | None = None
+
+    def chosen(self, keep: Sequence[int] | range) -> "Additions":
+        """Those at these places. Learning is greedy: the first are those that a smaller learning finds."""
+
+        def kept(values):
+            return None if values is None else [values[index] for index in keep]
+
+        return Additions(pieces=kept(self.pieces) or [], merges=kept(self.merges), scores=kept(self.scores))
 
 
 def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected: Iterable[str]) -> Additions:
@@ -159,28 +167,21 @@ def extend(
 
 def _in_use(base: Tokenizer, additions: Additions, extended: Tokenizer, corpus: Sequence[str], asked: set[str]):
     """The additions that occur in the corpus, that lead to others, or that the user asked for."""
-    seen: set[int] = set()
-    for first in range(0, len(corpus), 1024):
-        seen.update(*extended.encode_documents(list(corpus[first : first + 1024])))
+    seen = extended.count(corpus)
     wanted = {
         piece
         for index, piece in enumerate(additions.pieces)
-        if base.size + index in seen or extended.piece(base.size + index).strip() in asked
+        if seen[base.size + index] or extended.piece(base.size + index).strip() in asked
     }
     wanted |= _on_the_way(wanted, extended)
-    keep = [piece in wanted for piece in additions.pieces]
-
-    def kept(values):
-        return None if values is None else [value for value, wanted in zip(values, keep, strict=True) if wanted]
-
-    return Additions(pieces=kept(additions.pieces) or [], merges=kept(additions.merges), scores=kept(additions.scores))
+    return additions.chosen([index for index, piece in enumerate(additions.pieces) if piece in wanted])
 
 
 def _on_the_way(pieces: Iterable[str], tokenizer: Tokenizer) -> set[str]:
     """What is merged into these pieces, step by step; nothing for a unigram."""
     if tokenizer.document["model"]["type"] == "Unigram":
         return set()
-    ranks = {merge: rank for rank, merge in enumerate(merges_of(tokenizer))}
+    ranks = {merge: rank for rank, merge in enumerate(tokenizer.merges)}
     return {part for piece in pieces for step in merge_steps(piece, ranks) for part in step}
 
 
@@ -202,11 +203,9 @@ def write_extended(base: Tokenizer, additions: Additions, directory: Path) -> No
     else:
         as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
         if additions.merges is not None:
-            merges = [
-                tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]
-            ] + additions.merges
+            merges = base.merges + additions.merges
         else:
-            merges = extended_merges(document, additions.pieces, scores, proto)
+            merges = extended_merges(base.merges, model["vocab"], additions.pieces, scores, proto)
         model["merges"] = [" ".join(merge) if as_text else list(merge) for merge in merges]
         # `tokenizers` gives an added token that the vocabulary lacks the next free id, whatever the file says (Qwen,
         # Llama 3): in the vocabulary it keeps its own, and no merge makes it.

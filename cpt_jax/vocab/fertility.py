@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_jax.vocab.extend import Additions, Extension, learn, write_extended
+from cpt_jax.vocab.extend import Extension, learn, write_extended
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -51,18 +51,14 @@ def compare(name: str, base: Tokenizer, extended: Tokenizer, texts: Sequence[str
     }
 
 
-def speed(tokenizer: Tokenizer, texts: Sequence[str], repeats: int = 3) -> dict[str, float]:
-    """Megabytes of UTF-8 a second, encoding and decoding all texts, the best of some tries."""
+def speed(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
+    """Megabytes of UTF-8 a second, encoding and decoding all texts."""
     size = sum(len(text.encode()) for text in texts) / 1e6
-    encoding, decoding = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        ids = tokenizer.encode_documents(list(texts))
-        encoding.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
-        decoding.append(time.perf_counter() - started)
-    return {"encode": size / min(encoding), "decode": size / min(decoding)}
+    started = time.perf_counter()
+    ids = tokenizer.encode_documents(list(texts))
+    encoded = time.perf_counter()
+    tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
+    return {"encode": size / (encoded - started), "decode": size / (time.perf_counter() - encoded)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,18 +95,11 @@ def curve(
     for size in [0, *sorted({min(size, available) for size in sizes})]:
         with tempfile.TemporaryDirectory() as directory:
             if size:
-                write_extended(base, _prefix(additions, size), Path(directory))
+                write_extended(base, additions.chosen(range(size)), Path(directory))
             tokenizer = Tokenizer(Path(directory)) if size else base
             rate = fertility(tokenizer.encode_documents(list(heldout)), heldout).tokens_per_character
         points.append({"new_tokens": size, "tokens_per_character": rate} | _cost(model, base.size + size, size, rate))
     return {"points": points, "knee": knee(points[1:])}
-
-
-def _prefix(additions: Additions, size: int) -> Additions:
-    if additions.merges is None:
-        scores = additions.scores
-        return Additions(pieces=additions.pieces[:size], scores=None if scores is None else scores[:size])
-    return Additions(pieces=additions.pieces[:size], merges=additions.merges[:size])
 
 
 def _cost(model: ModelSizes | None, rows: int, size: int, rate: float) -> dict:

@@ -1,10 +1,8 @@
 """The gate that an extended tokenizer must pass: nothing was taken from the base, and the new pieces are used."""
 
-import collections
 import dataclasses
-import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.sentencepiece_model import processor
@@ -54,23 +52,21 @@ def piece_use(
 
     A candidate need not occur: it is reachable when its own text gives it, alone or behind what words stand behind.
     """
-    counts: collections.Counter[int] = collections.Counter()
     asked = [before + term for term in candidates for before in ("", " ", "\n", "(")]
-    produced = {index for ids in extended.encode_documents(asked) for index in ids}
-    for batch in _batched(texts, 1024):
-        counts.update(index for ids in extended.encode_documents(batch) for index in ids if index >= base.size)
+    produced, counts = extended.count(asked), extended.count(texts)
     new = range(base.size, extended.size)
     pieces = {index: extended.piece(index) for index in new}
-    unused = [index for index in new if not counts[index] and index not in produced]
+    unused = [index for index in new if not counts[index] and not produced[index]]
     terms = tuple(term.lstrip() for term in candidates)
     steps = {index for index in unused if _leads_to_one(pieces[index], terms)}
     unreachable = [pieces[index] for index in unused if index not in steps]
+    most_used = sorted(new, key=lambda index: -counts[index])
     return PieceUse(
         new_pieces=len(new),
         unreachable_pieces=len(unreachable),
         unreachable=unreachable[: 10 * shown],
         steps_to_candidates=len(steps),
-        most_frequent=[(pieces[index], count) for index, count in counts.most_common(shown)],
+        most_frequent=[(pieces[index], counts[index]) for index in most_used[:shown] if counts[index]],
         longest=sorted((pieces[i] for i in new if counts[i]), key=lambda piece: (-len(piece), piece))[:shown],
     )
 
@@ -79,12 +75,6 @@ def _leads_to_one(piece: str, terms: Sequence[str]) -> bool:
     # A piece may end inside a character.
     beginning = piece.lstrip().rstrip("\ufffd")
     return any(term.startswith(beginning) or (len(piece) == 1 and piece in term) for term in terms)
-
-
-def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def slow_fast_differences(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

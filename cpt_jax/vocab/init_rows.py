@@ -187,7 +187,7 @@ class Distilled:
 
 InitRows = SubwordMean | Mean | Random | Focus | Wechsel | Distilled
 
-# Names for a command line; WECHSEL needs files and has none.
+# Names for a command line; Wechsel needs files and is none of them.
 NAMED_ROWS: dict[str, InitRows] = {
     "random": Random(),
     "mean": Mean(),

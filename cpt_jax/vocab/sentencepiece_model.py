@@ -141,16 +141,18 @@ def append_pieces(proto: ModelProto, added: Sequence[dict], pieces: Sequence[tup
 
 
 def extended_merges(
-    document: dict, new: Sequence[str], scores: Sequence[float] | None, proto: ModelProto | None
+    old: Sequence[tuple[str, str]],
+    vocabulary: Iterable[str],
+    new: Sequence[str],
+    scores: Sequence[float] | None,
+    proto: ModelProto | None,
 ) -> list[tuple[str, str]]:
-    """tokenizer.json's merges with those of the new pieces (BPE).
+    """tokenizer.json's old merges with those of the new pieces (BPE).
 
     A new piece's merges stand behind the base's, in the order given, or, with `scores`, where its score belongs. A
     new piece may also be a part of an old one: then it is merged into that at the old one's place.
     """
-    model = document["model"]
-    old: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    vocabulary = {piece for piece in model["vocab"]} | set(new)
+    vocabulary = {*vocabulary, *new}
     last = {left + right: index for index, (left, right) in enumerate(old)}
     fresh = set(new)
     keyed: list[tuple[tuple[float, float, float], tuple[str, str]]] = [

@@ -1,8 +1,11 @@
 """A Hugging Face tokenizer, as far as training needs it."""
 
+import collections
 import functools
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -52,6 +55,13 @@ class Tokenizer:
         path = self.directory / "tokenizer.model"
         return read_model(path) if path.exists() else None
 
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The merges of a BPE in order; older files write a merge as one text."""
+        written = self.document["model"]["merges"]
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in written)
+        return [(left, right) for left, right in pairs]
+
     @functools.cached_property
     def settings(self) -> dict:
         """tokenizer_config.json."""
@@ -79,6 +89,14 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens around it."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def count(self, texts: Iterable[str]) -> collections.Counter[int]:
+        """How often each token stands in the texts, a batch of them in memory at a time."""
+        counts: collections.Counter[int] = collections.Counter()
+        iterator = iter(texts)
+        while batch := list(itertools.islice(iterator, 1024)):
+            counts.update(itertools.chain.from_iterable(self.encode_documents(batch)))
+        return counts
 
     def encode(self, text: str) -> list[int]:
         return self.encode_documents([text])[0]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 
-from cpt_jax.vocab.continued import NewPiece, _adjacent
+from cpt_jax.vocab.continued import NewPiece, adjacent
 from cpt_jax.vocab.segmentation import ByteLevel
 from cpt_jax.vocab.selection import Selection
 from cpt_jax.vocab.sentencepiece_model import BPE, NORMAL, SPACE, ModelProto, all_splits, processor, train
@@ -31,11 +31,11 @@ def byte_level_union(
     )
     domain.train_from_iterator(texts, trainer)
     kind = ByteLevel(base)
-    untouchable, _ = _adjacent(kind, protected)
+    untouchable, _ = adjacent(kind, protected)
     old = {(kind.pieces[left], kind.pieces[right]) for left, right in untouchable if left in kind.pieces}
-    ranks = {pair: rank for rank, pair in enumerate(merges_of(base))}
+    ranks = {pair: rank for rank, pair in enumerate(base.merges)}
     known = set(kind.ids)
-    wanted = [left + right for left, right in map(_pair, json.loads(domain.to_str())["model"]["merges"])]
+    wanted = [left + right for left, right in json.loads(domain.to_str())["model"]["merges"]]
     trained, count = set(wanted), 0
 
     def free(pair: tuple[str, str]) -> bool:
@@ -60,16 +60,6 @@ def byte_level_union(
             count += 1
             yield NewPiece(pair[0] + pair[1], pair)
             tokens = segment(piece, ranks)
-
-
-def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """The merges of tokenizer.json in order."""
-    return [_pair(merge) for merge in tokenizer.document["model"]["merges"]]
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def segment(piece: str, ranks: dict[tuple[str, str], int]) -> list[str]:

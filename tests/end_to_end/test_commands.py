@@ -7,7 +7,8 @@ import pytest
 from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
-from cpt_jax.cli import main
+from cpt_jax.cli import ROWS, main
+from cpt_jax.vocab.init_rows import NAMED_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,10 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     assert "tokens" in cpt("data", "prepare", "--tokenizer", "grown", "--input", "zh=zh.jsonl", "--out", "data")
     assert json.loads((place / "data" / "zh" / "manifest.json").read_text())["records"] == 200
     assert cpt("generate", "--model", "grown", "--prompt", "the city", "--new-tokens", 3).startswith("the city")
+
+
+def test_every_kind_of_rows_can_be_asked_for():
+    assert set(ROWS) == {*NAMED_ROWS, "wechsel"}
 
 
 def test_a_probe_takes_the_rows_that_learn_best(cpt, place, tiny_model):

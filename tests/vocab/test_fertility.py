@@ -104,6 +104,6 @@ def test_the_knee_of_few_points_or_of_none_that_helps_is_the_last():
 
 
 def test_speeds_are_positive(bases):
-    rates = speed(Tokenizer(bases["gpt2"]), english(50), repeats=1)
+    rates = speed(Tokenizer(bases["gpt2"]), english(50))
     assert set(rates) == {"encode", "decode"}
     assert min(rates.values()) > 0
