@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.quickstart import quickstart
-from cpt_jax.checkpoint.hf import resolve_base
+from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import HeldApart

@@ -28,7 +28,7 @@ from pathlib import Path
 from configs.quickstart import quickstart
 from configs.quickstart_inputs import DIRECTORY as QUICKSTART
 from configs.quickstart_inputs import write_jsonl
-from cpt_jax.checkpoint.hf import resolve_base
+from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.progress import progress, quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import Holdout

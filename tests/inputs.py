@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from cpt_jax.core.tree import flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.decoder import DecoderConfig, LayerKind, abstract_decoder
+from cpt_jax.models.rope import Rope
 
 ENGLISH = [
     "the",
@@ -154,7 +155,9 @@ def tiny_config(**changes) -> DecoderConfig:
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=320
     )
-    return DecoderConfig(**(sizes | dict(max_position_embeddings=256) | changes))
+    sizes |= dict(max_position_embeddings=256) | changes
+    kinds = (LayerKind(rope=Rope(theta=10_000.0, dim=sizes["head_dim"])),)
+    return DecoderConfig(**(dict(layer_kinds=kinds) | sizes))
 
 
 def hf_config(config: DecoderConfig) -> dict:
@@ -166,8 +169,8 @@ def hf_config(config: DecoderConfig) -> dict:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.total_rows,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.layer_kinds[0].rope.theta,
+        "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "bos_token_id": 0,

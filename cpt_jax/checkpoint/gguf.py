@@ -1,186 +1,199 @@
 """A GGUF file as a Hugging Face model directory: dequantised, without torch.
 
-Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises. Llama
-architecture, byte-level BPE.
+Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises. Architectures
+"llama" (Llama, SmolLM, Mistral), "qwen2" and "qwen3".
 """
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
+from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, weight_dtype, weights_of, write_weights
+from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.core.storage import atomic_directory, write_json_atomic
 
-# llama.cpp's tensor names within a block -> Hugging Face's.
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# The released values of Llama 3.1 and 3.3, and of 3.2: the file holds only what they come to.
+LLAMA3_SCALINGS = tuple(
+    {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for factor in (8.0, 32.0)
+)
+# What of "rope.scaling." transformers calls how, by type.
+SCALINGS = {
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    },
 }
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-# How a pre-tokenizer of llama.cpp's ("tokenizer.ggml.pre") reads in the `tokenizers` library.
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PRE_TOKENIZERS: dict[str, dict] = {
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
-    "gpt-2": _BYTE_LEVEL,
-}
-_CONTROL, _USER_DEFINED = 3, 4
+
+class Metadata(dict[str, Any]):
+    """The key-value pairs of a GGUF file.
+
+    Raises:
+      UserError: a pair is asked for that is not there.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"the GGUF file lacks {key!r}: convert the model again with a newer llama.cpp")
+
+    def of_architecture(self, name: str, default: Any = None) -> Any:
+        """The value of "ARCHITECTURE.name"; it has to be there when there is no default."""
+        key = f"{self['general.architecture']}.{name}"
+        value = self[key] if default is None else self.get(key, default)
+        if isinstance(value, list):
+            raise UserError(
+                f"the GGUF file's {key!r} differs from layer to layer, which is not supported: use a model whose layers are alike"
+            )
+        return value
 
 
 def import_gguf(file: Path, out: Path) -> None:
-    """Writes `out/` with config.json, model.safetensors (float32), the tokenizer's files and generation_config.json.
+    """Writes `out/` with config.json, weights as safetensors, the tokenizer's files and generation_config.json.
+
+    Weights are float32; those of a file that is float16 or bfloat16 throughout stay so. One piece of one tensor is in
+    memory at a time.
 
     Raises:
-      UserError: no GGUF file, another architecture or tokenizer than supported, or a full disk.
+      UserError: no whole GGUF file, an architecture, a tensor, a quantisation, scaled RoPE or a tokenizer that is not
+      supported, or a full disk.
     """
-    from gguf import GGUFReader
-
-    file = Path(file)
-    if not file.exists():
-        raise UserError(f"{file} does not exist")
-    try:
-        reader = GGUFReader(file)
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{file} is no whole GGUF file ({error}): fetch it again") from error
-
-    def field(name: str, default: Any = None) -> Any:
-        found = reader.get_field(name)
-        return default if found is None else found.contents()
-
-    if (architecture := field("general.architecture")) != "llama":
-        raise UserError(f"{file} is of architecture {architecture!r}; supported: llama")
-    config = _config(field)
+    metadata, tensors = _read(Path(file))
+    config = _config(metadata, tensors)
+    weights = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
+    dtype = weight_dtype(weights)
     with atomic_directory(Path(out)) as directory:
-        _write_weights(reader, config, directory / "model.safetensors")
-        write_json_atomic(directory / "config.json", config)
-        _write_tokenizer(field, file, directory)
+        write_weights(weights, dtype, directory)
+        write_json_atomic(directory / "config.json", config | {"dtype": dtype.name})
+        write_tokenizer(metadata, config["max_position_embeddings"], directory)
         write_json_atomic(
             directory / "generation_config.json",
             {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         )
 
 
-def _config(field: Callable) -> dict:
-    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": field("llama.attention.head_count_kv", heads),
-        "head_dim": field("llama.attention.key_length", width // heads),
-        "max_position_embeddings": field("llama.context_length"),
-        # The file holds a float32; the six digits are what was meant.
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(field("llama.rope.freq_base", 10_000.0)),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
-        "tie_word_embeddings": True,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
-        "dtype": "float32",
-    }
+def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
+    """The key-value pairs, and the tensors by name, their values still on disk."""
+    from gguf import GGUFEndian, GGUFReader
 
-
-def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of Q and K rows [heads * head_dim, D], which rotates neighbouring pairs instead
-    of halves."""
-    rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def _write_weights(reader: Any, config: dict, path: Path) -> None:
-    from gguf.quants import dequantize
-    from safetensors.numpy import save_file
-
-    weights = {}
-    for tensor in reader.tensors:
-        parts = tensor.name.removesuffix(".weight").split(".")
-        if parts[0] == "rope_freqs":
-            raise UserError("the GGUF file scales RoPE (rope_freqs), which is not supported yet")
-        array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if parts[0] == "blk" and parts[-1] in BLOCK_NAMES:
-            if parts[-1] == "attn_q":
-                array = unpermute(array, config["num_attention_heads"])
-            elif parts[-1] == "attn_k":
-                array = unpermute(array, config["num_key_value_heads"])
-            name = f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[-1]]}.weight"
-        elif parts[0] in OUTER_NAMES:
-            name = f"{OUTER_NAMES[parts[0]]}.weight"
-        else:
-            raise UserError(f"the GGUF file holds a tensor {tensor.name!r} that a Llama model does not have")
-        weights[name] = np.ascontiguousarray(array)
-    config["tie_word_embeddings"] = "lm_head.weight" not in weights
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def _write_tokenizer(field: Callable, file: Path, directory: Path) -> None:
-    kind, pre = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    if not file.exists():
+        raise UserError(f"{file} does not exist")
+    try:
+        reader = GGUFReader(file)
+        metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise UserError(
+                f"{file} holds a quantisation that this gguf package does not know ({error}): upgrade it, or use a Q4_K_M, Q8_0 or F16 file"
+            ) from error
+        raise UserError(f"{file} is no whole GGUF file ({error}): fetch it again") from error
+    if reader.endianess == GGUFEndian.BIG:
+        raise UserError(f"{file} is big-endian: run `gguf-convert-endian {file.name} little` first")
+    if metadata.get("split.count", 0) > 1:
         raise UserError(
-            f"{file} has a tokenizer of kind {kind!r} with pre-tokenizer {pre!r}; supported: byte-level BPE ('gpt2') with "
-            f"{', '.join(PRE_TOKENIZERS)}. Use the model's Hugging Face directory instead"
+            f"{file} is one of {metadata['split.count']} parts: join them with `llama-gguf-split --merge` first"
         )
-    pieces, types = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    added = [
-        {"id": index, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        | {"special": types[index] == _CONTROL}
-        for index, piece in enumerate(pieces)
-        if types[index] in (_CONTROL, _USER_DEFINED)
-    ]
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {piece: index for index, piece in enumerate(pieces)},
-            "merges": [merge.split(" ") for merge in field("tokenizer.ggml.merges")],
-        },
+    if (architecture := str(metadata["general.architecture"])) not in ARCHITECTURES:
+        raise UserError(
+            f"{file} is of architecture {nearest(architecture, ARCHITECTURES)}; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict:
+    """config.json as transformers has it, but for the dtype."""
+    architecture, given = ARCHITECTURES[metadata["general.architecture"]], metadata.of_architecture
+    if experts := given("expert_count", 0):
+        raise UserError(f"the GGUF file is a mixture of {experts} experts, which is not supported: use a dense model")
+    heads, width = given("attention.head_count"), given("embedding_length")
+    head_dim = given("attention.key_length", given("rope.dimension_count", width // heads))
+    ids = special_ids(metadata)
+    config = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "hidden_size": width,
+        "intermediate_size": given("feed_forward_length"),
+        "num_hidden_layers": given("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": given("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": given("context_length"),
+        # The file holds a float32; the six digits are what was meant.
+        "rms_norm_eps": float(f"{given('attention.layer_norm_rms_epsilon'):.6g}"),
+        **_rope(metadata, head_dim, tensors.get("rope_freqs.weight")),
+        "hidden_act": "silu",
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["pad"],
     }
-    write_text_atomic(directory / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=2))
-    named = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
+    window = given("attention.sliding_window", 0)
+    if architecture.model_type == "llama" and window:
+        # What Llama with a window is called in transformers.
+        return config | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if architecture.model_type == "llama":
+        return config | {"attention_bias": False, "mlp_bias": False}
+    windows = {"sliding_window": window, "max_window_layers": 0} if window else {}
+    if architecture.model_type == "qwen3":
+        windows["attention_bias"] = False
+    return config | {"use_sliding_window": bool(window), **windows}
+
+
+def _rope(metadata: Metadata, head_dim: int, freqs: Any) -> dict:
+    """rope_theta and, where positions are scaled, rope_scaling; `freqs`: the tensor rope_freqs.weight or None."""
+    given = metadata.of_architecture
+    if (rotated := given("rope.dimension_count", head_dim)) != head_dim:
+        raise UserError(f"the GGUF file rotates {rotated} of {head_dim} dimensions of a head, which is not supported")
+    theta = float(given("rope.freq_base", 10_000.0))
+    prefix = f"{metadata['general.architecture']}.rope.scaling."
+    scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    factor = scaling.setdefault("factor", given("rope.scale_linear", 1.0))
+    scaling.pop("finetuned", None)
+    # llama.cpp takes a factor without a type for "linear".
+    kind = scaling.pop("type", "linear")
+    if kind == "linear":
+        scaling.pop("original_context_length", None)
+    if freqs is not None:
+        return {"rope_theta": theta, "rope_scaling": _llama3_scaling(freqs, theta, head_dim)}
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return {"rope_theta": theta}
+    if unknown := [kind] if kind not in SCALINGS else sorted(scaling.keys() - SCALINGS[kind]):
+        raise UserError(
+            f"the GGUF file scales RoPE by {unknown[0]!r}, which is not supported; supported: {', '.join(SCALINGS)}, and rope_freqs of Llama 3. Use the model's Hugging Face directory instead"
+        )
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"rope_type": kind} | {SCALINGS[kind][k]: v for k, v in scaling.items()},
     }
-    settings: dict[str, Any] = {
-        key: pieces[index] for key, name in named.items() if (index := field(f"tokenizer.ggml.{name}")) is not None
-    }
-    settings |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": field("llama.context_length"),
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-    }
-    if (template := field("tokenizer.chat_template")) is not None:
-        settings["chat_template"] = template
-    write_json_atomic(directory / "tokenizer_config.json", settings)
+
+
+def _llama3_scaling(freqs: Any, theta: float, head_dim: int) -> dict:
+    """The settings of Llama 3's scaled RoPE that give the divisors of frequencies which the file holds.
+
+    As in transformers' modeling_rope_utils: frequencies are kept, divided by the factor, or in between.
+    """
+    from gguf.quants import dequantize
+
+    divisors = dequantize(freqs.data, freqs.tensor_type)
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    for scaling in LLAMA3_SCALINGS:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        expected = 1 / ((1 - kept) / scaling["factor"] + kept)
+        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3):
+            return dict(scaling)
+    raise UserError(
+        f"the GGUF file's rope_freqs.weight ({divisors.min():g} to {divisors.max():g}) is not that of Llama 3.1, 3.2 or 3.3: use the model's Hugging Face directory instead"
+    )

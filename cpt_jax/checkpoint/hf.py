@@ -1,20 +1,22 @@
-"""Hugging Face model directories: read tensor by tensor, written whole or not at all."""
+"""Hugging Face model directories: read by the part that is needed, written whole or not at all."""
 
+import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.core.lazy import LazyArray, Slices, stacked
+from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
+from cpt_jax.models.families.schema import Names, Place
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,46 +36,6 @@ DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
 SHARD_BYTES = 5 << 30
 
 
-def resolve_base(base: str, cache: Path) -> Path:
-    """A model directory: `base` itself, a .gguf file converted into `cache`, or a hub id fetched to the hub's own
-    cache.
-
-    Raises:
-      UserError: there is no such file or directory, or the hub cannot give it.
-    """
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
-    if base.endswith(".gguf"):
-        if not path.exists():
-            raise UserError(f"base {base} does not exist")
-        from cpt_jax.checkpoint.gguf import import_gguf
-
-        origin = {"file": str(path.resolve()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
-        mark = cache / "gguf.json"
-        if not mark.exists() or json.loads(mark.read_text()) != origin:
-            import_gguf(path, cache)
-            write_json_atomic(mark, origin)
-        return cache
-    if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise UserError(
-            f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M"
-        )
-    import huggingface_hub
-
-    try:
-        # Weights as safetensors only: pickles can run code when they are opened.
-        return Path(
-            huggingface_hub.snapshot_download(
-                base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
-    except Exception as error:
-        raise UserError(
-            f"hub id {base!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
-        ) from error
-
-
 def read_config(directory: Path) -> dict:
     """config.json of a model directory."""
     path = directory / "config.json"
@@ -85,15 +47,18 @@ def read_config(directory: Path) -> dict:
         raise UserError(f"{path} is not valid JSON: fetch the model again") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index if it has one."""
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files of a directory, by its index if it has one, which may name files in an object store."""
     if (directory / INDEX).exists():
-        files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-        if missing := [name for name in files if not (directory / name).exists()]:
+        try:
+            files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{directory / INDEX} is no index of weights: fetch the model again") from error
+        if missing := [name for name in files if "://" not in name and not (directory / name).exists()]:
             raise UserError(f"{directory} lacks {missing[0]}, which {INDEX} names: fetch the model again")
-        return [directory / name for name in files]
+        return [name if "://" in name else str(directory / name) for name in files]
     if (directory / SINGLE).exists():
-        return [directory / SINGLE]
+        return [str(directory / SINGLE)]
     if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)):
         raise UserError(
             f"{directory} has its weights as pickle only ({pickles[0]}), which can run code: convert them to safetensors"
@@ -101,23 +66,10 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory} has no weights (no {SINGLE}): give a whole model directory")
 
 
-def tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) one after the other; no more than one tensor is in memory at a time.
-
-    Raises:
-      UserError: a file is truncated or corrupt.
-    """
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
-
-
 def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
-    """A model directory as (our configuration, weights on the host in the files' dtype, its config.json).
+    """A model directory as (our configuration, weights in the files' dtype, its config.json).
+
+    The weights are LazyArrays: headers are read and checked now, numbers when they are asked for.
 
     Raises:
       UserError: no weights, pickles only, truncated files, tensors missing or too many, other shapes, unsupported
@@ -128,51 +80,120 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
     names = family.weight_names(config)
-    shapes = flatten(abstract_decoder(config).shapes)
-    flat: dict[str, np.ndarray] = {}
-    seen = set()
-    for name, array in tensors(directory):
-        if name not in names:
-            if name.endswith(DERIVED) or (name == "lm_head.weight" and config.tie_word_embeddings):
-                continue
-            raise UserError(
-                f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
-            )
-        place = names[name]
-        path = place.path if place.path in shapes else f"{place.path}/base"
-        expected = shapes[path].shape if place.layer is None else shapes[path].shape[1:]
-        given = array.T if place.transposed else array
-        if given.shape != expected:
-            hint = (
-                ": run `cpt model extend`"
-                if path.endswith("/base")
-                else ": config.json and weights do not belong together"
-            )
-            raise UserError(
-                f"{directory}: {name} has shape {list(array.shape)}, config.json asks for {list(expected)}{hint}"
-            )
-        if place.layer is None:
-            flat[path] = np.array(given)
-        else:
-            if path not in flat:
-                flat[path] = np.empty(shapes[path].shape, array.dtype)
-            flat[path][place.layer] = given
-        seen.add(name)
-    if missing := [name for name in names if name not in seen]:
+    files: dict[str, SafetensorsFile] = {}
+    for path in weight_files(directory):
+        file = SafetensorsFile(path)
+        for name in file.tensors:
+            if name in names:
+                files[name] = file
+            elif not (name.endswith(DERIVED) or (name in ("lm_head.weight", "embed_out.weight"))):
+                raise UserError(
+                    f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
+                )
+    if missing := [name for name in names if name not in files]:
         raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} first: the download is incomplete")
-    return config, unflatten(flat), hf_config
+    shapes = flatten(abstract_decoder(config).shapes)
+    expected = tensor_shapes(config, names)
+    sources: dict[str, dict[tuple[int, ...], _Source]] = {}
+    for name, places in names.items():
+        if (given := files[name].tensors[name].shape) != expected[name]:
+            rows = places[0].path in ("embed", "head")
+            hint = "run `cpt model extend`" if rows else "config.json and weights do not belong together"
+            raise UserError(
+                f"{directory}: {name} has shape {list(given)}, config.json asks for {list(expected[name])}: {hint}"
+            )
+        for place in places:
+            path = f"{place.path}/base" if place.path in ("embed", "head") else place.path
+            sources.setdefault(path, {})[place.index] = _Source(files[name], name, place)
+    return config, unflatten({path: _leaf(shapes[path].shape, sources[path]) for path in shapes}), hf_config
 
 
-def _hf_tensors(config: DecoderConfig, weights: Tree, hf_config: dict, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    flat = flatten(weights)
-    for name, place in family_for(hf_config).weight_names(config).items():
-        if place.path in ("embed", "head"):
-            rows = config.table_rows
-            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in rows.items()]
-            array = np.concatenate([part.astype(dtype) for part in parts])
+def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a HF directory, tables whole and without padding."""
+    whole = dataclasses.replace(config, vocab_size=config.total_rows, new_rows=0, row_multiple=1)
+    shapes = flatten(abstract_decoder(whole).shapes)
+
+    def shape(place: Place) -> tuple[int, ...]:
+        leaf = shapes[f"{place.path}/base" if place.path in ("embed", "head") else place.path]
+        inner = leaf.shape[len(place.index) :]
+        return inner[::-1] if place.transposed else inner
+
+    parts = {name: [shape(place) for place in places] for name, places in names.items()}
+    return {name: (sum(part[0] for part in found), *found[0][1:]) for name, found in parts.items()}
+
+
+class _Source:
+    """One matrix (or vector) of ours in a file."""
+
+    def __init__(self, file: SafetensorsFile, name: str, place: Place) -> None:
+        self.file, self.name, self.place = file, name, place
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.file.tensors[self.name].dtype
+
+    def read(self, slices: Slices) -> np.ndarray:
+        """These slices of it; of the file, only the rows they lie in are read."""
+        wanted = slices[::-1] if self.place.transposed else slices
+        rows, rest, part = wanted[0], wanted[1:], self.place.rows
+        if part is None:
+            array = self.file.read(self.name, rows)
         else:
-            array = np.asarray(flat[place.path] if place.layer is None else flat[place.path][place.layer]).astype(dtype)
-        yield name, np.ascontiguousarray(array.T if place.transposed else array)
+            size = part.last - part.first
+            blocks = slice(rows.start // size, -(-rows.stop // size))
+            array = self.file.read(self.name, slice(blocks.start * part.block, blocks.stop * part.block))
+            array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
+            array = array.reshape(-1, *array.shape[2:])[
+                rows.start - blocks.start * size : rows.stop - blocks.start * size
+            ]
+        array = array[(slice(None), *rest)]
+        return array.T if self.place.transposed else array
+
+
+def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> LazyArray:
+    """A leaf from its matrices, by their index along its stacked axes."""
+    first = next(iter(sources.values()))
+    depth = len(first.place.index)
+
+    def read(slices: Slices) -> np.ndarray:
+        if not depth:
+            return first.read(slices)
+        return stacked(slices, depth, first.dtype, lambda index, inner: sources[index].read(inner))
+
+    return LazyArray(shape, first.dtype, read)
+
+
+def _tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
+    """A tensor of a HF directory, made of our leaves."""
+
+    def matrix(place: Place) -> np.ndarray:
+        if place.path in ("embed", "head"):
+            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in config.table_rows.items()]
+            return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+        array = np.asarray(flat[place.path][place.index or ...]).astype(dtype, copy=False)
+        return array.T if place.transposed else array
+
+    matrices = [matrix(place) for place in places]
+    if places[0].rows is None:
+        return np.ascontiguousarray(matrices[0])
+    # Block by block, the rows of one part behind those of the other.
+    sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
+    blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
+    # In C order, whatever the parts' was: safetensors writes an array's memory as it lies.
+    return np.ascontiguousarray(np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:]))
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes, in order; a tensor larger than that has a file of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
 
 
 def save(
@@ -181,37 +202,43 @@ def save(
     weights: Tree,
     hf_config: dict,
     tokenizer_directory: Path,
+    *,
     dtype: Any = np.float32,
+    shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> None:
     """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
+
+    One file's tensors are in memory at a time.
+
+    Args:
+      tokenizer_directory: whose tokenizer and generation_config.json go along.
+      card: the text of README.md.
 
     Raises:
       UserError: the disk is full (nothing is left behind then).
     """
     from safetensors.numpy import save_file
 
-    dtype = np.dtype(dtype)
+    dtype, flat = np.dtype(dtype), flatten(weights)
+    names = family_for(hf_config).weight_names(config)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in tensor_shapes(config, names).items()}
+    shards = _shards(sizes, shard_bytes)
     with atomic_directory(Path(directory)) as out:
-        shards: list[dict[str, np.ndarray]] = [{}]
-        size, total, names = 0, 0, {}
-        for name, array in _hf_tensors(config, weights, hf_config, dtype):
-            if size and size + array.nbytes > SHARD_BYTES:
-                save_file(shards[-1], out / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-                shards[-1] = {}
-                shards.append({})
-                size = 0
-            shards[-1][name] = array
-            names[name] = len(shards)
-            size, total = size + array.nbytes, total + array.nbytes
-        if len(shards) == 1:
-            save_file(shards[0], out / SINGLE, metadata={"format": "pt"})
-        else:
-            save_file(shards[-1], out / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-            weight_map = {name: f"model-{shard:05d}.safetensors" for name, shard in names.items()}
-            write_json_atomic(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        saved_config = family_for(hf_config).config_to_hf(config, hf_config) | {"dtype": dtype.name}
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: _tensor(names[name], flat, config, dtype) for name in shard}
+            save_file(tensors, out / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write_json_atomic(out / INDEX, index)
+        saved_config = hf_config | {"vocab_size": config.total_rows, "dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
         write_json_atomic(out / "config.json", saved_config)
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source := Path(tokenizer_directory) / name).exists():
                 shutil.copyfile(source, out / name)
+        if card is not None:
+            write_text_atomic(out / "README.md", card)

@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from cpt_jax.core.errors import UserError
 
@@ -253,4 +253,4 @@ def _hf_records(corpus: Corpus) -> Iterator[dict]:
         raise UserError(
             f"corpus {corpus.name}={corpus.spec} cannot be opened ({str(error).splitlines()[0]})"
         ) from error
-    yield from source
+    yield from cast(Iterable[dict], source)

@@ -91,7 +91,13 @@ def _nats_function(network: Network, compute: str) -> Callable:
         flat = hidden.reshape(-1, hidden.shape[-1])
         none_train = tuple(TableUse(rows, False) for rows in network.config.table_rows.values())
         return token_losses(
-            flat, tables, rows["targets"].reshape(-1), rows["weights"].reshape(-1), jnp.dtype(compute), none_train
+            flat,
+            tables,
+            rows["targets"].reshape(-1),
+            rows["weights"].reshape(-1),
+            jnp.dtype(compute),
+            none_train,
+            network.config.logit_softcap,
         )[0]
 
     return nats

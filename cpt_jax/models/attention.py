@@ -1,22 +1,16 @@
-"""Causal self-attention with grouped heads and rotary positions, within documents."""
+"""Causal self-attention with grouped heads, within documents and within a window."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cpt_jax.models.linear import Linear, LoRAConfig
+from cpt_jax.models.norms import RMSNorm
 from cpt_jax.models.products import contract
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, computed once for all layers."""
-
-    cosine: Float[Array, "B S half"]
-    sine: Float[Array, "B S half"]
+from cpt_jax.models.rope import Rotation, rotate
 
 
 class Cache(NamedTuple):
@@ -26,29 +20,19 @@ class Cache(NamedTuple):
     values: Float[Array, "B G K head"]
 
 
-def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
-    """Rotary angles (Su et al. 2021, arXiv 2104.09864)."""
-    # In NumPy, rounded where transformers rounds: XLA's power is some units in the last place off, and positions
-    # multiply that.
-    frequencies = np.float32(1) / np.float32(theta) ** (
-        np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    )
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: Float[Array, "B heads S head"], angles: Rotation) -> Float[Array, "B heads S head"]:
-    """Rotates halves against each other, as the released checkpoints of this family expect (not neighbouring pairs)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cosine, sine = angles.cosine[:, None], angles.sine[:, None]
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-
-
 def document_mask(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
     """True where a query may see a key: not later, and in the same document."""
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))[None]
     return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def within_window(mask: Bool[Array, "B S K"], window: int | None, index: Int[Array, ""] | int) -> Bool[Array, "B S K"]:
+    """The mask without keys `window` places or more before their query; the first query's place is `index`."""
+    if window is None:
+        return mask
+    queries, keys = index + jnp.arange(mask.shape[1]), jnp.arange(mask.shape[2])
+    return mask & (queries[:, None] - keys[None, :] < window)[None]
 
 
 class Attention(nnx.Module):
@@ -57,11 +41,31 @@ class Attention(nnx.Module):
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.heads, self.groups, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
+        self.softcap, self.normed = config.attention_softcap, config.qk_norm
         width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
-        self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs)
-        self.k = Linear("k", ("embed", "heads"), (width, keys), lora, rngs)
-        self.v = Linear("v", ("embed", "heads"), (width, keys), lora, rngs)
-        self.o = Linear("o", ("heads", "embed"), (queries, width), lora, rngs)
+        qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
+        self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
+        self.k = Linear("k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.v = Linear("v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.o = Linear("o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
+        if self.normed is not None:
+            each = self.normed == "head"
+            self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)
+            self.k_norm = RMSNorm(self.head_dim if each else keys, config.norm_epsilon, config.norm_offset)
+
+    def _split(self, y: Float[Array, "B S x"]) -> Float[Array, "B heads S head"]:
+        batch, length, _ = y.shape
+        return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    def _queries_and_keys(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
+        q, k = self.q(x, dtype), self.k(x, dtype)
+        if self.normed == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._split(q), self._split(k)
+        if self.normed == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, angles) * self.scale, rotate(k, angles)
 
     def __call__(
         self,
@@ -74,20 +78,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Attends within `mask`; with a cache, this call's keys go into it at `index` and all of it is attended to."""
         batch, length, _ = x.shape
-
-        def split(y: Float[Array, "B S x"]) -> Float[Array, "B heads S head"]:
-            return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-        q = rotate(split(self.q(x, dtype)), angles) * self.head_dim**-0.5
-        k, v = rotate(split(self.k(x, dtype)), angles), split(self.v(x, dtype))
+        q, k = self._queries_and_keys(x, angles, dtype)
+        v = self._split(self.v(x, dtype))
         if cache is not None:
             assert index is not None
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=2)
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), index, axis=2)
             cache = Cache(k, v)
         # The heads of a group are rows of one product: no copies of its keys and values are made.
         q = q.reshape(batch, self.groups, self.heads // self.groups, length, self.head_dim)
         scores = contract("bgrsh,bgkh->bgrsk", q, k, dtype)
+        if self.softcap is not None:
+            scores = self.softcap * jnp.tanh(scores / self.softcap)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         mixed = contract("bgrsk,bgkh->bgrsh", jax.nn.softmax(scores, axis=-1), v, dtype)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, self.heads * self.head_dim)

@@ -22,15 +22,17 @@ class TableUse(NamedTuple):
     trains: bool
 
 
-def _logits(hidden, table, rows: int):
+def _logits(hidden, table, rows: int, softcap: float | None):
     logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     return logits if table.shape[0] == rows else jnp.where(jnp.arange(table.shape[0]) < rows, logits, -jnp.inf)
 
 
-def _chunk_losses(hidden, tables, targets, uses: tuple[TableUse, ...]):
-    """(losses [N], exponentials and logits' normaliser) of one chunk of tokens; `tables` are the rows [V_i, D], one
-    behind the other."""
-    logits = [_logits(hidden, table, use.rows) for table, use in zip(tables, uses, strict=True)]
+def _chunk_losses(hidden, tables, targets, uses: tuple[TableUse, ...], softcap: float | None):
+    """(losses [N], logits, their exponentials and normaliser) of one chunk of tokens; `tables` are the rows [V_i, D],
+    one behind the other."""
+    logits = [_logits(hidden, table, use.rows, softcap) for table, use in zip(tables, uses, strict=True)]
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
     exponentials = [jnp.exp(part - top[:, None]) for part in logits]
     normaliser = sum(part.sum(-1) for part in exponentials)
@@ -40,17 +42,21 @@ def _chunk_losses(hidden, tables, targets, uses: tuple[TableUse, ...]):
         value = jnp.take_along_axis(part, local[:, None], axis=1)[:, 0]
         chosen = jnp.where((targets >= first) & (targets < first + rows), value, chosen)
         first += rows
-    return top + jnp.log(normaliser) - chosen, exponentials, normaliser
+    return top + jnp.log(normaliser) - chosen, logits, exponentials, normaliser
 
 
-def _chunk_gradients(hidden, tables, targets, weights, dtype, uses: tuple[TableUse, ...]):
-    losses, exponentials, normaliser = _chunk_losses(hidden, tables, targets, uses)
+def _chunk_gradients(hidden, tables, targets, weights, dtype, uses: tuple[TableUse, ...], softcap: float | None):
+    losses, logits, exponentials, normaliser = _chunk_losses(hidden, tables, targets, uses, softcap)
     scale = (weights / normaliser)[:, None]
     dhidden, dtables, first = jnp.zeros(hidden.shape, jnp.float32), [], 0
-    for part, table, (rows, wanted) in zip(exponentials, tables, uses, strict=True):
+    for part, capped, table, (rows, wanted) in zip(exponentials, logits, tables, uses, strict=True):
         local = jnp.where(targets < first + rows, targets - first, -1)
         is_target = jnp.arange(table.shape[0])[None, :] == local[:, None]
-        dlogits = (part * scale - jnp.where(is_target, weights[:, None], 0.0)).astype(dtype)
+        dlogits = part * scale - jnp.where(is_target, weights[:, None], 0.0)
+        if softcap is not None:
+            # Of padded rows the capped logit is -inf, and the gradient 0.
+            dlogits *= 1 - jnp.square(jnp.maximum(capped, -softcap) / softcap)
+        dlogits = dlogits.astype(dtype)
         dhidden += jnp.matmul(dlogits, table, preferred_element_type=jnp.float32)
         if wanted:
             dtables.append(jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32))
@@ -73,34 +79,35 @@ def token_losses(
     weights: Float[Array, "N"],
     dtype: Any,
     uses: tuple[TableUse, ...],
+    softcap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "N"]]:
     """(sum of weight times loss, each token's loss in nats) of the next token over all rows of `tables`.
 
     Products take inputs of `dtype` and sum in float32. A table that does not train gets a gradient of zero. Only the
-    sum has a gradient.
+    sum has a gradient. `softcap`: logits are softcap * tanh(logits / softcap), as Gemma 2's.
     """
-    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, uses))
+    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, uses, softcap))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _token_losses(hidden, tables, targets, weights, dtype, uses):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_losses(hidden, tables, targets, weights, dtype, uses, softcap):
     dtype = jnp.dtype(dtype)
     tables = tuple(table.astype(dtype) for table in tables)
 
     def chunk(arguments):
-        return _chunk_losses(arguments[0].astype(dtype), tables, arguments[1], uses)[0]
+        return _chunk_losses(arguments[0].astype(dtype), tables, arguments[1], uses, softcap)[0]
 
     losses = jax.lax.map(chunk, tuple(_chunks(hidden.shape[0], hidden, targets))).reshape(-1)[: hidden.shape[0]]
     return jnp.sum(losses * weights), losses
 
 
-def _forward(hidden, tables, targets, weights, dtype, uses):
+def _forward(hidden, tables, targets, weights, dtype, uses, softcap):
     dtype = jnp.dtype(dtype)
     low = tuple(table.astype(dtype) for table in tables)
 
     def chunk(sums, arguments):
         rows, wanted, weight = arguments
-        losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, uses)
+        losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, uses, softcap)
         return tuple(a + b for a, b in zip(sums, dtables, strict=True)), (losses, dhidden)
 
     zeros = tuple(jnp.zeros(table.shape, jnp.float32) for table, use in zip(tables, uses, strict=True) if use.trains)
@@ -111,7 +118,7 @@ def _forward(hidden, tables, targets, weights, dtype, uses):
     return (jnp.sum(losses * weights), losses), (dhidden, sums, tuple(table.shape for table in tables), shapes)
 
 
-def _backward(dtype, uses, residuals, cotangents):
+def _backward(dtype, uses, softcap, residuals, cotangents):
     dhidden, sums, shapes, dtypes = residuals
     cotangent, _ = cotangents
     left = list(sums)

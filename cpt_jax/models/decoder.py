@@ -7,28 +7,50 @@ nested dicts of arrays, with paths like "layers/attention/q/kernel" (all layers 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.attention import Cache, document_mask, rotation
-from cpt_jax.models.layers import Block, RMSNorm
-from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.attention import Cache, document_mask, within_window
+from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
+from cpt_jax.models.layers import Block
+from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig
+from cpt_jax.models.norms import norm
+from cpt_jax.models.rope import Rope, rotation
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation."""
+
+    rope: Rope
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise UserError(f"sliding_window is {self.window}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder. The vocabulary has `vocab_size` rows of the base's and `new_rows` behind them.
+    """Sizes of a decoder, and how its blocks are made. The vocabulary has `vocab_size` rows of the base's and
+    `new_rows` behind them.
 
     Each of the two tables is padded to a multiple of `row_multiple`, as accelerators like it; padded rows are never
     predicted, and are not saved.
+
+    Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first.
+
+    `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
+    "both". `qk_norm`: queries and keys are normalised head by head, or as whole projections. `attention_scale`
+    (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU. `remat` recomputes each layer's activations in the backward pass.
@@ -41,12 +63,28 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    layer_kinds: tuple[LayerKind, ...]
+    layer_pattern: tuple[int, ...] | None = None
     new_rows: int = 0
     row_multiple: int = 1
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0
+    norm_placement: Literal["before", "after", "both"] = "before"
+    qk_norm: Literal["head", "projection"] | None = None
+    parallel_residual: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    gated: bool = True
+    mlp_bias: bool = False
+    activation: str = "silu"
+    experts: ExpertsConfig | None = None
+    embedding_scale: float | None = None
+    logit_softcap: float | None = None
     layer_loop: Literal["scan", "unroll"] = "scan"
     remat: bool = False
 
@@ -55,8 +93,12 @@ class DecoderConfig:
             raise UserError(
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(
+                f"activation {self.activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
+            )
+        if self.layer_pattern is not None and len(self.layer_pattern) != self.num_layers:
+            raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
 
     @property
     def total_rows(self) -> int:
@@ -73,6 +115,15 @@ class DecoderConfig:
         return {"base": self.vocab_size} | ({"new": self.new_rows} if self.new_rows else {})
 
 
+class Outputs(NamedTuple):
+    """Hidden states after the final norm; the cache with this call's keys and values; what each layer's experts were
+    given."""
+
+    hidden: Float[Array, "B S D"]
+    cache: Cache | None
+    balance: Balance | None
+
+
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm; the head is the embedding itself when it is tied."""
 
@@ -86,24 +137,54 @@ class Decoder(nnx.Module):
             return Block(config, lora, rngs)
 
         self.layers = stacked_blocks(rngs)
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.final_norm = norm(config)
         if not config.tie_word_embeddings:
             self.head = VocabTable(config, rngs)
 
-    def __call__(self, tokens, positions, mask, dtype, cache: Cache | None = None, index=None):
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        dtype: jnp.dtype,
+        *,
+        lengths: Int[Array, "B S"] | None = None,
+        counted: Float[Array, "B S"] | None = None,
+        cache: Cache | None = None,
+        index: Int[Array, ""] | None = None,
+    ) -> Outputs:
+        """Runs all layers.
+
+        Args:
+          mask: which keys a query may see, windows apart.
+          lengths: of the tokens' documents, where rotations depend on it.
+          counted: which tokens count for the experts' balance (default: all).
+          cache: of all layers; its keys begin at the row's beginning, this call's go in at `index`.
+        """
+        config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
-        angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
+        kinds = [
+            (rotation(positions, lengths, kind.rope), within_window(mask, kind.window, 0 if index is None else index))
+            for kind in config.layer_kinds
+        ]
+        pattern = None
+        if config.layer_pattern is not None:
+            pattern = jnp.asarray(config.layer_pattern)
+            stacked_kinds = jax.tree.map(lambda *parts: jnp.stack(parts), *kinds)
         graphdef, stacked = nnx.split(self.layers)
 
-        def layer(x, weights_and_cache):
-            weights, cache = weights_and_cache
-            return nnx.merge(graphdef, weights)(x, angles, mask, dtype, cache, index)
+        def layer(x, inputs):
+            weights, cache, kind = inputs
+            angles, mask = kinds[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked_kinds)
+            x, cache, balance = nnx.merge(graphdef, weights)(x, angles, mask, dtype, counted, cache, index)
+            return x, (cache, balance)
 
-        if self.config.remat:
+        if config.remat:
             layer = jax.checkpoint(layer)
-        unroll = self.config.num_layers if self.config.layer_loop == "unroll" else 1
-        x, cache = jax.lax.scan(layer, x, (stacked, cache), unroll=unroll)
-        return self.final_norm(x), cache
+        unroll = config.num_layers if config.layer_loop == "unroll" else 1
+        x, (cache, balance) = jax.lax.scan(layer, x, (stacked, cache, pattern), unroll=unroll)
+        return Outputs(self.final_norm(x), cache, balance)
 
     def logits(self, hidden, dtype):
         return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden, dtype)
@@ -172,8 +253,33 @@ def apply(
 ) -> Float[Array, "B S D"]:
     """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with
     each."""
-    hidden, _ = network.module(weights)(tokens, positions, document_mask(segment_ids), jnp.dtype(compute_dtype))
-    return hidden
+    return apply_with_balance(network, weights, tokens, positions, segment_ids, compute_dtype=compute_dtype)[0]
+
+
+def apply_with_balance(
+    network: Network,
+    weights: Tree,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    counted: Float[Array, "B S"] | None = None,
+    *,
+    compute_dtype: Any,
+) -> tuple[Float[Array, "B S D"], Float[Array, ""]]:
+    """(hidden states as `apply`'s, load-balancing loss of the experts over the tokens `counted`; 0 without experts)."""
+    mask = document_mask(segment_ids)
+    lengths = None
+    if any(kind.rope.depends_on_length for kind in network.config.layer_kinds):
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        lengths = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+    outputs = network.module(weights)(
+        tokens, positions, mask, jnp.dtype(compute_dtype), lengths=lengths, counted=counted
+    )
+    balance = jnp.zeros((), jnp.float32)
+    if outputs.balance is not None:
+        total = jnp.asarray(tokens.size, jnp.float32) if counted is None else counted.sum()
+        balance = load_balancing_loss(outputs.balance, total)
+    return outputs.hidden, balance
 
 
 def logits(

@@ -24,8 +24,9 @@ def _functions(network: Network, dtype: Any, length: int):
 
     def run(weights: Tree, tokens, positions, mask, cache: Cache, index) -> tuple[Array, Cache]:
         module = network.module(weights)
-        hidden, filled = module(tokens, positions, mask, dtype, cache, index)
-        return module.logits(hidden, dtype), cast(Cache, filled)
+        lengths = jnp.full(tokens.shape, index + tokens.shape[1])
+        outputs = module(tokens, positions, mask, dtype, lengths=lengths, cache=cache, index=index)
+        return module.logits(outputs.hidden, dtype), cast(Cache, outputs.cache)
 
     @jax.jit
     def read_prompt(weights: Tree, tokens, count):

@@ -1,48 +1,49 @@
 """The block: normalisation, attention, feed-forward."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cpt_jax.models.attention import Attention, Cache, Rotation
-from cpt_jax.models.linear import Linear, LoRAConfig, Weight
+from cpt_jax.models.attention import Attention, Cache
+from cpt_jax.models.experts import Balance, Experts
+from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig
+from cpt_jax.models.norms import norm
+from cpt_jax.models.rope import Rotation
 from cpt_jax.sharding.rules import constrain
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in the residual's own type (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        self.epsilon = epsilon
-        self.scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
-
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * inverse * self.scale[...].astype(x.dtype)[None, None, :]
-
-
 class FeedForward(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)) (gated linear units: Shazeer 2020, arXiv 2002.05202), or without a gate
+    down(activation(up(x)))."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear("gate", ("embed", "mlp"), (width, inner), lora, rngs)
-        self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs)
-        self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
+        if self.gated:
+            self.gate = Linear("gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
 
     def __call__(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-        return self.down(jax.nn.silu(self.gate(x, dtype)) * self.up(x, dtype), dtype)
+        if self.gated:
+            return self.down(self.activation(self.gate(x, dtype)) * self.up(x, dtype), dtype)
+        return self.down(self.activation(self.up(x, dtype)), dtype)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Attention and feed-forward, each added to its input: one after the other, or both to the same input."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.parallel = config.parallel_residual
+        before, after = config.norm_placement in ("before", "both"), config.norm_placement in ("after", "both")
+        self.attention_norm = norm(config) if before else None
         self.attention = Attention(config, lora, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config, lora, rngs)
+        self.attention_out_norm = norm(config) if after else None
+        self.mlp_norm = norm(config) if before else None
+        self.mlp = FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
+        self.mlp_out_norm = norm(config) if after else None
 
     def __call__(
         self,
@@ -50,10 +51,23 @@ class Block(nnx.Module):
         angles: Rotation,
         mask: Bool[Array, "B S K"],
         dtype: jnp.dtype,
+        counted: Float[Array, "B S"],
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        attended, cache = self.attention(self.attention_norm(x), angles, mask, dtype, cache, index)
-        x = constrain(x + attended, "batch", "sequence", "hidden")
-        x = x + self.mlp(self.mlp_norm(x), dtype)
-        return constrain(x, "batch", "sequence", "hidden"), cache
+    ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
+        """(output, cache, what the experts were given: of the tokens that are `counted`)."""
+        attended, cache = self.attention(_normed(self.attention_norm, x), angles, mask, dtype, cache, index)
+        attended = _normed(self.attention_out_norm, attended)
+        summed = constrain(x + attended, "batch", "sequence", "hidden")
+        inputs = _normed(self.mlp_norm, x if self.parallel else summed)
+        balance = None
+        if isinstance(self.mlp, Experts):
+            fed, balance = self.mlp(inputs, dtype, counted)
+        else:
+            fed = self.mlp(inputs, dtype)
+        fed = _normed(self.mlp_out_norm, fed)
+        return constrain(summed + fed, "batch", "sequence", "hidden"), cache, balance
+
+
+def _normed(norm: Any, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    return x if norm is None else norm(x)

@@ -10,7 +10,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def sum_type(dtype: jnp.dtype) -> jnp.dtype:
@@ -74,3 +74,44 @@ def _contract_backward(spec, dtype, residuals, cotangent):
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+def grouped_matmul(
+    x: Float[Array, "N i"], weight: Float[Array, "E i o"], sizes: Int[Array, "E"], dtype: jnp.dtype
+) -> Float[Array, "N o"]:
+    """Rows in groups, one behind the other, each group times its own matrix; rows behind the last group give zero.
+
+    Inputs rounded to `dtype`, result float32.
+    """
+    return cast(Array, _grouped(x, weight, sizes, dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x, weight, sizes, dtype):
+    return _grouped_forward(x, weight, sizes, dtype)[0]
+
+
+def _of_groups(rows, sizes):
+    """Rows that belong to no group as zeros: what a kernel leaves there is not specified."""
+    return jnp.where((jnp.arange(rows.shape[0]) < sizes.sum())[:, None], rows, 0)
+
+
+def _grouped_forward(x, weight, sizes, dtype):
+    low = x.astype(dtype)
+    y = jax.lax.ragged_dot(low, weight.astype(dtype), sizes, preferred_element_type=sum_type(dtype))
+    return _of_groups(y, sizes), (low, weight, sizes)
+
+
+def _grouped_backward(dtype, residuals, cotangent):
+    x, weight, sizes = residuals
+    low = _of_groups(cotangent, sizes).astype(dtype)
+    transposed = weight.astype(dtype).swapaxes(1, 2)
+    dx = jax.lax.ragged_dot(low, transposed, sizes, preferred_element_type=sum_type(dtype))
+    by_group = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    dweight = jax.lax.ragged_dot_general(x, low, sizes, by_group, preferred_element_type=sum_type(dtype))
+    return _of_groups(dx, sizes), dweight.astype(weight.dtype), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)

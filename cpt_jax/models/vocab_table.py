@@ -18,6 +18,7 @@ class VocabTable(nnx.Module):
 
     def __init__(self, config, rngs: nnx.Rngs) -> None:
         self.base_rows, self.new_rows = config.vocab_size, config.new_rows
+        self.scale, self.softcap = config.embedding_scale, config.logit_softcap
 
         def rows(count: int) -> Float[Array, "V D"]:
             return 0.02 * jax.random.normal(rngs.params(), (config.padded(count), config.hidden_size))
@@ -27,17 +28,17 @@ class VocabTable(nnx.Module):
             self.new = Weight(rows(self.new_rows), logical_axes=("new_vocab", "embed"))
 
     def lookup(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-        """The tokens' rows, in the type that products with inputs of `dtype` are summed in."""
+        """The tokens' rows, scaled as the model scales them, in the type that products with inputs of `dtype` are summed in."""
         wide = sum_type(dtype)
         rows = self.base[...].at[jnp.minimum(tokens, self.base_rows - 1)].get(mode="promise_in_bounds").astype(wide)
-        if not self.new_rows:
-            return rows
-        new = self.new[...].at[jnp.maximum(tokens - self.base_rows, 0)].get(mode="promise_in_bounds").astype(wide)
-        return jnp.where((tokens >= self.base_rows)[..., None], new, rows)
+        if self.new_rows:
+            new = self.new[...].at[jnp.maximum(tokens - self.base_rows, 0)].get(mode="promise_in_bounds").astype(wide)
+            rows = jnp.where((tokens >= self.base_rows)[..., None], new, rows)
+        return rows if self.scale is None else rows * jnp.asarray(self.scale, wide)
 
     def logits(self, hidden: Float[Array, "*rows D"], dtype: jnp.dtype) -> Float[Array, "*rows V"]:
-        """One logit a token, float32: rows that are padding have none."""
+        """One logit a token, float32, capped as the model caps them: rows that are padding have none."""
         logits = matmul(hidden, self.base[...].T, dtype)[..., : self.base_rows]
-        if not self.new_rows:
-            return logits
-        return jnp.concatenate([logits, matmul(hidden, self.new[...].T, dtype)[..., : self.new_rows]], axis=-1)
+        if self.new_rows:
+            logits = jnp.concatenate([logits, matmul(hidden, self.new[...].T, dtype)[..., : self.new_rows]], axis=-1)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from cpt_jax.adapt import Embeddings, Full, LoRA, Method
-from cpt_jax.checkpoint.hf import read_config, resolve_base
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.tree import flatten

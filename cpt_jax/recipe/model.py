@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from cpt_jax.adapt import Method
 from cpt_jax.checkpoint.hf import load
@@ -13,6 +13,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
 from cpt_jax.models.linear import LoRAConfig, merge_lora
+from cpt_jax.sharding.placement import place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,9 @@ class Model:
         return dataclasses.replace(self, config=config, weights=unflatten(flat))
 
     def on_device(self, precision: Precision) -> Tree:
-        """The weights as arrays of the computation's types."""
-        flat = flatten(self.weights)
-        return unflatten(
-            {path: jnp.asarray(np.asarray(leaf).astype(precision.dtype_of(path))) for path, leaf in flat.items()}
-        )
+        """The weights as arrays of the computation's types, on the first device."""
+        flat, device = flatten(self.weights), SingleDeviceSharding(jax.local_devices()[0])
+        return unflatten({path: place(leaf, precision.dtype_of(path), device) for path, leaf in flat.items()})
 
 
 def load_model(directory: Path, base_rows: int | None = None) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from cpt_jax.checkpoint.hf import resolve_base
+from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError

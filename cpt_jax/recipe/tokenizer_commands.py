@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_jax.checkpoint.hf import read_config, resolve_base
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress, say
 from cpt_jax.core.storage import write_json_atomic

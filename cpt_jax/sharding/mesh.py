@@ -10,13 +10,18 @@ from jax.sharding import AxisType, Mesh
 
 from cpt_jax.core.errors import UserError
 
-AXES = ("replica", "fsdp", "tensor")
+AXES = ("replica", "fsdp", "expert", "tensor")
 
 
 def make_mesh(
-    devices: Sequence[Any] | None = None, *, replica: int = 1, fsdp: int | None = None, tensor: int = 1
+    devices: Sequence[Any] | None = None,
+    *,
+    replica: int = 1,
+    fsdp: int | None = None,
+    expert: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
-    """A mesh (replica, fsdp, tensor) over all devices; `fsdp` takes those the others leave.
+    """A mesh (replica, fsdp, expert, tensor) over all devices; `fsdp` takes those the others leave.
 
     Axes are Auto: the compiler propagates shardings from the arguments' and the constraints in the model.
 
@@ -24,8 +29,8 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    fsdp = len(devices) // (replica * tensor) if fsdp is None else fsdp
-    sizes = dict(zip(AXES, (replica, fsdp, tensor), strict=True))
+    fsdp = len(devices) // (replica * expert * tensor) if fsdp is None else fsdp
+    sizes = dict(zip(AXES, (replica, fsdp, expert, tensor), strict=True))
     if math.prod(sizes.values()) != len(devices):
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(

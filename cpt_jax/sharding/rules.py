@@ -9,14 +9,16 @@ from cpt_jax.core.tree import Tree
 
 # Weights are cut along `embed` over fsdp and along their wide axis over tensor; activations along the batch.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "fsdp", "expert"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     # Not cut: a few pieces, a low rank, layers that a scan walks over, activations' own axes.
     "new_vocab": (),
     "rank": (),
+    "router": (),
     "layers": (),
     "sequence": (),
     "hidden": (),

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.checkpoint.train_state import Checkpoints
@@ -21,6 +20,7 @@ from cpt_jax.models.decoder import Network
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Schedule
+from cpt_jax.sharding.placement import place as place_leaf
 from cpt_jax.sharding.rules import RULES, replicated, shardings
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.metrics import MetricsFile
@@ -58,9 +58,7 @@ def _placed(training: Training) -> tuple[Tree, Tree, dict[str, NamedSharding]]:
 
     def place(tree: Tree, dtype_of: Callable[[str], Any]) -> Tree:
         flat = flatten(tree)
-        return unflatten(
-            {path: jax.device_put(np.asarray(leaf).astype(dtype_of(path)), where[path]) for path, leaf in flat.items()}
-        )
+        return unflatten({path: place_leaf(leaf, dtype_of(path), where[path]) for path, leaf in flat.items()})
 
     return (
         place(trainable, lambda path: jnp.float32),

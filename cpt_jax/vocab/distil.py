@@ -73,7 +73,7 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
     first_new = context.base.size
     grown = dataclasses.replace(model.config, new_rows=len(context.pieces), layer_loop="scan")
     teacher, student = abstract_decoder(dataclasses.replace(model.config, layer_loop="scan")), abstract_decoder(grown)
-    head, dtype = head_path(grown), jnp.dtype(model.compute_dtype)
+    head, dtype, softcap = head_path(grown), jnp.dtype(model.compute_dtype), grown.logit_softcap
     kept = flatten(model.weights)
 
     def hidden_of(network, weights, tokens):
@@ -97,6 +97,8 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
             ],
             axis=-1,
         )
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         targets = batch["student"][:, 1:]
         given = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], 2)[..., 0]
         ends = jnp.take_along_axis(teacher_sums, batch["ends"], 1)
@@ -109,7 +111,8 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = batch["teacher"][:, 1:].reshape(-1)
         ones = jnp.ones(targets.shape, jnp.float32)
-        _, losses = token_losses(rows, (frozen[f"{head}/base"],), targets, ones, dtype, (TableUse(first_new, False),))
+        uses = (TableUse(first_new, False),)
+        _, losses = token_losses(rows, (frozen[f"{head}/base"],), targets, ones, dtype, uses, softcap)
         sums = jnp.cumsum(-losses.reshape(batch["teacher"].shape[0], -1), axis=1)
         return hidden, jnp.pad(sums, ((0, 0), (1, 0)))
 

@@ -10,19 +10,18 @@ from inputs import hf_config, random_weights, tiny_config
 from safetensors.numpy import load_file, save_file
 
 from cpt_jax.checkpoint import hf
-from cpt_jax.checkpoint.gguf import import_gguf
-from cpt_jax.checkpoint.hf import load, resolve_base, save
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.hf import load, save
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
-def test_what_is_saved_is_loaded_exactly(tmp_path, monkeypatch, tied, shard_bytes):
-    monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)
+def test_what_is_saved_is_loaded_exactly(tmp_path, tied, shard_bytes):
     config = tiny_config(tie_word_embeddings=tied)
     weights = random_weights(config)
-    save(tmp_path / "model", config, weights, hf_config(config), tmp_path)
+    save(tmp_path / "model", config, weights, hf_config(config), tmp_path, shard_bytes=shard_bytes)
     assert (tmp_path / "model" / hf.INDEX).exists() == (shard_bytes == 20_000)
     again, loaded, _ = load(tmp_path / "model")
     assert again == config
@@ -63,20 +62,31 @@ WRONG = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
     "pickle": (pickle_only, "pickle only .*convert them to safetensors"),
     "truncated": (truncate, "truncated or corrupt"),
+    "header cut": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:50]),
+        "truncated or corrupt",
+    ),
+    "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"<html>" * 99), "truncated or corrupt"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "ll'), "not valid JSON"),
     "architecture": (
         lambda d: edit_config(d, model_type="mamba"),
-        "model_type 'mamba'.* is not supported; supported: llama",
+        "model_type 'mamba'.* is not supported; supported: gemma2, .*llama",
     ),
     "rope scaling": (
-        lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2}),
-        "rope_scaling of type 'yarn'",
+        lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),
+        "RoPE of type 'proportional'",
     ),
-    "bias": (lambda d: edit_config(d, attention_bias=True), "attention_bias=True"),
+    "remote code": (
+        lambda d: edit_config(d, model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}),
+        "auto_map, is never executed",
+    ),
+    "quantised": (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
+    "activation": (lambda d: edit_config(d, hidden_act="swish2"), "activation 'swish2' is not supported"),
+    "bias": (lambda d: edit_config(d, attention_bias=True), "lacks 8 tensors, 'model.layers.0.self_attn.q_proj.bias'"),
     "field missing": (
         lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
-        "lacks the field 'num_attention_heads'",
+        "lacks the field 'vocab_size'",
     ),
     "tensor missing": (
         lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")),
@@ -121,31 +131,3 @@ def test_a_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
     assert resolve_base("HuggingFaceTB/SmolLM2-135M", tmp_path / "cache") == tmp_path
     assert asked["name"] == "HuggingFaceTB/SmolLM2-135M"
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["patterns"])
-
-
-def test_files_that_are_no_gguf_are_refused(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(UserError, match="no whole GGUF file"):
-        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_gguf_import_is_that_of_transformers(smollm2):
-    """Every tensor of the real SmolLM2 as transformers dequantises it, and its own tokenizer's ids."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    gguf = Path(".cache/quickstart").absolute()
-    reference = AutoModelForCausalLM.from_pretrained(
-        gguf, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
-    )
-    expected = reference.state_dict()
-    ours = load_file(smollm2 / "model.safetensors")
-    assert ours.keys() == expected.keys() - {"lm_head.weight"}
-    for name, tensor in ours.items():
-        np.testing.assert_array_equal(tensor, expected[name].numpy(), err_msg=name)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    assert tokenizer.tokenize("In 2024, 中") == ["In", "Ġ", "2", "0", "2", "4", ",", "Ġ", "ä¸Ń"]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")

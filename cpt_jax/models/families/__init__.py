@@ -3,9 +3,11 @@
 from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
-from cpt_jax.models.families import llama
+from cpt_jax.models.families import gemma2, gemma3, gpt_neox, llama, mistral, moe, olmo2, phi3, qwen2, qwen3
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}
+_FILES = (gemma2, gemma3, gpt_neox, llama, mistral, moe, olmo2, phi3, qwen2, qwen3)
+# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
+FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 
 def family_for(hf_config: dict) -> ModuleType:
@@ -16,7 +18,8 @@ def family_for(hf_config: dict) -> ModuleType:
     """
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
+        code = " (its own code, auto_map, is never executed)" if "auto_map" in hf_config else ""
         raise UserError(
-            f"model_type {nearest(model_type, FAMILIES)} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"model_type {nearest(model_type, FAMILIES)} is not supported{code}; supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]

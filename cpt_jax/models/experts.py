@@ -1,0 +1,162 @@
+"""Mixture of experts: each token's feed-forward is that of the few experts its router chooses.
+
+No token is dropped, so that the result is that of the released models. Experts are spread over the mesh axis
+"expert": each device gathers the tokens of its row of that axis, computes its own experts' share, and the shares are
+added and scattered back.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, Weight, adapter, initial_kernel
+from cpt_jax.models.products import grouped_matmul, matmul
+from cpt_jax.sharding.rules import RULES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """`per_token` of `count` experts serve a token, weighted by the router's softmax; `renormalise` makes the chosen
+    weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training."""
+
+    count: int
+    per_token: int
+    renormalise: bool
+    balance_coefficient: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise UserError(f"num_experts_per_tok {self.per_token} is not between 1 and the {self.count} experts")
+
+
+class Balance(NamedTuple):
+    """What one layer's router did (or all layers', with a leading axis): how often each expert was chosen, and the sum
+    of its probabilities, over the tokens counted."""
+
+    chosen: Float[Array, "E"]
+    probability: Float[Array, "E"]
+
+
+def load_balancing_loss(balance: Balance, counted: Float[Array, ""]) -> Float[Array, ""]:
+    """E * sum over experts of (share of tokens) * (mean probability), over all layers (Fedus et al. 2021, arXiv
+    2101.03961, equations 4 to 6); `per_token` when the load is even.
+
+    Args:
+      balance: of all layers [L, E].
+      counted: tokens counted.
+    """
+    layers, experts = balance.chosen.shape
+    total = layers * jnp.maximum(counted, 1.0)
+    return experts * jnp.sum(balance.chosen.sum(0) * balance.probability.sum(0)) / total**2
+
+
+class ExpertLinear(nnx.Module):
+    """One matrix an expert [E, i, o], with its optional adapters."""
+
+    def __init__(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
+        self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
+        self.has_adapter = lora is not None and name in lora.targets
+        if lora is not None and self.has_adapter:
+            self.lora_a, self.lora_b = adapter(lora.rank, axes, shape, rngs)
+
+    def weights(self) -> dict[str, Array]:
+        """Its arrays by name."""
+        names = ("kernel", "lora_a", "lora_b") if self.has_adapter else ("kernel",)
+        return {name: getattr(self, name)[...] for name in names}
+
+    def specs(self) -> dict[str, PartitionSpec]:
+        """How its arrays are cut while it computes: by expert, and along the wide axis; whole along `embed`."""
+        cut = {"experts": "expert", "mlp": "tensor"}
+        return {
+            name: PartitionSpec(*(cut.get(axis) for axis in getattr(self, name).get_metadata("logical_axes")))
+            for name in self.weights()
+        }
+
+
+class Experts(nnx.Module):
+    """The router and its experts; each expert is down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+        experts: ExpertsConfig = config.experts
+        width, inner, count = config.hidden_size, config.intermediate_size, experts.count
+        self.settings, self.scale = experts, lora.scale if lora is not None else 0.0
+        self.activation = ACTIVATIONS[config.activation]
+        self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
+        self.gate = ExpertLinear("gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.up = ExpertLinear("up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.down = ExpertLinear("down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], dtype: jnp.dtype, counted: Float[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], Balance]:
+        tokens = x.reshape(-1, x.shape[-1])
+        # The router is small, and a wrong choice is not: it computes in the residual's own type.
+        probabilities = jax.nn.softmax(matmul(tokens, self.router[...], tokens.dtype), axis=-1)
+        shares, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
+        if self.settings.renormalise:
+            shares /= shares.sum(-1, keepdims=True)
+        weight = counted.reshape(-1, 1)
+        times = jax.nn.one_hot(chosen, self.settings.count, dtype=probabilities.dtype).sum(1)
+        balance = Balance((times * weight).sum(0), (probabilities * weight).sum(0))
+        linears = {"gate": self.gate, "up": self.up, "down": self.down}
+        weights = {name: linear.weights() for name, linear in linears.items()}
+        compute = functools.partial(_computed, scale=self.scale, activation=self.activation, dtype=dtype)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            mixed = compute(tokens, chosen, shares, weights, first=0)
+        else:
+            rows = PartitionSpec(RULES["batch"])
+            mixed = jax.shard_map(
+                functools.partial(_spread, compute=compute, count=self.settings.count),
+                in_specs=(rows, rows, rows, {name: linear.specs() for name, linear in linears.items()}),
+                out_specs=rows,
+            )(tokens, chosen, shares, weights)
+        return mixed.reshape(x.shape), balance
+
+
+def _spread(tokens, chosen, shares, weights, *, compute, count: int):
+    """On one device: all tokens of its row of the axis "expert", its own experts, its own part of the wide axis."""
+    gathered = (jax.lax.all_gather(part, "expert", tiled=True) for part in (tokens, chosen, shares))
+    own = weights["gate"]["kernel"].shape[0]
+    part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
+    return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True)
+
+
+def _computed(
+    tokens: Float[Array, "N D"],
+    chosen: Int[Array, "N k"],
+    shares: Float[Array, "N k"],
+    weights: dict[str, dict[str, Array]],
+    *,
+    first: Int[Array, ""] | int,
+    scale: float,
+    activation,
+    dtype: jnp.dtype,
+) -> Float[Array, "N D"]:
+    """The share that experts `first`, `first` + 1, ... (as many as `weights` hold) have in each token's output."""
+    own = weights["gate"]["kernel"].shape[0]
+    local = chosen.reshape(-1) - first
+    group = jnp.where((local >= 0) & (local < own), local, own)
+    # Sorted by expert; those of other devices' experts come last, and belong to no group.
+    order = jnp.argsort(group, stable=True)
+    sizes = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
+    rows = tokens[order // chosen.shape[1]]
+
+    def linear(name: str, x: Float[Array, "N i"]) -> Float[Array, "N o"]:
+        matrices = weights[name]
+        y = grouped_matmul(x, matrices["kernel"], sizes, dtype)
+        if "lora_a" in matrices:
+            low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scale
+            y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)
+        return y
+
+    outputs = linear("down", activation(linear("gate", rows)) * linear("up", rows))
+    outputs *= shares.reshape(-1)[order][:, None]
+    return jnp.zeros(tokens.shape, outputs.dtype).at[order // chosen.shape[1]].add(outputs)

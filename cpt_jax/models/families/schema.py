@@ -1,0 +1,232 @@
+"""What families have in common: reading a config.json, and saying where each of its tensors belongs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.models.decoder import DecoderConfig, LayerKind
+from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Rope, Scaling, Yarn
+
+# Without these a config.json is not whole; what else is missing has transformers' default.
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The norms of most families: ours -> Hugging Face's.
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a tensor that holds several matrices: of each of its blocks of `block` rows, those from `first` to
+    `last`."""
+
+    block: int
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where (these rows of) a HF tensor belong: our path, the index along its stacked axes (layer, expert), and
+    whether it is stored transposed."""
+
+    path: str
+    index: tuple[int, ...] = ()
+    transposed: bool = False
+    rows: Rows | None = None
+
+
+# HF tensor name -> its places; more than one where the tensor holds several of our matrices.
+Names = dict[str, tuple[Place, ...]]
+
+
+def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
+    """transformers' own reading of a config.json: defaults filled in, older ways of writing brought into one.
+
+    Args:
+      unsupported: fields, with the values that ask for nothing.
+
+    Raises:
+      UserError: a field is missing or malformed, or asks for what is not supported.
+    """
+    from transformers import CONFIG_MAPPING
+
+    for field in REQUIRED:
+        if field not in raw:
+            raise UserError(f"config.json lacks the field {field!r}: it is not a whole {raw['model_type']} config")
+    for field, harmless in {**unsupported, "quantization_config": (None,)}.items():
+        if field in raw and raw[field] not in harmless:
+            raise UserError(
+                f"config.json has {field}={raw[field]!r}, which is not supported for model_type {raw['model_type']}"
+            )
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"config.json is no {raw['model_type']} config that transformers understands: {said}"
+        ) from error
+
+
+def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
+    """The rotation that `rope_parameters` describe (of the whole model, or of one type of layer)."""
+    kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")
+    original = int(parameters.get("original_max_position_embeddings") or context)
+    scaling: Scaling | None = None
+    try:
+        match kind:
+            case "default":
+                pass
+            case "linear":
+                scaling = Linear(factor=float(parameters["factor"]))
+            case "dynamic":
+                scaling = DynamicNTK(factor=float(parameters["factor"]), original_length=context)
+            case "llama3":
+                scaling = Llama3(
+                    factor=float(parameters["factor"]),
+                    low_frequency_factor=float(parameters["low_freq_factor"]),
+                    high_frequency_factor=float(parameters["high_freq_factor"]),
+                    original_length=original,
+                )
+            case "yarn":
+                factor = float(factor or context / original)
+                scaling = Yarn(
+                    factor=factor,
+                    original_length=original,
+                    attention_factor=_yarn_attention(parameters, factor),
+                    beta_fast=float(parameters.get("beta_fast") or 32),
+                    beta_slow=float(parameters.get("beta_slow") or 1),
+                    truncate=bool(parameters.get("truncate", True)),
+                )
+            case "longrope":
+                factor = float(factor or context / original)
+                scaling = LongRoPE(
+                    short_factor=tuple(map(float, parameters["short_factor"])),
+                    long_factor=tuple(map(float, parameters["long_factor"])),
+                    original_length=original,
+                    attention_factor=_longrope_attention(parameters, factor, original),
+                )
+            case _:
+                raise UserError(
+                    f"config.json asks for RoPE of type {kind!r}, which is not supported (linear, dynamic, llama3, yarn, longrope are)"
+                )
+    except KeyError as error:
+        raise UserError(f"config.json asks for RoPE of type {kind!r} without {error.args[0]!r}") from error
+    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    return Rope(theta=float(parameters["rope_theta"]), dim=dim, scaling=scaling)
+
+
+def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float:
+    def magnitude(weight: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if (given := parameters.get("attention_factor")) is not None:
+        return float(given)
+    whole, part = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return magnitude(whole) / magnitude(part) if whole and part else magnitude()
+
+
+def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: int) -> float:
+    if (given := parameters.get("attention_factor")) is not None:
+        return float(given)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def kinds_of(read: Any, head_dim: int) -> dict[str, Any]:
+    """`layer_kinds` and `layer_pattern` of a config as transformers reads it."""
+    window, types = getattr(read, "sliding_window", None), getattr(read, "layer_types", None)
+    context, parameters = read.max_position_embeddings, read.rope_parameters
+    if types is None:
+        return {"layer_kinds": (LayerKind(window=window, rope=rope_of(parameters, head_dim, context)),)}
+    windows = {"full_attention": None, "sliding_attention": window}
+    if unknown := sorted(set(types) - windows.keys()):
+        raise UserError(f"config.json has layer_types of kind {unknown[0]!r}; supported: {', '.join(windows)}")
+    present = [kind for kind in windows if kind in types]
+    kinds = tuple(
+        LayerKind(window=windows[kind], rope=rope_of(parameters.get(kind, parameters), head_dim, context))
+        for kind in present
+    )
+    pattern = tuple(present.index(kind) for kind in types) if len(kinds) > 1 else None
+    return {"layer_kinds": kinds, "layer_pattern": pattern}
+
+
+def config_of(read: Any, **differences: Any) -> DecoderConfig:
+    """Our configuration of a config as transformers reads it, with what is different in this family."""
+    heads, width = read.num_attention_heads, read.hidden_size
+    head_dim = differences.get("head_dim") or getattr(read, "head_dim", None) or width // heads
+    common = {
+        "vocab_size": read.vocab_size,
+        "hidden_size": width,
+        "intermediate_size": read.intermediate_size,
+        "num_layers": read.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": getattr(read, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": bool(read.tie_word_embeddings),
+        "max_position_embeddings": read.max_position_embeddings,
+    }
+    if "layer_kinds" not in differences:
+        common |= kinds_of(read, head_dim)
+    if "norm_epsilon" not in differences:
+        common["norm_epsilon"] = float(read.rms_norm_eps)
+    if "activation" not in differences:
+        common["activation"] = read.hidden_act
+    return DecoderConfig(**common | differences)
+
+
+def linear(name: str, path: str, layer: int, bias: bool) -> Names:
+    """The tensors of a torch linear layer: its weight [out, in] is our kernel transposed."""
+    names = {f"{name}.weight": (Place(f"{path}/kernel", (layer,), True),)}
+    return names | ({f"{name}.bias": (Place(f"{path}/bias", (layer,)),)} if bias else {})
+
+
+def fused(name: str, parts: Mapping[str, Rows], layer: int, bias: bool) -> Names:
+    """The tensors of a torch linear layer that holds several of ours, by path."""
+    kernels = tuple(Place(f"{path}/kernel", (layer,), True, rows) for path, rows in parts.items())
+    names: Names = {f"{name}.weight": kernels}
+    if bias:
+        names[f"{name}.bias"] = tuple(Place(f"{path}/bias", (layer,), False, rows) for path, rows in parts.items())
+    return names
+
+
+def outer_names(config: DecoderConfig) -> Names:
+    """Embedding, final norm and head, as most families name them."""
+    names: Names = {
+        "model.embed_tokens.weight": (Place("embed"),),
+        "model.norm.weight": (Place("final_norm/scale"),),
+    }
+    return names if config.tie_word_embeddings else names | {"lm_head.weight": (Place("head"),)}
+
+
+def attention_names(config: DecoderConfig, layer: int) -> Names:
+    """Projections, and the norms of queries and keys."""
+    prefix, path, names = f"model.layers.{layer}.self_attn", "layers/attention", {}
+    for name in ("q", "k", "v", "o"):
+        bias = config.attention_out_bias if name == "o" else config.qkv_bias
+        names |= linear(f"{prefix}.{name}_proj", f"{path}/{name}", layer, bias)
+    if config.qk_norm is not None:
+        names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (layer,)),) for name in "qk"}
+    return names
+
+
+def mlp_names(config: DecoderConfig, layer: int) -> Names:
+    """The gated feed-forward."""
+    names: Names = {}
+    for name in ("gate", "up", "down"):
+        names |= linear(f"model.layers.{layer}.mlp.{name}_proj", f"layers/mlp/{name}", layer, config.mlp_bias)
+    return names
+
+
+def norm_names(layer: int, norms: Mapping[str, str]) -> Names:
+    """The norms of hidden states within a block."""
+    return {
+        f"model.layers.{layer}.{hf}.weight": (Place(f"layers/{ours}/scale", (layer,)),) for ours, hf in norms.items()
+    }
+
+
+def standard_names(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
+    """The names of a family that writes its tensors as Llama does, norms apart."""
+    names = outer_names(config)
+    for layer in range(config.num_layers):
+        names |= attention_names(config, layer) | mlp_names(config, layer) | norm_names(layer, norms)
+    return names

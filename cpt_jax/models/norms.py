@@ -1,0 +1,43 @@
+"""Normalisation of hidden states."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cpt_jax.models.linear import Weight
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (offset + scale), in x's own type (Zhang & Sennrich 2019, arXiv 1910.07467); Gemma's scale is
+    stored less an offset of 1."""
+
+    def __init__(self, width: int, epsilon: float, offset: float = 0.0) -> None:
+        self.epsilon, self.offset = epsilon, offset
+        self.scale = Weight(jnp.full((width,), 1.0 - offset), logical_axes=("hidden",))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x * inverse * (self.offset + self.scale[...]).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / deviation(x) * scale + bias, in x's own type (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
+        self.bias = Weight(jnp.zeros((width,)), logical_axes=("hidden",))
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (weight[...].astype(x.dtype)[None, None, :] for weight in (self.scale, self.bias))
+        return centred * inverse * scale + bias
+
+
+def norm(config) -> RMSNorm | LayerNorm:
+    """The norm of hidden states that a DecoderConfig asks for."""
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_epsilon)
+    return RMSNorm(config.hidden_size, config.norm_epsilon, config.norm_offset)

@@ -1,0 +1,118 @@
+"""For each model_type, config.json files of tiny models that between them have all that the family can do."""
+
+from typing import Any
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+TIED, UNTIED = dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+# Shorter than the sequences of the tests (40 tokens): the long factors, or the larger theta, come into play.
+SHORT = dict(max_position_embeddings=24)
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
+LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
+EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
+
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "tied, odd head dimension": TIED | dict(head_dim=10),
+        "untied, no grouping, biases": UNTIED | dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
+        "one key head, llama3": TIED | dict(num_key_value_heads=1, rope_scaling=LLAMA3, rope_theta=500_000.0),
+        "linear": UNTIED | dict(rope_scaling=dict(type="linear", factor=4.0)),
+        "dynamic": TIED | SHORT | dict(rope_scaling=dict(type="dynamic", factor=2.0)),
+        "yarn": TIED | dict(rope_scaling=YARN),
+    },
+    "mistral": {
+        "window": UNTIED | dict(sliding_window=7),
+        "no window, head dimension": UNTIED | dict(sliding_window=None, head_dim=16),
+        "tied, window, yarn": TIED | dict(sliding_window=12, rope_scaling=YARN),
+    },
+    "qwen2": {
+        "tied": TIED,
+        "untied, window above": UNTIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "window not used, yarn": TIED | dict(use_sliding_window=False, sliding_window=6, rope_scaling=YARN),
+    },
+    "qwen3": {
+        "tied, head dimension": TIED | dict(head_dim=16),
+        "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True),
+        "window above": TIED
+        | dict(head_dim=10, use_sliding_window=True, sliding_window=6, max_window_layers=2, rope_theta=1e6),
+    },
+    "gemma2": {
+        "as released": TIED | dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=6),
+        "untied, other caps": UNTIED
+        | dict(head_dim=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+        "no caps, biases": TIED
+        | dict(head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True)
+        | dict(sliding_window=5, layer_types=["full_attention"] * 3),
+    },
+    "gemma3_text": {
+        "as released": TIED
+        | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, sliding_window_pattern=3)
+        | dict(rope_theta=1e6, rope_local_base_freq=10_000.0),
+        "linear": TIED | dict(head_dim=8, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+        "untied, capped, nested rope": UNTIED
+        | dict(head_dim=8, final_logit_softcapping=4.0, sliding_window=6, layer_types=ALTERNATING)
+        | dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="default", rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    },
+    "olmo2": {
+        "untied": UNTIED,
+        "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),
+        "biases, linear": UNTIED | dict(attention_bias=True, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "phi3": {
+        "window": UNTIED | dict(sliding_window=9),
+        "partial, tied": TIED | dict(partial_rotary_factor=0.5),
+        "longrope, longer": UNTIED | PHI3 | dict(rope_scaling=LONGROPE),
+        "longrope, shorter": UNTIED | PHI3 | dict(original_max_position_embeddings=48, rope_scaling=LONGROPE),
+    },
+    "gpt_neox": {
+        "as released": UNTIED | dict(rotary_pct=0.25),
+        "one after the other, odd heads": UNTIED
+        | dict(use_parallel_residual=False, hidden_size=44, rotary_pct=0.4, hidden_act="gelu_pytorch_tanh"),
+        "tied, no biases, linear": TIED
+        | dict(attention_bias=False, rotary_pct=1.0, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "qwen3_moe": {
+        "renormalised": UNTIED | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+        "not renormalised, tied": TIED | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
+        "window, biases, yarn": UNTIED
+        | EXPERTS
+        | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
+        | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
+    },
+    "mixtral": {
+        "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
+        "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
+        "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
+    },
+}
+
+
+def config_json(model_type: str, name: str) -> dict[str, Any]:
+    """The whole config.json."""
+    return SIZES | dict(model_type=model_type) | CONFIGS[model_type][name]

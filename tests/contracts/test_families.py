@@ -1,0 +1,198 @@
+"""What every family owes: transformers' logits and gradients, and its files back bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts.family_configs import CONFIGS, config_json
+from safetensors.numpy import load_file
+
+from cpt_jax.checkpoint.hf import _tensor, load, save
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.cross_entropy import TableUse, token_losses
+from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
+from cpt_jax.models.families import FAMILIES, family_for
+
+LENGTH = 40
+CASES = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
+
+
+def test_every_family_has_contract_tests():
+    """A family that is not here was never compared with transformers."""
+    assert CONFIGS.keys() == FAMILIES.keys()
+    for model_type, configs in CONFIGS.items():
+        assert len(configs) >= 3, f"{model_type} needs three configurations at least"
+        assert {config["tie_word_embeddings"] for config in configs.values()} == {True, False}, model_type
+
+
+def reference_model(raw: dict, directory):
+    """A transformers model with weights large enough that every part matters, saved."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(raw["model_type"], **json.loads(json.dumps(fields)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            start = parameter if parameter.ndim == 1 else torch.zeros(())
+            parameter.copy_(start + spread * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+    # The config.json as its makers write it, not as transformers 5 does.
+    (directory / "config.json").write_text(json.dumps(raw | {"architectures": [type(model).__name__]}))
+    return model
+
+
+def gradients_by_tensor(model) -> dict[str, np.ndarray]:
+    """Gradients by the names of the files; transformers holds the experts of a layer in one parameter."""
+    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    for name in [name for name in found if ".experts." in name]:
+        prefix, _, part = name.rpartition(".")
+        whole = found.pop(name)
+        for expert, matrix in enumerate(whole):
+            if part == "down_proj":
+                parts = {"down_proj": matrix}
+            else:
+                parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
+            found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
+    if model.config.model_type == "mixtral":
+        renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
+        for old, new in renamed.items():
+            found = {name.replace(old, new): value for name, value in found.items()}
+    return found
+
+
+class Ours:
+    """A loaded directory with its compiled functions, of batches [2, LENGTH]."""
+
+    def __init__(self, directory) -> None:
+        self.config, leaves, self.raw = load(directory)
+        self.weights = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, leaves))
+        network, table = abstract_decoder(self.config), head_path(self.config)
+
+        @jax.jit
+        def forward(weights, tokens, positions, segments):
+            hidden = apply(network, weights, tokens, positions, segments, compute_dtype="float32")
+            return logits(network, weights, hidden, compute_dtype="float32")
+
+        @jax.jit
+        @jax.grad
+        def gradient(weights, tokens, positions, segments):
+            hidden = apply(network, weights, tokens, positions, segments, compute_dtype="float32")[:, :-1]
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            targets = tokens[:, 1:].reshape(-1)
+            tables, uses = (weights[table]["base"],), (TableUse(self.config.vocab_size, True),)
+            ones = jnp.ones(targets.shape)
+            return token_losses(rows, tables, targets, ones, "float32", uses, self.config.logit_softcap)[0]
+
+        self.forward, self.gradient = forward, gradient
+
+
+def unpacked(tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return tokens, positions, np.ones(tokens.shape, np.int32)
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
+def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, tmp_path):
+    import torch
+
+    raw = config_json(model_type, name)
+    reference = reference_model(raw, tmp_path / "theirs")
+    ours = Ours(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(3, raw["vocab_size"], (2, LENGTH), dtype=np.int32)
+    theirs = reference(torch.tensor(tokens, dtype=torch.long)).logits
+    np.testing.assert_allclose(ours.forward(ours.weights, *unpacked(tokens)), theirs.detach().numpy(), atol=1e-4)
+
+    expected = torch.nn.functional.cross_entropy(
+        theirs[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 1:].reshape(-1), dtype=torch.long), reduction="sum"
+    )
+    expected.backward()
+    mine = flatten(jax.tree.map(np.asarray, ours.gradient(ours.weights, *unpacked(tokens))))
+    names = family_for(raw).weight_names(ours.config)
+    reference_gradients = gradients_by_tensor(reference)
+    for tensor, gradient in reference_gradients.items():
+        found = _tensor(names[tensor], mine, ours.config, np.dtype(np.float32))
+        np.testing.assert_allclose(
+            found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
+        )
+    assert reference_gradients.keys() == names.keys()
+
+    save(tmp_path / "ours", ours.config, ours.weights, ours.raw, tmp_path, shard_bytes=20_000)
+    before, after = (
+        {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
+        for directory in (tmp_path / "theirs", tmp_path / "ours")
+    )
+    assert before.keys() == after.keys()
+    for tensor, value in before.items():
+        np.testing.assert_array_equal(after[tensor], value, err_msg=tensor)
+    again = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert again == ours.raw | {"dtype": "float32"}
+
+    packed_and_padded(ours)
+
+
+def packed_and_padded(ours: Ours) -> None:
+    """Documents in one row, and one behind padding, give the logits that each gives alone."""
+    generator = np.random.default_rng(1)
+    sizes = (11, LENGTH - 11, 13)
+    documents = [generator.integers(3, ours.config.vocab_size, size, dtype=np.int32) for size in sizes]
+    tokens, positions, segments = (np.zeros((2, LENGTH), np.int32) for _ in range(3))
+    places = [(0, 0), (0, 11), (1, LENGTH - 13)]
+    for segment, (document, (row, first)) in enumerate(zip(documents, places, strict=True), start=1):
+        where = (row, slice(first, first + len(document)))
+        tokens[where], positions[where], segments[where] = document, np.arange(len(document)), segment
+    together = np.asarray(ours.forward(ours.weights, tokens, positions, segments))
+    for document, (row, first) in zip(documents, places, strict=True):
+        # Alone: at the row's beginning, with nothing behind it.
+        alone = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
+        place = (0, slice(0, len(document)))
+        alone[0][place], alone[1][place], alone[2][place] = document, np.arange(len(document)), 1
+        expected = np.asarray(ours.forward(ours.weights, *alone))[0, : len(document)]
+        np.testing.assert_allclose(together[row, first : first + len(document)], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
+    import torch
+
+    from cpt_jax.models.decoder import apply_with_balance
+
+    raw = config_json(model_type, next(iter(CONFIGS[model_type])))
+    reference = reference_model(raw, tmp_path / "theirs")
+    ours = Ours(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(3, raw["vocab_size"], (2, LENGTH), dtype=np.int32)
+    attended = np.ones(tokens.shape, np.int32)
+    attended[1, :9] = 0
+    theirs = reference(
+        torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(attended), output_router_logits=True
+    )
+    positions = np.maximum(np.cumsum(attended, axis=1) - 1, 0).astype(np.int32)
+    _, balance = apply_with_balance(
+        abstract_decoder(ours.config),
+        ours.weights,
+        tokens,
+        positions,
+        attended,
+        jnp.asarray(attended, jnp.float32),
+        compute_dtype="float32",
+    )
+    np.testing.assert_allclose(balance, theirs.aux_loss.item(), rtol=1e-5)
+
+
+def test_layers_of_two_kinds_are_the_same_scanned_and_unrolled(tmp_path):
+    raw = config_json("gemma3_text", "linear")
+    reference_model(raw, tmp_path)
+    ours = Ours(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, raw["vocab_size"], (2, LENGTH), dtype=np.int32)
+    expected = ours.forward(ours.weights, *unpacked(tokens))
+    unrolled = abstract_decoder(dataclasses.replace(ours.config, layer_loop="unroll", remat=True))
+    hidden = apply(unrolled, ours.weights, *map(jnp.asarray, unpacked(tokens)), compute_dtype="float32")
+    found = logits(unrolled, ours.weights, hidden, compute_dtype="float32")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
