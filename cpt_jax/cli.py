@@ -155,16 +155,23 @@ def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import evaluate_model
+    from cpt_jax.recipe.evaluate_command import evaluate_model
 
     evaluate_model(
         model=arguments.model,
         against=arguments.against,
         data=arguments.data,
+        choices=arguments.choices,
         text_field=arguments.text_field,
         max_bytes=arguments.max_bytes,
         json_path=arguments.json,
     )
+
+
+def _lm_eval(_: argparse.Namespace, arguments: list[str]) -> None:
+    from cpt_jax.recipe.evaluate_command import run_harness
+
+    run_harness(arguments)
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -354,13 +361,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path)
     text_field(sub)
 
-    sub = command(commands, "eval", _eval, "Bits per byte by domain.")
+    sub = command(commands, "eval", _eval, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)
     sub.add_argument("--against", help="another model, to show the difference to")
-    sub.add_argument("--data", required=True, **spec)
+    sub.add_argument("--data", default=[], help="text to predict", **spec)
+    sub.add_argument(
+        "--choices",
+        default=[],
+        type=_named_spec,
+        nargs="+",
+        metavar="NAME=FILE.jsonl",
+        help='questions to answer, {"question": ..., "choices": [...], "answer": 0} each',
+    )
     sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
     text_field(sub)
     json_out(sub)
+
+    command(
+        commands,
+        "lm-eval",
+        _lm_eval,
+        "The lm_eval harness with our model: --model cpt_jax --model_args pretrained=DIR --tasks ... as lm_eval has it.",
+        overrides=True,
+    )
 
     sub = command(commands, "generate", _generate, "Continues a prompt, greedily.")
     sub.add_argument("--model", required=True)

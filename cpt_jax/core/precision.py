@@ -11,10 +11,12 @@ class Precision:
     """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
 
     "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms,
-    biases) stay float32: they cost nothing.
+    biases) stay float32: they cost nothing. `frozen_kernels` "int8" or "nf4" keeps the layers' frozen kernels in 8 or 4
+    bits while a stage trains.
     """
 
     compute: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    frozen_kernels: Literal["as computed", "int8", "nf4"] = "as computed"
 
     @property
     def dtype(self) -> Any:

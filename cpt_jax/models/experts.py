@@ -7,7 +7,7 @@ added and scattered back.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, Weight, adapter, initial_kernel
 from cpt_jax.models.products import grouped_matmul, matmul
+from cpt_jax.sharding.mesh import AXES
 from cpt_jax.sharding.rules import RULES
 
 
@@ -66,10 +67,10 @@ class ExpertLinear(nnx.Module):
         if lora is not None and self.has_adapter:
             self.lora_a, self.lora_b = adapter(lora.rank, axes, shape, rngs)
 
-    def weights(self) -> dict[str, Array]:
+    def weights(self) -> dict[str, Any]:
         """Its arrays by name."""
         names = ("kernel", "lora_a", "lora_b") if self.has_adapter else ("kernel",)
-        return {name: getattr(self, name)[...] for name in names}
+        return {name: getattr(self, name).get_value() for name in names}
 
     def specs(self) -> dict[str, PartitionSpec]:
         """How its arrays are cut while it computes: by expert, and along the wide axis; whole along `embed`."""
@@ -112,28 +113,41 @@ class Experts(nnx.Module):
         if mesh.empty or mesh.size == 1:
             mixed = compute(tokens, chosen, shares, weights, first=0)
         else:
-            rows = PartitionSpec(RULES["batch"])
+            rows, specs = PartitionSpec(RULES["batch"]), {name: linear.specs() for name, linear in linears.items()}
             mixed = jax.shard_map(
-                functools.partial(_spread, compute=compute, count=self.settings.count),
-                in_specs=(rows, rows, rows, {name: linear.specs() for name, linear in linears.items()}),
+                functools.partial(_spread, specs=(rows, specs), compute=compute),
+                in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
             )(tokens, chosen, shares, weights)
         return mixed.reshape(x.shape), balance
 
 
-def _spread(tokens, chosen, shares, weights, *, compute, count: int):
+def _spread(tokens, chosen, shares, weights, *, specs, compute):
     """On one device: all tokens of its row of the axis "expert", its own experts, its own part of the wide axis."""
-    gathered = (jax.lax.all_gather(part, "expert", tiled=True) for part in (tokens, chosen, shares))
+    rows, weight_specs = specs
+    gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in (tokens, chosen, shares))
+    weights = {
+        linear: {name: _varying(array, weight_specs[linear][name]) for name, array in arrays.items()}
+        for linear, arrays in weights.items()
+    }
     own = weights["gate"]["kernel"].shape[0]
     part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
     return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True)
+
+
+def _varying(array: Any, spec: PartitionSpec) -> Any:
+    """An array cut by `spec`, with its copies along the other mesh axes taken for different ones: each device makes
+    its own share of the gradient, which is their sum."""
+    cut = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
+    missing = tuple(axis for axis in AXES if axis not in cut)
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, missing, to="varying"), array) if missing else array
 
 
 def _computed(
     tokens: Float[Array, "N D"],
     chosen: Int[Array, "N k"],
     shares: Float[Array, "N k"],
-    weights: dict[str, dict[str, Array]],
+    weights: dict[str, dict[str, Any]],
     *,
     first: Int[Array, ""] | int,
     scale: float,

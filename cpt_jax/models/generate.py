@@ -1,85 +1,216 @@
-"""Text, token by token, with a key-value cache."""
+"""Text, token by token, with a key-value cache: prompts of different lengths together."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
-from cpt_jax.models.decoder import Network
+from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.models.rope import DynamicNTK, LongRoPE
+from cpt_jax.models.sampling import Sampling, choose, row_keys
 
-# Prompts are filled up to a multiple of this, so that few lengths are compiled.
-PROMPT_MULTIPLE = 64
+SHORTEST = 64
+
+
+def _rounded(length: int) -> int:
+    """A length filled up, so that few are compiled: to an eighth of the next power of two, and to 64 at least."""
+    multiple = max(SHORTEST, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // multiple) * multiple
+
+
+class _Functions(NamedTuple):
+    """The compiled halves of generation; both give the logits that follow, and the cache."""
+
+    read_prompts: Any
+    read_tokens: Any
 
 
 @functools.lru_cache(maxsize=8)
-def _functions(network: Network, dtype: Any, length: int):
+def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
+    """Rows end at the same place, so that one index serves all, and begin at their own: `first` is the place of each
+    one's first token. Places before it are never seen, and windows, which count places, are each row's own."""
     config = network.config
 
-    def run(weights: Tree, tokens, positions, mask, cache: Cache, index) -> tuple[Array, Cache]:
+    def run(
+        weights: Tree,
+        tokens: Int[Array, "B S"],
+        first: Int[Array, "B"],
+        cache: Cache,
+        index: Int[Array, ""],
+        last: Int[Array, ""],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads tokens into the places from `index` on; the logits are those after the one in place `last`."""
+        places, keys = index + jnp.arange(tokens.shape[1]), jnp.arange(cache.keys.shape[3])
+        positions = jnp.maximum(places[None] - first[:, None], 0)
+        mask = (keys[None] <= places[:, None])[None] & (keys[None] >= first[:, None])[:, None]
+        lengths = jnp.broadcast_to((last + 1 - first)[:, None], tokens.shape)
         module = network.module(weights)
-        lengths = jnp.full(tokens.shape, index + tokens.shape[1])
         outputs = module(tokens, positions, mask, dtype, lengths=lengths, cache=cache, index=index)
-        return module.logits(outputs.hidden, dtype), cast(Cache, outputs.cache)
+        hidden = jax.lax.dynamic_index_in_dim(outputs.hidden, last - index, axis=1, keepdims=False)
+        return module.logits(hidden, dtype), cast(Cache, outputs.cache)
 
-    @jax.jit
-    def read_prompt(weights: Tree, tokens, count):
-        shape = (config.num_layers, 1, config.num_kv_heads, length, config.head_dim)
-        cache = Cache(jnp.zeros(shape), jnp.zeros(shape))
-        size = tokens.shape[1]
-        # Keys behind the prompt's end are never seen: a query sees positions up to its own.
-        mask = (jnp.arange(length)[None, :] <= jnp.arange(size)[:, None])[None]
-        logits, cache = run(weights, tokens, jnp.arange(size)[None], mask, cache, jnp.int32(0))
-        return logits[0, count - 1], cache
+    @functools.partial(jax.jit, static_argnames="length")
+    def read_prompts(weights: Tree, tokens, first, last, length: int):
+        shape = (config.num_layers, tokens.shape[0], config.num_kv_heads, length, config.head_dim)
+        cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return run(weights, tokens, first, cache, jnp.int32(0), last)
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def read_token(weights: Tree, token, cache: Cache, index):
-        mask = (jnp.arange(length) <= index)[None, None]
-        logits, cache = run(weights, token[None, None], index[None, None], mask, cache, index)
-        return logits[0, 0], cache
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def read_tokens(weights: Tree, tokens, first, cache: Cache, index):
+        return run(weights, tokens[:, None], first, cache, index, index)
 
-    return read_prompt, read_token
+    return _Functions(read_prompts, read_tokens)
+
+
+def context_length(config: DecoderConfig) -> int:
+    """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text."""
+    scalings = [kind.rope.scaling for kind in config.layer_kinds]
+    stretched = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK)]
+    return max(config.max_position_embeddings, *stretched, 0)
+
+
+def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Raises UserError when a prompt is empty, or leaves no room in the model's context."""
+    if new_tokens < 1:
+        raise UserError(f"new tokens are {new_tokens}: give at least 1")
+    limit = context_length(config)
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty: give at least one token")
+        if len(prompt) + new_tokens > limit:
+            raise UserError(
+                f"the {len(prompt)} tokens of prompt {number} and {new_tokens} new ones do not fit in the model's context of {limit}: "
+                f"shorten the prompt, or ask for {max(limit - len(prompt), 0)} new tokens at most"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """The continuation of several prompts, read together; iterated once, it gives (row, token) as tokens come.
+
+    A row ends after `new_tokens`, at one of `end_ids` (which is not given), or when it is stopped. Its tokens do not
+    depend on the rows beside it; its random numbers depend on the seed and on its number in `numbers` (default: 0, 1,
+    ...).
+
+    While a token is read from the device, the next one is being computed there.
+
+    Rotations that depend on a text's length go by each row's own length so far. With LongRoPE, a row that grows past
+    the original length is read anew with the long factors, as transformers does for Phi-3; with DynamicNTK, keys stay
+    as they were when they were written, as in transformers.
+
+    Raises:
+      UserError: an empty prompt, or one that leaves no room in the model's context.
+    """
+
+    network: Network
+    weights: Tree
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+    sampling: Sampling = Sampling()
+    end_ids: Sequence[int] = ()
+    numbers: Sequence[int] | None = None
+    compute_dtype: Any = "float32"
+    _live: set[int] = dataclasses.field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        check_room(self.network.config, self.prompts, self.new_tokens)
+        self._live.update(range(len(self.prompts)))
+
+    def stop(self, row: int) -> None:
+        """Ends a row: nothing more comes from it."""
+        self._live.discard(row)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if not self.prompts:
+            return
+        functions = _functions(self.network, jnp.dtype(self.compute_dtype))
+        tokens, first, keys = self._inputs()
+        width = tokens.shape[1]
+        length = _rounded(width + self.new_tokens)
+        # What is compiled does not depend on the seed.
+        sampling = dataclasses.replace(self.sampling, seed=0)
+        logits, cache = functions.read_prompts(self.weights, tokens, first, np.int32(width - 1), length)
+        chosen = [choose(logits, keys, np.int32(0), sampling)]
+        for count in range(1, self.new_tokens + 1):
+            if count < self.new_tokens:
+                index = width + count - 1
+                if self._crosses(index + 1 - first):
+                    del cache
+                    so_far = _filled(np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1), length)
+                    logits, cache = functions.read_prompts(self.weights, so_far, first, np.int32(index), length)
+                else:
+                    logits, cache = functions.read_tokens(self.weights, chosen[-1], first, cache, np.int32(index))
+                chosen.append(choose(logits, keys, np.int32(count), sampling))
+            yield from self._given(np.asarray(chosen[count - 1]).tolist())
+            if not self._live:
+                return
+
+    def _given(self, tokens: list[int]) -> Iterator[tuple[int, int]]:
+        for row, token in enumerate(tokens):
+            if row in self._live and token in self.end_ids:
+                self.stop(row)
+            elif row in self._live:
+                yield row, token
+
+    def _inputs(self) -> tuple[np.ndarray, np.ndarray, Array]:
+        """(tokens [B, S], filled on the left; the place of each row's first; random keys). The number of rows is
+        filled up to a power of two with rows that nobody sees."""
+        rows = 1 << (len(self.prompts) - 1).bit_length()
+        width = _rounded(max(map(len, self.prompts)))
+        tokens, first = np.zeros((rows, width), np.int32), np.full(rows, width - 1, np.int32)
+        for row, prompt in enumerate(self.prompts):
+            first[row] = width - len(prompt)
+            tokens[row, first[row] :] = prompt
+        numbers = range(len(self.prompts)) if self.numbers is None else self.numbers
+        padded = [*numbers, *[0] * (rows - len(self.prompts))]
+        return tokens, first, row_keys(self.sampling.seed, jnp.asarray(padded, jnp.uint32))
+
+    def _crosses(self, lengths: np.ndarray) -> bool:
+        """Whether a row has just grown past the length from which all its tokens are turned otherwise."""
+        scalings = [kind.rope.scaling for kind in self.network.config.layer_kinds]
+        originals = [each.original_length for each in scalings if isinstance(each, LongRoPE)]
+        return any(lengths[row] == original + 1 for row in self._live for original in originals)
+
+
+def _filled(tokens: np.ndarray, most: int) -> np.ndarray:
+    """Filled up on the right, where no query that counts sees it."""
+    width = min(_rounded(tokens.shape[1]), most)
+    return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
 
 
 def generate(
     network: Network,
     weights: Tree,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
+    sampling: Sampling = Sampling(),
     end_ids: Sequence[int] = (),
     compute_dtype: Any = "float32",
-) -> list[int]:
-    """The most likely next tokens, one after the other: up to `new_tokens`, or to one of `end_ids` (which is not
-    returned).
+) -> list[list[int]]:
+    """The tokens that follow each prompt, all read together: see `Generation`.
 
     Raises:
       UserError: an empty prompt, or one that leaves no room in the model's context.
     """
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one token")
-    limit = network.config.max_position_embeddings
-    if len(prompt) + new_tokens > limit:
-        raise UserError(
-            f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit in the model's context of {limit}"
-        )
-    filled = -(-len(prompt) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    length = -(-(filled + new_tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    read_prompt, read_token = _functions(network, jnp.dtype(compute_dtype), length)
-    tokens = np.zeros((1, filled), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    logits, cache = read_prompt(weights, tokens, len(prompt))
-    produced: list[int] = []
-    for index in range(len(prompt), len(prompt) + new_tokens):
-        token = int(jnp.argmax(logits))
-        if token in end_ids:
-            break
-        produced.append(token)
-        logits, cache = read_token(weights, jnp.int32(token), cache, jnp.int32(index))
+    produced: list[list[int]] = [[] for _ in prompts]
+    generation = Generation(
+        network=network,
+        weights=weights,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        sampling=sampling,
+        end_ids=end_ids,
+        compute_dtype=compute_dtype,
+    )
+    for row, token in generation:
+        produced[row].append(token)
     return produced

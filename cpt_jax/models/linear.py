@@ -70,7 +70,7 @@ class Linear(nnx.Module):
             self.lora_a, self.lora_b = adapter(lora.rank, axes, shape, rngs)
 
     def __call__(self, x: Float[Array, "*rows i"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
-        y = matmul(x, self.kernel[...], dtype)
+        y = matmul(x, self.kernel.get_value(), dtype)
         if self.bias is not None:
             y += self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_adapter:

@@ -3,14 +3,18 @@
 JAX's own gradient of such a product multiplies a float32 cotangent with a bfloat16 operand, a mixed product for
 which XLA has no fast kernel. Here the cotangent is rounded too, as autocast does. On a CPU with AVX-512 BF16 that is
 400 GFLOP/s instead of 200.
+
+A weight may be quantised: it is kept so for the backward pass, made dense a second time there, and has no gradient.
 """
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from cpt_jax.models.quantised import dense, is_quantised
 
 
 def sum_type(dtype: jnp.dtype) -> jnp.dtype:
@@ -19,8 +23,8 @@ def sum_type(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def matmul(x: Float[Array, "*rows i"], weight: Float[Array, "i o"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
-    """`x @ weight`, inputs rounded to `dtype`, result float32."""
+def matmul(x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
+    """`x @ weight` (weight [i, o], or quantised), inputs rounded to `dtype`, result float32."""
     return cast(Array, _matmul(x, weight, dtype))
 
 
@@ -31,14 +35,16 @@ def _matmul(x, weight, dtype):
 
 def _matmul_forward(x, weight, dtype):
     low = x.astype(dtype)
-    y = jnp.matmul(low, weight.astype(dtype), preferred_element_type=sum_type(dtype))
+    y = jnp.matmul(low, dense(weight, dtype), preferred_element_type=sum_type(dtype))
     return y, (low, weight)
 
 
 def _matmul_backward(dtype, residuals, cotangent):
     x, weight = residuals
     low = cotangent.astype(dtype)
-    dx = jnp.matmul(low, weight.astype(dtype).T, preferred_element_type=sum_type(dtype))
+    dx = jnp.matmul(low, dense(weight, dtype).T, preferred_element_type=sum_type(dtype))
+    if is_quantised(weight):
+        return dx, None
     rows = tuple(range(x.ndim - 1))
     dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=sum_type(dtype))
     # x reached the forward pass as float32: only its rounded copy was kept.
@@ -77,9 +83,10 @@ _contract.defvjp(_contract_forward, _contract_backward)
 
 
 def grouped_matmul(
-    x: Float[Array, "N i"], weight: Float[Array, "E i o"], sizes: Int[Array, "E"], dtype: jnp.dtype
+    x: Float[Array, "N i"], weight: Any, sizes: Int[Array, "E"], dtype: jnp.dtype
 ) -> Float[Array, "N o"]:
-    """Rows in groups, one behind the other, each group times its own matrix; rows behind the last group give zero.
+    """Rows in groups, one behind the other, each group times its own matrix of `weight` [E, i, o] (or quantised); rows
+    behind the last group give zero.
 
     Inputs rounded to `dtype`, result float32.
     """
@@ -98,15 +105,17 @@ def _of_groups(rows, sizes):
 
 def _grouped_forward(x, weight, sizes, dtype):
     low = x.astype(dtype)
-    y = jax.lax.ragged_dot(low, weight.astype(dtype), sizes, preferred_element_type=sum_type(dtype))
+    y = jax.lax.ragged_dot(low, dense(weight, dtype), sizes, preferred_element_type=sum_type(dtype))
     return _of_groups(y, sizes), (low, weight, sizes)
 
 
 def _grouped_backward(dtype, residuals, cotangent):
     x, weight, sizes = residuals
     low = _of_groups(cotangent, sizes).astype(dtype)
-    transposed = weight.astype(dtype).swapaxes(1, 2)
+    transposed = dense(weight, dtype).swapaxes(1, 2)
     dx = jax.lax.ragged_dot(low, transposed, sizes, preferred_element_type=sum_type(dtype))
+    if is_quantised(weight):
+        return _of_groups(dx, sizes), None, None
     by_group = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )

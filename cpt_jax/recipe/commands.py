@@ -5,20 +5,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpt_jax.checkpoint.hf import read_config, resolve_base
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
-from cpt_jax.core.progress import progress, quiet_libraries, say
+from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
-from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.generate import generate
-from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
@@ -30,7 +29,8 @@ FLOAT32 = Precision(compute="float32")
 CACHE = Path(".cache/models")
 
 
-def _directory(model: str) -> Path:
+def model_directory(model: str) -> Path:
+    """A model's HF directory: its own, or where a GGUF file or a hub id is unpacked."""
     return resolve_base(model, CACHE / Path(model).stem)
 
 
@@ -57,7 +57,7 @@ def model_extend(
             raise UserError(
                 f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
             )
-        growth = Growth(_directory(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
+        growth = Growth(model_directory(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
         growth.save(growth.rows(next(iter(candidates.values()))), out)
         print(out)
         return
@@ -66,7 +66,9 @@ def model_extend(
     with tempfile.TemporaryDirectory() as directory:
         parts = [HeldApart(corpus, Holdout(), Path(directory)) for corpus in corpora_of(corpora, text_field)]
         heldout = [text for part in parts for text in part.measured()]
-        growth = Growth(_directory(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt()))
+        growth = Growth(
+            model_directory(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt())
+        )
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
         growth.save(rows, out)
@@ -90,7 +92,7 @@ def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> d
 
 def model_inspect(model: str) -> None:
     """`cpt model inspect`: from config.json alone."""
-    directory = _directory(model)
+    directory = model_directory(model)
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
     shapes, axes = flatten(network.shapes), flatten(network.logical_axes)
@@ -121,68 +123,11 @@ def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, 
         )
 
 
-def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
-    texts, size = [], 0
-    for text in texts_of([corpus]):
-        size += len(text.encode())
-        if texts and size > max_bytes:
-            break
-        texts.append(text)
-    return texts
-
-
-def _evaluate(model: str, documents: dict[str, list[str]]) -> dict[str, Result]:
-    directory = _directory(model)
-    tokenizer, loaded = Tokenizer(directory), load_model(directory)
-    check_fits(tokenizer, loaded.config.total_rows, directory)
-    length = min(512, loaded.config.max_position_embeddings)
-    packed = {name: pack_documents(tokenizer, texts, length) for name, texts in documents.items()}
-    weights = loaded.on_device(FLOAT32)
-    with progress(f"evaluate {model}", sum(map(len, packed.values())), "rows") as shown:
-        return {
-            name: bits_per_byte(
-                loaded.network, weights, rows, batch_size=4, precision=FLOAT32, on_progress=shown.advance
-            )
-            for name, rows in packed.items()
-        }
-
-
-def evaluate_model(
-    *,
-    model: str,
-    against: str | None,
-    data: Sequence[tuple[str, str]],
-    text_field: str,
-    max_bytes: int,
-    json_path: Path | None,
-) -> None:
-    """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones."""
-    quiet_libraries()
-    documents = {name: _limited(Corpus(name=name, spec=spec, text_field=text_field), max_bytes) for name, spec in data}
-    models = [model] if against is None else [against, model]
-    results = {name: _evaluate(name, documents) for name in models}
-    header = ["domain", *models] + (["difference"] if against else [])
-    print("  ".join(f"{title:>24}" for title in header))
-    entries = []
-    for domain in documents:
-        values = [results[name][domain].bits_per_byte for name in models]
-        row = [domain, *(f"{value:.4f}" for value in values)] + (
-            [f"{values[1] / values[0] - 1:+.1%}"] if against else []
-        )
-        print("  ".join(f"{cell:>24}" for cell in row))
-        for name in models:
-            entries.append(
-                {"stage": name, "weights": "last", "domain": domain, **dataclasses.asdict(results[name][domain])}
-            )
-    if json_path is not None:
-        write_json_atomic(json_path, {"results": entries})
-
-
 def generate_text(model: str, prompt: str, *, new_tokens: int) -> None:
     """`cpt generate`."""
     if new_tokens < 1:
         raise UserError(f"--new-tokens is {new_tokens}: give at least 1")
-    directory = _directory(model)
+    directory = model_directory(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     produced = generate(

@@ -17,6 +17,7 @@ from cpt_jax.core.progress import Plan, progress
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.data.loader import Loader
 from cpt_jax.models.decoder import Network
+from cpt_jax.models.quantised import quantise
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Schedule
@@ -56,15 +57,18 @@ def _placed(training: Training) -> tuple[Tree, Tree, dict[str, NamedSharding]]:
     if not trainable:
         raise UserError(f"stage {training.name!r}: the method trains none of the model's weights")
 
-    def place(tree: Tree, dtype_of: Callable[[str], Any]) -> Tree:
-        flat = flatten(tree)
-        return unflatten({path: place_leaf(leaf, dtype_of(path), where[path]) for path, leaf in flat.items()})
+    flat, precision = flatten(trainable), training.precision
+    placed = {path: place_leaf(leaf, jnp.float32, where[path]) for path, leaf in flat.items()}
+    kept = {path: _frozen(leaf, path, precision, where[path]) for path, leaf in flatten(frozen).items()}
+    return unflatten(placed), unflatten(kept), where
 
-    return (
-        place(trainable, lambda path: jnp.float32),
-        place(frozen, training.precision.dtype_of),
-        where,
-    )
+
+def _frozen(leaf: Any, path: str, precision: Precision, sharding: NamedSharding) -> Any:
+    """A frozen leaf on its devices: in the compute type, or, of the layers' kernels, quantised."""
+    placed = place_leaf(leaf, precision.dtype_of(path), sharding)
+    if precision.frozen_kernels == "as computed" or not path.endswith("/kernel"):
+        return placed
+    return jax.jit(quantise, static_argnums=1, donate_argnums=0)(placed, precision.frozen_kernels)
 
 
 def _state_shardings(state: TrainState, where: dict[str, NamedSharding], mesh: Mesh) -> TrainState:

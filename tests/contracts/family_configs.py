@@ -68,7 +68,8 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "as released": TIED
         | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, sliding_window_pattern=3)
         | dict(rope_theta=1e6, rope_local_base_freq=10_000.0),
-        "linear": TIED | dict(head_dim=8, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6)
+        "linear": TIED
+        | dict(head_dim=8, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6)
         | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
         "untied, capped, nested rope": UNTIED
         | dict(head_dim=8, final_logit_softcapping=4.0, sliding_window=6, layer_types=ALTERNATING)
@@ -98,7 +99,9 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(attention_bias=False, rotary_pct=1.0, rope_scaling=dict(type="linear", factor=2.0)),
     },
     "qwen3_moe": {
-        "renormalised": UNTIED | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+        "renormalised": UNTIED
+        | EXPERTS
+        | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
         "not renormalised, tied": TIED | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
         "window, biases, yarn": UNTIED
         | EXPERTS

@@ -133,7 +133,9 @@ def test_attaching_lora_changes_nothing_and_merging_it_changes_nothing():
     trained = unflatten(adapted | flatten(plain))
     moved = run(config, trained, tokens, lora=lora)
     assert np.abs(moved - run(config, plain, tokens)).max() > 0.1
-    np.testing.assert_allclose(run(config, jax.tree.map(np.asarray, merge_lora(trained, lora)), tokens), moved, atol=1e-4)
+    np.testing.assert_allclose(
+        run(config, jax.tree.map(np.asarray, merge_lora(trained, lora)), tokens), moved, atol=1e-4
+    )
 
 
 def test_scan_and_unroll_and_remat_are_the_same():

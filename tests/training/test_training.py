@@ -272,3 +272,14 @@ def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp
     assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
     moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)
     assert optax.tree.norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_frozen_kernels_train_the_adapters_nearly_as_well(directories, tmp_path, kind):
+    method, steps = LoRA(rank=4, alpha=8), 6
+    train(training(directories, tmp_path / "whole", method, steps=steps))
+    few_bits = Precision(compute="float32", frozen_kernels=kind)
+    train(training(directories, tmp_path / "few", method, steps=steps, precision=few_bits, devices=4))
+    whole, few = losses(tmp_path / "whole"), losses(tmp_path / "few")
+    assert whole != few
+    np.testing.assert_allclose(few, whole, rtol=0.02 if kind == "int8" else 0.15)

@@ -1,0 +1,156 @@
+"""`cpt eval`: bits per byte by domain and multiple choice, of one model or of two side by side; and `cpt lm-eval`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import progress, quiet_libraries
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.data.sources import Corpus, texts_of
+from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
+from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_questions, difference, read_questions
+from cpt_jax.recipe.commands import FLOAT32, model_directory
+from cpt_jax.recipe.grow import check_fits
+from cpt_jax.recipe.model import load_model
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+# Text is read in rows of so many tokens, four at a time; questions, in batches of as many tokens.
+SEQUENCE_LENGTH, BATCH_SIZE = 512, 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Figures:
+    """What a model reached, by the name of a domain or of a set of questions."""
+
+    bits: dict[str, Result]
+    choices: dict[str, Outcomes]
+
+
+def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
+    texts, size = [], 0
+    for text in texts_of([corpus]):
+        size += len(text.encode())
+        if texts and size > max_bytes:
+            break
+        texts.append(text)
+    return texts
+
+
+def _evaluate(model: str, documents: dict[str, list[str]], questions: dict[str, list[Question]]) -> _Figures:
+    directory = model_directory(model)
+    tokenizer, loaded = Tokenizer(directory), load_model(directory)
+    check_fits(tokenizer, loaded.config.total_rows, directory)
+    length = min(SEQUENCE_LENGTH, loaded.config.max_position_embeddings)
+    packed = {name: pack_documents(tokenizer, texts, length) for name, texts in documents.items()}
+    network, weights = loaded.network, loaded.on_device(FLOAT32)
+    bits, choices = {}, {}
+    if packed:
+        with progress(f"evaluate {model}", sum(map(len, packed.values())), "rows") as shown:
+            for name, rows in packed.items():
+                bits[name] = bits_per_byte(
+                    network, weights, rows, batch_size=BATCH_SIZE, precision=FLOAT32, on_progress=shown.advance
+                )
+    for name, asked in questions.items():
+        with progress(f"{name}, {model}", sum(len(question.choices) for question in asked), "choices") as shown:
+            choices[name] = answer_questions(
+                tokenizer,
+                network,
+                weights,
+                asked,
+                batch_tokens=BATCH_SIZE * SEQUENCE_LENGTH,
+                precision=FLOAT32,
+                on_progress=shown.advance,
+            )
+    return _Figures(bits=bits, choices=choices)
+
+
+def _bits_entries(figures: dict[str, _Figures], domains: Sequence[str]) -> list[dict]:
+    """Prints bits per byte, a line a domain, and returns them for JSON."""
+    models, entries = list(figures), []
+    header = ["domain", *models] + (["difference"] if len(models) > 1 else [])
+    print("  ".join(f"{title:>24}" for title in header))
+    for domain in domains:
+        values = [figures[name].bits[domain].bits_per_byte for name in models]
+        row = [domain, *(f"{value:.4f}" for value in values)]
+        row += [f"{values[1] / values[0] - 1:+.1%}"] if len(models) > 1 else []
+        print("  ".join(f"{cell:>24}" for cell in row))
+        for name in models:
+            result = dataclasses.asdict(figures[name].bits[domain])
+            entries.append({"stage": name, "weights": "last", "domain": domain, **result})
+    return entries
+
+
+def _choices_entries(figures: dict[str, _Figures], names: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """Prints accuracies, a line a model, and returns them and the differences for JSON."""
+    models = list(figures)
+    width = max(map(len, (*models, "difference")))
+    entries: list[dict] = []
+    differences: list[dict] = []
+
+    def show(name: str, of: str, count: object, accuracy: str, normalised: str) -> None:
+        print(f"{name:>24}  {of:>{width}}  {count:>10}  {accuracy:>24}  {normalised:>12}")
+
+    show("choices", "", "questions", "accuracy ± std. error", "per byte")
+    for name in names:
+        found = [figures[model].choices[name] for model in models]
+        for model, outcomes in zip(models, found, strict=True):
+            entry = {
+                "model": model,
+                "name": name,
+                "accuracy": outcomes.accuracy,
+                "accuracy_normalised": outcomes.accuracy_normalised,
+                "standard_error": outcomes.standard_error,
+                "questions": len(outcomes),
+            }
+            entries.append(entry)
+            accuracy = f"{outcomes.accuracy:.1%} ± {outcomes.standard_error:.1%}"
+            show(name, model, len(outcomes), accuracy, f"{outcomes.accuracy_normalised:.1%}")
+        if len(models) > 1:
+            change, error = difference(*found)
+            normalised = found[1].accuracy_normalised - found[0].accuracy_normalised
+            entry = {"name": name, "accuracy": change, "accuracy_normalised": normalised, "standard_error": error}
+            differences.append(entry)
+            show(name, "difference", len(found[0]), f"{change:+.1%} ± {error:.1%}", f"{normalised:+.1%}")
+    return entries, differences
+
+
+def evaluate_model(
+    *,
+    model: str,
+    against: str | None,
+    data: Sequence[tuple[str, str]],
+    choices: Sequence[tuple[str, str]],
+    text_field: str,
+    max_bytes: int,
+    json_path: Path | None,
+) -> None:
+    """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions."""
+    if not data and not choices:
+        raise UserError("nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl")
+    quiet_libraries()
+    documents = {name: _limited(Corpus(name=name, spec=spec, text_field=text_field), max_bytes) for name, spec in data}
+    questions = {name: read_questions(Path(file).expanduser()) for name, file in choices}
+    models = [model] if against is None else [against, model]
+    figures = {name: _evaluate(name, documents, questions) for name in models}
+    written: dict[str, list[dict]] = {"results": [], "choices": []}
+    if documents:
+        written["results"] = _bits_entries(figures, list(documents))
+    if questions:
+        written["choices"], written["differences"] = _choices_entries(figures, list(questions))
+    if json_path is not None:
+        write_json_atomic(json_path, written)
+
+
+def run_harness(arguments: Sequence[str]) -> None:
+    """`cpt lm-eval`: the Language Model Evaluation Harness's own command, with our model in its registry."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        raise UserError("cpt lm-eval needs the package lm_eval: pip install lm_eval") from error
+    import cpt_jax.recipe.lm_eval_model  # noqa: F401
+
+    quiet_libraries()
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()

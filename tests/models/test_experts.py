@@ -1,0 +1,88 @@
+"""Experts spread over devices compute what one device computes; adapters on them merge; loads are counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inputs import random_weights, tiny_config
+
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.decoder import abstract_decoder, apply
+from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
+from cpt_jax.models.linear import LoRAConfig, merge_lora
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.placement import place
+from cpt_jax.sharding.rules import shardings
+from cpt_jax.training.loss import make_loss
+
+EXPERTS = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1)
+LORA = LoRAConfig(rank=4, alpha=8)
+
+
+def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    whole = {
+        "inputs": generator.integers(0, 320, (rows, length)),
+        "targets": generator.integers(0, 320, (rows, length)),
+        "positions": np.broadcast_to(np.arange(length), (rows, length)),
+        "segment_ids": np.ones((rows, length)),
+        "domains": np.zeros((rows, length)),
+    }
+    return {name: array.astype(np.int32) for name, array in whole.items()} | {
+        "weights": np.ones((rows, length), np.float32)
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(expert=4, fsdp=2),
+        dict(expert=2, fsdp=2, tensor=2),
+        dict(fsdp=4, replica=2),
+        dict(expert=2, tensor=4, fsdp=1),
+    ],
+    ids=str,
+)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
+    config = tiny_config(experts=EXPERTS)
+    network = abstract_decoder(config, LORA)
+    weights = random_weights(config, lora=LORA)
+    loss = make_loss(network, jnp.dtype("float32"), lambda path: True, 1)
+    gradient = jax.value_and_grad(lambda weights, batch: loss(weights, batch)[0])
+    expected, expected_gradients = jax.jit(gradient)(jax.tree.map(jnp.asarray, weights), batch())
+
+    mesh = make_mesh(**sizes)
+    where = shardings(network.logical_axes, network.shapes, mesh)
+    placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
+    held = placed["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
+    assert held.shape[1] == 4 // mesh.shape["expert"]
+    with jax.set_mesh(mesh):
+        found, gradients = jax.jit(gradient)(placed, batch())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for path, leaf in flatten(gradients).items():
+        reference = flatten(expected_gradients)[path]
+        np.testing.assert_allclose(
+            leaf, reference, rtol=1e-3, atol=1e-4 * float(jnp.abs(reference).max()), err_msg=path
+        )
+
+
+def test_adapters_of_experts_merge():
+    config = tiny_config(experts=EXPERTS)
+    weights = random_weights(config, lora=LORA)
+    tokens = jnp.asarray(batch()["inputs"])
+    arguments = (tokens, jnp.broadcast_to(jnp.arange(16)[None], tokens.shape), jnp.ones_like(tokens))
+    merged = jax.tree.map(np.asarray, merge_lora(weights, LORA))
+    adapted = apply(abstract_decoder(config, LORA), weights_on_device(weights), *arguments, compute_dtype="float32")
+    found = apply(abstract_decoder(config), weights_on_device(merged), *arguments, compute_dtype="float32")
+    np.testing.assert_allclose(found, adapted, atol=1e-4)
+
+
+def weights_on_device(weights: dict) -> dict:
+    return jax.tree.map(jnp.asarray, weights)
+
+
+def test_an_even_load_costs_the_number_of_experts_a_token():
+    even = Balance(jnp.full((3, 4), 10.0 * 2 / 4), jnp.full((3, 4), 10.0 / 4))
+    np.testing.assert_allclose(load_balancing_loss(even, jnp.float32(10)), 2.0)
+    all_to_one = Balance(jnp.array([[10.0, 0, 0, 0]]), jnp.array([[10.0, 0, 0, 0]]))
+    np.testing.assert_allclose(load_balancing_loss(all_to_one, jnp.float32(10)), 4.0)
