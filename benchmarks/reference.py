@@ -100,7 +100,7 @@ def check_model(check: Checks, run: Path, recipe: Recipe, directory: Path, stage
                 pad_token_id=tokenizer.end_id,
             )
         expected = [index for index in found[0].tolist()[len(ids) :] if index != tokenizer.end_id]
-        produced = generate(ours.network, weights, ids, new_tokens=count, end_ids=(tokenizer.end_id,))
+        [produced] = generate(ours.network, weights, [ids], new_tokens=count, end_ids=(tokenizer.end_id,))
         check(f"{stage}: greedy text after {prompt!r} is that of transformers", produced == expected)
 
 

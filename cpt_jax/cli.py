@@ -175,15 +175,29 @@ def _lm_eval(_: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import generate_text
+    from cpt_jax.models.sampling import Sampling
+    from cpt_jax.recipe.generate_command import generate_text
 
-    generate_text(arguments.model, arguments.prompt, new_tokens=arguments.new_tokens)
+    generate_text(
+        model=arguments.model,
+        prompts=arguments.prompt,
+        prompts_path=arguments.prompts,
+        new_tokens=arguments.new_tokens,
+        sampling=Sampling(
+            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
+        ),
+        stop=arguments.stop,
+        chat=arguments.chat,
+        json_path=arguments.json,
+    )
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.run import export_run
 
-    export_run(arguments.run, arguments.out, weights=arguments.weights)
+    names = ("weights", "interpolate_base", "adapter", "dtype", "shard_gb")
+    given = {name: getattr(arguments, name) for name in names}
+    export_run(arguments.run, arguments.out, {name: value for name, value in given.items() if value is not None})
 
 
 def _report(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -385,15 +399,32 @@ def _parser() -> argparse.ArgumentParser:
         overrides=True,
     )
 
-    sub = command(commands, "generate", _generate, "Continues a prompt, greedily.")
-    sub.add_argument("--model", required=True)
-    sub.add_argument("--prompt", required=True)
-    sub.add_argument("--new-tokens", type=int, default=100)
+    sub = command(commands, "generate", _generate, "Continues prompts: the likeliest tokens, or tokens drawn.")
+    sub.add_argument("--model", required=True, help="a HF directory, a .gguf file, a hub id, or a run's directory")
+    sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    sub.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ...} on each'
+    )
+    sub.add_argument("--new-tokens", type=int, default=100, metavar="N", help="at most (default 100)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    sub.add_argument("--top-p", type=float, metavar="SHARE", help="draw from the fewest tokens that have this share")
+    sub.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed draws the same text")
+    sub.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these")
+    sub.add_argument("--chat", action="store_true", help="prompts are a user's turns, by the tokenizer's chat template")
+    json_out(sub)
 
-    sub = command(commands, "export", _export, "A run's result as a HF model directory.")
+    sub = command(commands, "export", _export, "A run's result as a HF model directory, or as a PEFT adapter.")
     sub.add_argument("--run", required=True, type=Path)
     sub.add_argument("--out", required=True, type=Path)
-    sub.add_argument("--weights", choices=("ema", "last"), default="last")
+    unset = "(default: as the recipe says)"
+    sub.add_argument("--weights", choices=("ema", "last"), help=unset)
+    sub.add_argument(
+        "--interpolate-base", type=float, metavar="SHARE", help=f"of the base in every old weight, as WiSE-FT {unset}"
+    )
+    sub.add_argument("--adapter", action="store_true", default=None, help="a PEFT adapter over the run's base/")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=unset)
+    sub.add_argument("--shard-gb", type=float, metavar="GB", help=f"largest weight file {unset}")
 
     sub = command(commands, "report", _report, "A run's HTML report; with several runs, a page that compares them.")
     sub.add_argument("run", nargs="+", type=Path)

@@ -155,12 +155,12 @@ def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> La
     first = next(iter(sources.values()))
     depth = len(first.place.index)
 
-    def read(slices: Slices) -> np.ndarray:
+    def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
         if not depth:
-            return first.read(slices)
-        return stacked(slices, depth, first.dtype, lambda index, inner: sources[index].read(inner))
+            return first.read(slices).astype(dtype, copy=False)
+        return stacked(slices, depth, dtype, lambda index, inner: sources[index].read(inner))
 
-    return LazyArray(shape, first.dtype, read)
+    return LazyArray(shape, first.dtype, read, len(shape) - 1 if first.place.transposed else depth)
 
 
 def _tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
@@ -203,6 +203,7 @@ def save(
     hf_config: dict,
     tokenizer_directory: Path,
     *,
+    generation: Path | None = None,
     dtype: Any = np.float32,
     shard_bytes: int = SHARD_BYTES,
     card: str | None = None,
@@ -212,7 +213,8 @@ def save(
     One file's tensors are in memory at a time.
 
     Args:
-      tokenizer_directory: whose tokenizer and generation_config.json go along.
+      tokenizer_directory: whose tokenizer files go along.
+      generation: whose generation_config.json goes along (default: the tokenizer's directory).
       card: the text of README.md.
 
     Raises:
@@ -237,8 +239,9 @@ def save(
         saved_config = hf_config | {"vocab_size": config.total_rows, "dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
         write_json_atomic(out / "config.json", saved_config)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (source := Path(tokenizer_directory) / name).exists():
-                shutil.copyfile(source, out / name)
+        companions = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
+        for source in [*companions, Path(generation or tokenizer_directory) / "generation_config.json"]:
+            if source.exists():
+                shutil.copyfile(source, out / source.name)
         if card is not None:
             write_text_atomic(out / "README.md", card)

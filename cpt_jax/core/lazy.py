@@ -9,13 +9,27 @@ Slices = tuple[slice, ...]
 
 
 class LazyArray:
-    """An array [*shape] whose parts are made on demand: `read` gets one slice of step 1 for each axis, with its bounds.
+    """An array [*shape] whose parts are made on demand; `leaf[...]` and `np.asarray(leaf)` make NumPy arrays, and
+    nothing is kept.
 
-    `leaf[...]` and `np.asarray(leaf)` make NumPy arrays; nothing is kept.
+    Args:
+      read: makes a part of a wanted type, from one slice of step 1 for each axis, with its bounds.
+      row_axis: the axis along which parts lie together in the file, if there is one: reading a part of it reads
+        nothing else.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Slices], np.ndarray]) -> None:
-        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        read: Callable[[Slices, np.dtype], np.ndarray],
+        row_axis: int | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.row_axis, self._read = tuple(shape), np.dtype(dtype), row_axis, read
+
+    def part(self, slices: Slices, dtype: Any) -> np.ndarray:
+        """The part within `slices` (one for each axis, of step 1, with bounds), as `dtype`."""
+        return self._read(slices, np.dtype(dtype))
 
     @property
     def ndim(self) -> int:
@@ -48,18 +62,18 @@ class LazyArray:
                 if not -size <= part < size:
                     raise IndexError(f"index {part} is out of bounds for an axis of {size}")
                 slices.append(slice(int(part) % size, int(part) % size + 1))
-        array = self._read(tuple(slices))
+        array = self.part(tuple(slices), self.dtype)
         return array[tuple(0 if not isinstance(part, slice) else slice(None) for part in given)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self._read(tuple(slice(0, size) for size in self.shape))
-        return array if dtype is None else array.astype(dtype, copy=False)
+        return self.part(tuple(slice(0, size) for size in self.shape), self.dtype if dtype is None else dtype)
 
 
 def stacked(
-    slices: Slices, depth: int, dtype: Any, part: Callable[[tuple[int, ...], Slices], np.ndarray]
+    slices: Slices, depth: int, dtype: np.dtype, part: Callable[[tuple[int, ...], Slices], np.ndarray]
 ) -> np.ndarray:
-    """What `slices` ask for of an array whose first `depth` axes stack parts, each made by `part(index, inner slices)`."""
+    """What `slices` ask for of an array whose first `depth` axes stack parts, each made by `part(index, inner slices)`
+    and held one at a time."""
     outer, inner = slices[:depth], slices[depth:]
     counts = tuple(each.stop - each.start for each in outer)
     out = np.empty(counts + tuple(each.stop - each.start for each in inner), dtype)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,7 +15,7 @@ from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.models.rope import DynamicNTK, LongRoPE
-from cpt_jax.models.sampling import Sampling, choose, row_keys
+from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
 
 SHORTEST = 64
 
@@ -92,15 +92,12 @@ def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_toke
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """The continuation of several prompts, read together; iterated once, it gives (row, token) as tokens come.
 
     A row ends after `new_tokens`, at one of `end_ids` (which is not given), or when it is stopped. Its tokens do not
     depend on the rows beside it; its random numbers depend on the seed and on its number in `numbers` (default: 0, 1,
-    ...).
-
-    While a token is read from the device, the next one is being computed there.
+    ...). While a token is read from the device, the next one is being computed there.
 
     Rotations that depend on a text's length go by each row's own length so far. With LongRoPE, a row that grows past
     the original length is read anew with the long factors, as transformers does for Phi-3; with DynamicNTK, keys stay
@@ -110,52 +107,58 @@ class Generation:
       UserError: an empty prompt, or one that leaves no room in the model's context.
     """
 
-    network: Network
-    weights: Tree
-    prompts: Sequence[Sequence[int]]
-    new_tokens: int
-    sampling: Sampling = Sampling()
-    end_ids: Sequence[int] = ()
-    numbers: Sequence[int] | None = None
-    compute_dtype: Any = "float32"
-    _live: set[int] = dataclasses.field(default_factory=set, init=False)
-
-    def __post_init__(self) -> None:
-        check_room(self.network.config, self.prompts, self.new_tokens)
-        self._live.update(range(len(self.prompts)))
+    def __init__(
+        self,
+        network: Network,
+        weights: Tree,
+        prompts: Sequence[Sequence[int]],
+        *,
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        end_ids: Collection[int] = (),
+        numbers: Sequence[int] | None = None,
+        compute_dtype: Any = "float32",
+    ) -> None:
+        check_room(network.config, prompts, new_tokens)
+        self._network, self._weights, self._prompts, self._new_tokens = network, weights, prompts, new_tokens
+        # What is compiled does not depend on the seed.
+        self._sampling, self._seed = dataclasses.replace(sampling, seed=0), sampling.seed
+        self._end_ids = frozenset(end_ids)
+        self._numbers = range(len(prompts)) if numbers is None else numbers
+        self._functions = _functions(network, jnp.dtype(compute_dtype))
+        self._live = set(range(len(prompts)))
 
     def stop(self, row: int) -> None:
         """Ends a row: nothing more comes from it."""
         self._live.discard(row)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.prompts:
+        if not self._prompts:
             return
-        functions = _functions(self.network, jnp.dtype(self.compute_dtype))
+        read_prompts, read_tokens = self._functions
         tokens, first, keys = self._inputs()
         width = tokens.shape[1]
-        length = _rounded(width + self.new_tokens)
-        # What is compiled does not depend on the seed.
-        sampling = dataclasses.replace(self.sampling, seed=0)
-        logits, cache = functions.read_prompts(self.weights, tokens, first, np.int32(width - 1), length)
-        chosen = [choose(logits, keys, np.int32(0), sampling)]
-        for count in range(1, self.new_tokens + 1):
-            if count < self.new_tokens:
-                index = width + count - 1
+        length = _rounded(width + self._new_tokens)
+        logits, cache = read_prompts(self._weights, tokens, first, np.int32(width - 1), length)
+        chosen = [choose(logits, keys, np.int32(0), self._sampling)]
+        for count in range(1, self._new_tokens + 1):
+            if count < self._new_tokens:
+                index = np.int32(width + count - 1)
                 if self._crosses(index + 1 - first):
-                    del cache
-                    so_far = _filled(np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1), length)
-                    logits, cache = functions.read_prompts(self.weights, so_far, first, np.int32(index), length)
+                    so_far = _filled(np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1))
+                    logits, cache = read_prompts(self._weights, so_far, first, index, length)
                 else:
-                    logits, cache = functions.read_tokens(self.weights, chosen[-1], first, cache, np.int32(index))
-                chosen.append(choose(logits, keys, np.int32(count), sampling))
+                    logits, cache = read_tokens(self._weights, chosen[-1], first, cache, index)
+                chosen.append(choose(logits, keys, np.int32(count), self._sampling))
+            # Read only now that the device has its next work.
             yield from self._given(np.asarray(chosen[count - 1]).tolist())
             if not self._live:
                 return
 
     def _given(self, tokens: list[int]) -> Iterator[tuple[int, int]]:
+        """The tokens of the rows that have not ended, this token included."""
         for row, token in enumerate(tokens):
-            if row in self._live and token in self.end_ids:
+            if row in self._live and token in self._end_ids:
                 self.stop(row)
             elif row in self._live:
                 yield row, token
@@ -163,27 +166,26 @@ class Generation:
     def _inputs(self) -> tuple[np.ndarray, np.ndarray, Array]:
         """(tokens [B, S], filled on the left; the place of each row's first; random keys). The number of rows is
         filled up to a power of two with rows that nobody sees."""
-        rows = 1 << (len(self.prompts) - 1).bit_length()
-        width = _rounded(max(map(len, self.prompts)))
+        rows = 1 << (len(self._prompts) - 1).bit_length()
+        width = _rounded(max(map(len, self._prompts)))
         tokens, first = np.zeros((rows, width), np.int32), np.full(rows, width - 1, np.int32)
-        for row, prompt in enumerate(self.prompts):
+        for row, prompt in enumerate(self._prompts):
             first[row] = width - len(prompt)
             tokens[row, first[row] :] = prompt
-        numbers = range(len(self.prompts)) if self.numbers is None else self.numbers
-        padded = [*numbers, *[0] * (rows - len(self.prompts))]
-        return tokens, first, row_keys(self.sampling.seed, jnp.asarray(padded, jnp.uint32))
+        numbers = np.zeros(rows, np.uint32)
+        numbers[: len(self._prompts)] = self._numbers
+        return tokens, first, row_keys(self._seed, numbers)
 
     def _crosses(self, lengths: np.ndarray) -> bool:
         """Whether a row has just grown past the length from which all its tokens are turned otherwise."""
-        scalings = [kind.rope.scaling for kind in self.network.config.layer_kinds]
+        scalings = [kind.rope.scaling for kind in self._network.config.layer_kinds]
         originals = [each.original_length for each in scalings if isinstance(each, LongRoPE)]
         return any(lengths[row] == original + 1 for row in self._live for original in originals)
 
 
-def _filled(tokens: np.ndarray, most: int) -> np.ndarray:
+def _filled(tokens: np.ndarray) -> np.ndarray:
     """Filled up on the right, where no query that counts sees it."""
-    width = min(_rounded(tokens.shape[1]), most)
-    return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+    return np.pad(tokens, ((0, 0), (0, _rounded(tokens.shape[1]) - tokens.shape[1])))
 
 
 def generate(
@@ -192,8 +194,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
-    sampling: Sampling = Sampling(),
-    end_ids: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    end_ids: Collection[int] = (),
     compute_dtype: Any = "float32",
 ) -> list[list[int]]:
     """The tokens that follow each prompt, all read together: see `Generation`.
@@ -203,9 +205,9 @@ def generate(
     """
     produced: list[list[int]] = [[] for _ in prompts]
     generation = Generation(
-        network=network,
-        weights=weights,
-        prompts=prompts,
+        network,
+        weights,
+        prompts,
         new_tokens=new_tokens,
         sampling=sampling,
         end_ids=end_ids,

@@ -110,12 +110,13 @@ def merge_lora(weights: Tree, lora: LoRAConfig) -> Tree:
 def _merged(kernel, a, b, scale: float) -> LazyArray:
     """kernel [..., i, o] + scale a [..., i, r] b [..., r, o], float32."""
 
-    def read(slices: Slices) -> np.ndarray:
+    def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
         *stack, rows, columns = slices
         first, second = (
             np.asarray(part[(*stack, *inner)], np.float32)
             for part, inner in ((a, (rows, slice(None))), (b, (slice(None), columns)))
         )
-        return np.asarray(kernel[slices], np.float32) + np.float32(scale) * np.matmul(first, second)
+        merged = np.asarray(kernel[slices], np.float32) + np.float32(scale) * np.matmul(first, second)
+        return merged.astype(dtype, copy=False)
 
     return LazyArray(kernel.shape, np.float32, read)

@@ -6,7 +6,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from cpt_jax.core.errors import UserError
 
@@ -39,9 +40,12 @@ class Sampling:
                 )
 
 
-def row_keys(seed: int, rows: Int[Array, "B"]) -> Key[Array, "B"]:
+GREEDY = Sampling()
+
+
+def row_keys(seed: int, rows: UInt[np.ndarray, "B"]) -> Key[Array, "B"]:
     """Each row's random numbers: of the seed and its own number alone."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(rows))
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

@@ -17,8 +17,6 @@ from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
-from cpt_jax.models.generate import generate
-from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
@@ -121,16 +119,3 @@ def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, 
         print(
             f"{out / name}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens; left out: {left_out}"
         )
-
-
-def generate_text(model: str, prompt: str, *, new_tokens: int) -> None:
-    """`cpt generate`."""
-    if new_tokens < 1:
-        raise UserError(f"--new-tokens is {new_tokens}: give at least 1")
-    directory = model_directory(model)
-    tokenizer, loaded = Tokenizer(directory), load_model(directory)
-    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
-    produced = generate(
-        loaded.network, loaded.on_device(FLOAT32), ids, new_tokens=new_tokens, end_ids=(tokenizer.end_id,)
-    )
-    print(tokenizer.decode(ids[1:] + produced))

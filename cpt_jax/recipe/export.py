@@ -1,10 +1,12 @@
 """The way out: a Hugging Face directory whose logits are those of the trained model, and samples."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from cpt_jax.checkpoint.hf import save
@@ -14,7 +16,7 @@ from cpt_jax.core.progress import say
 from cpt_jax.models.decoder import apply, logits
 from cpt_jax.models.generate import generate
 from cpt_jax.recipe.model import Model, load_model
-from cpt_jax.recipe.recipe import Samples
+from cpt_jax.recipe.recipe import Export, Samples
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 GATE = 1e-4
@@ -40,39 +42,54 @@ def text_logits(model: Model, tokens: Sequence[int], precision: Precision = FLOA
         return np.asarray(run(model.on_device(precision), jnp.asarray([list(tokens)], jnp.int32)))[0]
 
 
-def export_model(model: Model, tokenizer: Path, texts: Sequence[str], out: Path) -> float:
+def export_model(
+    model: Model, tokenizer: Path, texts: Sequence[str], out: Path, export: Export, *, generation: Path, card: str
+) -> float:
     """Writes the model, adapters merged, and reloads it: refused (nothing is left) unless its logits on `texts` are
     the trained model's.
+
+    Args:
+      generation: a directory whose generation_config.json goes along.
 
     Returns:
       The largest absolute difference of a logit.
     """
     say(f"export: writing {out}")
-    reader = Tokenizer(tokenizer)
-    checked = [[reader.start_id, *reader.encode(text)][:GATE_TOKENS] for text in texts]
-    pending = out.with_name(out.name + ".unchecked")
-    merged = model.merged()
-    save(pending, merged.config, merged.weights, model.hf_config, tokenizer)
-    reloaded = load_model(pending)
-    difference = max(float(np.abs(text_logits(model, ids) - text_logits(reloaded, ids)).max()) for ids in checked)
+    pending, dtype = out.with_name(out.name + ".unchecked"), np.dtype(getattr(ml_dtypes, export.dtype, export.dtype))
+    merged = model.merged().rounded(dtype)
+    save(
+        pending,
+        merged.config,
+        merged.weights,
+        model.hf_config,
+        tokenizer,
+        generation=generation,
+        dtype=dtype,
+        shard_bytes=int(export.shard_gb * 1e9),
+        card=card,
+    )
+    difference, tokens = logit_difference(merged, load_model(pending), Tokenizer(tokenizer), texts)
     if not difference < GATE:
+        shutil.rmtree(pending)
         raise UserError(
-            f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g} (left in {pending})"
+            f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g}"
         )
     pending.replace(out)
-    say(
-        f"export: logits of the reloaded model differ by at most {difference:.2g} on {sum(map(len, checked))} tokens of held-out text"
-    )
+    say(f"export: logits of the reloaded model differ by at most {difference:.2g} on {tokens} tokens of held-out text")
     return difference
+
+
+def logit_difference(first: Model, second: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[float, int]:
+    """(largest absolute difference of a logit, tokens compared), in float64, of the beginnings of texts."""
+    checked = [[tokenizer.start_id, *tokenizer.encode(text)][:GATE_TOKENS] for text in texts]
+    differences = [np.abs(text_logits(first, ids) - text_logits(second, ids)).max() for ids in checked]
+    return float(max(differences)), sum(map(len, checked))
 
 
 def sample_page(model: Model, tokenizer: Tokenizer, samples: Samples) -> list[str]:
     """Each prompt with its greedy continuation."""
     merged = model.merged().unrolled(False)
     weights = merged.on_device(FLOAT32)
-    texts = []
-    for prompt in samples.prompts:
-        ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
-        produced = generate(merged.network, weights, ids, new_tokens=samples.new_tokens, end_ids=(tokenizer.end_id,))
-        texts.append(tokenizer.decode(ids[1:] + produced))
-    return texts
+    prompts = [[tokenizer.start_id, *ids] for ids in tokenizer.encode_documents(list(samples.prompts))]
+    produced = generate(merged.network, weights, prompts, new_tokens=samples.new_tokens, end_ids=(tokenizer.end_id,))
+    return [tokenizer.decode(ids[1:] + new) for ids, new in zip(prompts, produced, strict=True)]

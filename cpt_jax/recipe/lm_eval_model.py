@@ -165,11 +165,12 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(text, stop, think_end_token=None)
 
     def _continuation(self, prompt: list[int], new_tokens: int) -> list[int]:
-        return generate(
+        [produced] = generate(
             self._network,
             self._weights,
-            prompt,
+            [prompt],
             new_tokens=new_tokens,
             end_ids=(self.eot_token_id,),
             compute_dtype=self._precision.compute,
         )
+        return produced

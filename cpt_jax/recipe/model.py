@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from cpt_jax.adapt import Method
 from cpt_jax.checkpoint.hf import load
+from cpt_jax.core.lazy import LazyArray, Slices
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
@@ -44,6 +46,19 @@ class Model:
             return self
         return dataclasses.replace(self, weights=merge_lora(self.weights, self.lora), lora=None)
 
+    def interpolated(self, base: "Model", share: float) -> "Model":
+        """(1 - share) * this + share * base in every weight that the base has, adapters merged; new rows stay."""
+        old, mixed = flatten(base.weights), flatten(self.merged().weights)
+        for path, leaf in mixed.items():
+            if path not in ("embed/new", "head/new"):
+                mixed[path] = _between(leaf, old[path], share)
+        return dataclasses.replace(self, weights=unflatten(mixed), lora=None)
+
+    def rounded(self, dtype: Any) -> "Model":
+        """This model with its weights rounded to a file's type."""
+        flat = {path: _rounded(leaf, dtype) for path, leaf in flatten(self.weights).items()}
+        return dataclasses.replace(self, weights=unflatten(flat))
+
     def adapted(self, method: Method, seed: int) -> "Model":
         """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change
         nothing yet."""
@@ -75,6 +90,21 @@ class Model:
         """The weights as arrays of the computation's types, on the first device."""
         flat, device = flatten(self.weights), SingleDeviceSharding(jax.local_devices()[0])
         return unflatten({path: place(leaf, precision.dtype_of(path), device) for path, leaf in flat.items()})
+
+
+def _between(leaf: Any, base: Any, share: float) -> LazyArray:
+    def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
+        old, new = (np.asarray(each[slices], np.float32) for each in (base, leaf))
+        return (np.float32(1 - share) * new + np.float32(share) * old).astype(dtype, copy=False)
+
+    return LazyArray(leaf.shape, np.float32, read)
+
+
+def _rounded(leaf: Any, dtype: Any) -> LazyArray:
+    def read(slices: Slices, wanted: np.dtype) -> np.ndarray:
+        return np.asarray(leaf[slices]).astype(dtype, copy=False).astype(wanted, copy=False)
+
+    return LazyArray(leaf.shape, dtype, read)
 
 
 def load_model(directory: Path, base_rows: int | None = None) -> Model:

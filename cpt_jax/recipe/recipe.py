@@ -76,8 +76,10 @@ class Stage:
             raise UserError(
                 f"stage {self.name!r}: a batch of {self.batch_size} rows does not divide into accumulate={self.accumulate} parts"
             )
-        if not self.name or "/" in self.name or self.name in ("base", "extended"):
-            raise UserError(f"stage name {self.name!r}: give one without '/' that is neither 'base' nor 'extended'")
+        if not self.name or "/" in self.name or self.name in ("base", "extended", "export"):
+            raise UserError(
+                f"stage name {self.name!r}: give one without '/' that is not 'base', 'extended' or 'export'"
+            )
 
     @property
     def steps(self) -> int:
@@ -103,6 +105,30 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What leaves the house: the last weights or their moving average, as a whole model or as a PEFT adapter.
+
+    `interpolate_base`: share of the base in every old weight, (1 - share) * trained + share * base (WiSE-FT: Wortsman
+    et al. 2021, arXiv 2109.01903); new rows, which the base does not have, stay as trained. `shard_gb`: largest
+    weight file, in 10^9 bytes.
+    """
+
+    weights: Literal["last", "ema"] = "last"
+    interpolate_base: float = 0.0
+    adapter: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interpolate_base < 1:
+            raise UserError(f"interpolate_base is {self.interpolate_base}: give a share of at least 0 and below 1")
+        if self.shard_gb <= 0:
+            raise UserError(f"shard_gb is {self.shard_gb}: give more than 0")
+        if self.adapter and (self.interpolate_base or self.dtype != "float32"):
+            raise UserError("an adapter holds what was trained, in float32: export the whole model for anything else")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run. `base` is a HF directory, a .gguf file or a hub id."""
 
@@ -116,8 +142,7 @@ class Recipe:
     samples: Samples = Samples()
     # In training, each vocabulary table is padded to a multiple of so many rows.
     pad_vocabulary_to: int = 128
-    # Which weights leave the house: the last ones or their moving average.
-    export_weights: Literal["last", "ema"] = "last"
+    export: Export = Export()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -142,11 +167,15 @@ class Recipe:
                 raise UserError(
                     f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage"
                 )
-        if self.export_weights == "ema" and (not self.stages or self.stages[-1].ema is None):
-            raise UserError("export_weights is 'ema', but the last stage keeps no EMA: give it one, or export 'last'")
+        self.check_export(self.export)
+
+    def check_export(self, export: Export) -> None:
+        """Raises a UserError where the stages do not keep what is to be exported."""
+        if export.weights == "ema" and (not self.stages or self.stages[-1].ema is None):
+            raise UserError("the EMA weights are to be exported, but the last stage keeps none: export the last ones")
 
     def named(self, role: str) -> list[str]:
         return [domain.name for domain in self.domains if domain.role == role]
 
 
-__all__ = ["Domain", "Embeddings", "Evaluation", "Full", "LoRA", "Recipe", "Samples", "Stage", "Vocabulary"]
+__all__ = ["Domain", "Embeddings", "Evaluation", "Export", "Full", "LoRA", "Recipe", "Samples", "Stage", "Vocabulary"]

@@ -52,7 +52,7 @@ def _label(entry: dict) -> str:
 def _final_label(config: dict) -> str:
     stages = config.get("stages") or []
     last = stages[-1]["name"] if stages else "extended"
-    return last + (" EMA" if config.get("export_weights") == "ema" else "")
+    return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
 
 
 def _grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dict]]:

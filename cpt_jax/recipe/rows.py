@@ -92,7 +92,13 @@ class Growth:
         """Writes the grown model, in the base's own type, with the extended tokenizer."""
         model = self.model(rows)
         save(
-            out, model.config, model.weights, self._hf_config, self.extended.directory, dtype=self.tables["embed"].dtype
+            out,
+            model.config,
+            model.weights,
+            self._hf_config,
+            self.extended.directory,
+            generation=self.base.directory,
+            dtype=self.tables["embed"].dtype,
         )
 
 

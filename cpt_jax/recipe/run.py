@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,10 +20,11 @@ from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
+from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.export import export_model, sample_page
 from cpt_jax.recipe.grow import check_fits, grow_tokenizer
 from cpt_jax.recipe.model import Model, load_model
-from cpt_jax.recipe.recipe import Domain, Recipe, Stage
+from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
 from cpt_jax.recipe.report import domain_table, write_report
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
@@ -196,6 +198,8 @@ class Pipeline:
         names = [stage.name for stage in self.recipe.stages]
         if stage_name == "base":
             model = load_model(self.source).padded(self.recipe.pad_vocabulary_to)
+        elif stage_name == "export":
+            model = load_model(self.path / "export")
         elif stage_name == "extended":
             grown = self.recipe.vocabulary is not None
             model = load_model(self.path / "base", self.base_tokenizer.size if grown else None)
@@ -273,7 +277,8 @@ class Pipeline:
         """Bits per byte on every domain, into evaluations/ and eval.json."""
         name = f"evaluate-{stage_name}-{weights}"
         out = self.path / "evaluations" / f"{stage_name}-{weights}.json"
-        trained = {"base": "base", "extended": "base-model"}.get(stage_name, f"stage-{stage_name}")
+        stations = {"base": "base", "extended": "base-model", "export": "export"}
+        trained = stations.get(stage_name, f"stage-{stage_name}")
         heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
         inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout]
         self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
@@ -306,7 +311,7 @@ class Pipeline:
 
     def _collect(self) -> None:
         """eval.json: what has been evaluated so far, in the run's order."""
-        order = ["base", "extended", *(stage.name for stage in self.recipe.stages)]
+        order = ["base", "extended", *(stage.name for stage in self.recipe.stages), "export"]
         files = [
             self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")
         ]
@@ -314,28 +319,41 @@ class Pipeline:
         entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
         write_json_atomic(self.path / "eval.json", entries)
 
-    def _final(self) -> tuple[str, str]:
-        return (self.recipe.stages[-1].name if self.recipe.stages else "extended"), self.recipe.export_weights
+    @property
+    def _last_stage(self) -> str:
+        return self.recipe.stages[-1].name if self.recipe.stages else "extended"
 
     def export(self) -> None:
-        out = self.path / "export"
-        stage, weights = self._final()
-        inputs = [weights, self.marks.get(f"stage-{stage}", self.marks["base-model"])]
-        self._station("export", inputs, [out], lambda: self.write_export(weights, out))
+        out, export, stage = self.path / "export", self.recipe.export, self._last_stage
+        inputs = [to_json(export), self.marks.get(f"stage-{stage}", self.marks["base-model"])]
+        self._station("export", inputs, [out], lambda: self.write_export(export, out))
+        if export.interpolate_base:
+            # What leaves the house is none of the models evaluated so far.
+            self.evaluate("export", "last")
 
-    def write_export(self, weights: str, out: Path) -> None:
-        """The result with its last or averaged weights, checked on a held-out text of each domain."""
+    def write_export(self, export: Export, out: Path) -> None:
+        """The result, checked on a held-out text of each domain, with its card."""
         texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
-        export_model(self.after(self._final()[0], weights), self.path / "tokenizer", texts, out)
+        model = self.after(self._last_stage, export.weights)
+        if export.interpolate_base:
+            model = model.interpolated(self.after("extended", "last"), export.interpolate_base)
+        manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
+        tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
+        card = model_card(self.recipe, export, json.loads((self.path / "eval.json").read_text()), tokens)
+        export_model(model, self.path / "tokenizer", texts, out, export, generation=self.source, card=card)
 
     def samples(self) -> None:
         out = self.path / "samples.md"
-        stage, weights = self._final()
         settings = self.recipe.samples
 
         def write() -> None:
             say("samples: continuing the prompts")
-            after = sample_page(self.after(stage, weights), self.tokenizer, settings)
+            # An adapter is no model of its own.
+            whole = not self.recipe.export.adapter
+            result = self.after(
+                "export" if whole else self._last_stage, "last" if whole else self.recipe.export.weights
+            )
+            after = sample_page(result, self.tokenizer, settings)
             before = sample_page(self.after("base", "last"), self.base_tokenizer, settings)
             parts = ["# The same prompts, before and after\n"]
             for prompt, old, new in zip(settings.prompts, before, after, strict=True):
@@ -393,20 +411,22 @@ def _link_directory(source: Path, out: Path) -> None:
                     shutil.copyfile(path, directory / path.name)
 
 
-def export_run(run_directory: Path, out: Path, *, weights: str) -> None:
-    """Exports a finished run's result elsewhere, or with other weights than its recipe says.
+def export_run(run_directory: Path, out: Path, changes: dict[str, Any]) -> None:
+    """Exports a finished run's result elsewhere, otherwise than its recipe says in what `changes` of its `Export`.
 
     Raises:
-      UserError: no run, not finished, or no such weights.
+      UserError: no run, not finished, no such weights, or there is something at `out`.
     """
+    if out.exists():
+        raise UserError(f"{out} exists: give another --out, or remove it first")
     config = run_directory / "config.json"
     if not config.exists():
         raise UserError(f"{run_directory} is no run's directory (no config.json)")
     recipe = from_json(Recipe, json.loads(config.read_text()))
-    if weights == "ema" and (not recipe.stages or recipe.stages[-1].ema is None):
-        raise UserError(f"{run_directory} kept no EMA in its last stage: export --weights last")
+    export = dataclasses.replace(recipe.export, **changes)
+    recipe.check_export(export)
     with Workdir(run_directory, recipe) as claimed:
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
-        pipeline.write_export(weights, out)
+        pipeline.write_export(export, out)
     print(out)

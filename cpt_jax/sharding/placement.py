@@ -1,17 +1,38 @@
-"""Weights onto devices: each process reads the part of a leaf that its devices hold, and no more."""
+"""Weights onto devices: each process reads a share of a leaf, and no more."""
 
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from cpt_jax.core.lazy import LazyArray
 
 
 def place(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
     """A leaf (NumPy or lazy) as an array of `dtype`, laid out by `sharding`.
 
-    A lazy leaf is asked once, for the smallest box that holds what this process's devices need.
+    A lazy leaf is asked once, for the smallest box that holds what this process's devices need. Where that would make
+    several processes read the same bytes, because the leaf is cut across the rows of its file, each process reads
+    other rows, and the devices exchange them.
     """
+    reading = _by_rows(leaf, sharding)
+    if reading is None:
+        return _read(leaf, dtype, sharding)
+    return jax.jit(lambda array: array, out_shardings=sharding, donate_argnums=0)(_read(leaf, dtype, reading))
+
+
+def _by_rows(leaf: Any, sharding: Sharding) -> NamedSharding | None:
+    """All devices along the rows of the file, if there are several processes and the rows can be divided so."""
+    if jax.process_count() == 1 or not isinstance(sharding, NamedSharding) or not isinstance(leaf, LazyArray):
+        return None
+    axis, mesh = leaf.row_axis, sharding.mesh
+    if axis is None or leaf.shape[axis] % mesh.size:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, mesh.axis_names))
+
+
+def _read(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
     shape = tuple(leaf.shape)
     wanted = {
         device: tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
@@ -22,7 +43,7 @@ def place(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
         slice(min(each[axis].start for each in wanted.values()), max(each[axis].stop for each in wanted.values()))
         for axis in range(len(shape))
     )
-    part = np.asarray(leaf[box] if shape else leaf).astype(dtype, copy=False)
+    part = leaf.part(box, dtype) if isinstance(leaf, LazyArray) else np.asarray(leaf)[box].astype(dtype, copy=False)
     pieces = []
     for device, index in wanted.items():
         inner = tuple(slice(i.start - b.start, i.stop - b.start) for i, b in zip(index, box, strict=True))

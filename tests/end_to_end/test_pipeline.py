@@ -14,6 +14,7 @@ from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
 RECIPE = """
+import dataclasses
 from pathlib import Path
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.precision import Precision
@@ -46,6 +47,13 @@ def tiny() -> Recipe:
         ),
         evaluation=Evaluation(sequence_length=128),
         samples=Samples(prompts=("国务院", "the city <b>"), new_tokens=8),
+    )
+
+def again() -> Recipe:
+    first = tiny()
+    lora = dataclasses.replace(first.stages[1], name="again", tokens=20 * 256, ema=None)
+    return dataclasses.replace(
+        first, name="again", base="run/export", vocabulary=None, stages=(lora,), export=Export(interpolate_base=0.25)
     )
 
 def no_recipe(needed) -> Recipe: ...
@@ -136,7 +144,7 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
     produced = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, len(ids) :]
     weights = trained.on_device(Precision(compute="float32"))
-    assert generate(trained.network, weights, ids, new_tokens=20) == produced.tolist()
+    assert generate(trained.network, weights, [ids], new_tokens=20) == [produced.tolist()]
     table = load_file(run / "export" / "model.safetensors")["model.embed_tokens.weight"]
     base = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(table[: len(base)], base)
@@ -144,6 +152,57 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     config = json.loads((run / "export" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
     assert "lm_head.weight" not in load_file(run / "export" / "model.safetensors")
+
+
+def test_an_export_of_another_kind_is_checked_and_described(finished, place, tiny_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    cpt("export", "--run", "run", "--out", "low", "--weights", "ema", "--dtype", "bfloat16", "--shard-gb", 3e-5, cwd=place)
+    model = AutoModelForCausalLM.from_pretrained(place / "low", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert len(list((place / "low").glob("model-*-of-*.safetensors"))) > 1
+    card = (place / "low" / "README.md").read_text()
+    assert "library_name: \"transformers\"" in card
+    assert "moving average" in card
+    entries = json.loads((place / "run" / "eval.json").read_text())
+    for entry in entries:
+        assert f"{entry['bits_per_byte']:.3f}" in card
+    assert (place / "low" / "generation_config.json").exists() == (tiny_model / "generation_config.json").exists()
+
+    cpt("export", "--run", "run", "--out", "mixed", "--interpolate-base", 0.3, cwd=place)
+    mixed, trained, base = (
+        load_file(place / name / "model.safetensors") for name in ("mixed", "run/export", "run/base")
+    )
+    old = len(load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"])
+    for name, tensor in mixed.items():
+        expected = 0.7 * trained[name] + 0.3 * base[name]
+        if name == "model.embed_tokens.weight":
+            np.testing.assert_array_equal(tensor[old:], trained[name][old:])
+            tensor, expected = tensor[:old], expected[:old]
+        np.testing.assert_allclose(tensor, expected, atol=1e-6, err_msg=name)
+    done = cpt("export", "--run", "run", "--out", "mixed", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "mixed exists" in done.stderr
+
+
+def test_an_export_is_a_base_to_continue_from(finished, place):
+    """Extended, tied, trained, exported; then the export is another recipe's base, and that one's export is exact too."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cpt("run", "recipes:again", "--workdir", "second", cwd=place)
+    first, second = (load_file(place / run / "export" / "model.safetensors") for run in ("run", "second"))
+    assert first.keys() == second.keys()
+    np.testing.assert_array_equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+    assert (first["model.layers.0.mlp.up_proj.weight"] != second["model.layers.0.mlp.up_proj.weight"]).any()
+    stages = [entry["stage"] for entry in json.loads((place / "second" / "eval.json").read_text())]
+    assert list(dict.fromkeys(stages)) == ["base", "again", "export"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "second" / "export")
+    model = AutoModelForCausalLM.from_pretrained(place / "second" / "export")
+    ids = tokenizer("国务院应当", add_special_tokens=False)["input_ids"]
+    produced = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()
+    assert sum(index >= len(tokenizer) - 40 for index in produced[len(ids) :]) > 5, "new pieces are produced"
 
 
 def test_a_second_call_computes_nothing(finished, place):

@@ -62,6 +62,7 @@ class PeftLoRA:
     alpha_pattern: Mapping[str, float]
     token_indices: Mapping[str, list[int]] | list[int]
     whole_modules: tuple[str, ...]
+    ties: bool
     base: str | None
 
     def adapts(self, name: str) -> bool:
@@ -123,8 +124,12 @@ def read_peft_config(directory: Path) -> PeftLoRA:
             re.compile(pattern if isinstance(pattern, str) else "")
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         raise UserError(f"{path} is no LoRA configuration ({type(error).__name__}: {error}): save it again") from error
-    if found.rank < 1 or not all(rank >= 1 for rank in found.rank_pattern.values()):
-        raise UserError(f"{path} has a rank below 1: r={found.rank}, rank_pattern={dict(found.rank_pattern)}")
+    for field, least in (("r", found.rank), ("rank_pattern", min(found.rank_pattern.values(), default=1))):
+        if least < 1:
+            raise UserError(f"{path} has {field}={raw[field]!r}: a rank is at least 1")
+    for field, least in (("lora_alpha", found.alpha), ("alpha_pattern", min(found.alpha_pattern.values(), default=1))):
+        if not least > 0:
+            raise UserError(f"{path} has {field}={raw[field]!r}: alpha is greater than 0")
     return found
 
 
@@ -164,6 +169,7 @@ def _read(raw: dict) -> PeftLoRA:
         alpha_pattern={key: float(alpha) for key, alpha in (raw.get("alpha_pattern") or {}).items()},
         token_indices={name: list(ids) for name, ids in tokens.items()} if isinstance(tokens, dict) else list(tokens),
         whole_modules=tuple(raw.get("modules_to_save") or ()),
+        ties=bool(raw.get("ensure_weight_tying")),
         base=raw.get("base_model_name_or_path"),
     )
 

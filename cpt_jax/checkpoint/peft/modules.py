@@ -11,9 +11,16 @@ import numpy as np
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
-from cpt_jax.models.families.schema import Names, Place, Rows
+from cpt_jax.models.families import family_for
+from cpt_jax.models.families.schema import Place, Rows
 
-KERNEL = "/kernel"
+# Of tensors' names in a file, and of the file.
+PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"
+WEIGHTS = "adapter_model.safetensors"
+# Of our paths.
+FACTORS = ("/lora_a", "/lora_b")
+_KERNEL = "/kernel"
 # (A, B). Ours: [..., inputs, rank] and [..., rank, outputs]; PEFT's: [..., rank, inputs] and [..., outputs, rank].
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -68,15 +75,23 @@ class Module:
         return a.reshape(self.experts, -1, self.inputs), b.reshape(self.outputs, -1, self.experts).transpose(2, 0, 1)
 
 
-def linears(config: DecoderConfig, names: Names) -> list[Module]:
-    """The torch linear layers of a model's files; one an expert, as transformers 4 had them."""
+def vocabulary_modules(config: DecoderConfig, hf_config: dict) -> dict[str, str]:
+    """The module of each of our tables, as transformers 5 names them: it calls every family's head lm_head."""
+    names = family_for(hf_config).weight_names(config)
+    embed = next(name for name, places in names.items() if places[0].path == "embed")
+    return {"embed": embed.removesuffix(".weight"), "head": "lm_head"}
+
+
+def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
+    """The torch linear layers of a model; its experts' too, one by one, as transformers 4 had them."""
+    names = family_for(hf_config).weight_names(config)
     shapes = flatten(abstract_decoder(config).shapes)
     found = []
     for name, places in names.items():
-        if not (name.endswith(".weight") and all(place.path.endswith(KERNEL) for place in places)):
+        if not (name.endswith(".weight") and all(place.path.endswith(_KERNEL) for place in places)):
             continue
         sizes = [shapes[place.path].shape for place in places]
-        parts = tuple(dataclasses.replace(place, path=place.path.removesuffix(KERNEL)) for place in places)
+        parts = tuple(dataclasses.replace(place, path=place.path.removesuffix(_KERNEL)) for place in places)
         outputs = sum(size[-1] for size in sizes)
         found.append(Module(name=name.removesuffix(".weight"), parts=parts, inputs=sizes[0][-2], outputs=outputs))
     return found

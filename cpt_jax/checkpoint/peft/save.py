@@ -1,0 +1,195 @@
+"""What was trained, written as a PEFT adapter."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cpt_jax.checkpoint.hf import TOKENIZER_FILES
+from cpt_jax.checkpoint.peft.config import FILE, NO_TARGET
+from cpt_jax.checkpoint.peft.modules import (
+    FACTORS,
+    PREFIX,
+    ROWS,
+    WEIGHTS,
+    Module,
+    Pair,
+    joined,
+    linears,
+    prefixes,
+    stacked_experts,
+    vocabulary_modules,
+)
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.core.tree import Tree, flatten
+from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.families.schema import Place
+from cpt_jax.models.linear import LoRAConfig
+
+Held = Literal["rows", "whole"]
+_Part = tuple[dict[str, Any], dict[str, np.ndarray]]
+_COMMON = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+}
+
+
+def save_adapter(
+    directory: Path,
+    config: DecoderConfig,
+    weights: Tree,
+    hf_config: dict,
+    lora: LoRAConfig | None,
+    *,
+    base: str,
+    trained: Iterable[str],
+    tokenizer_directory: Path | None = None,
+    dtype: Any = np.float32,
+    card: str | None = None,
+) -> dict[str, Held]:
+    """Writes what was trained as a PEFT adapter of its base, whose vocabulary is extended already.
+
+    Args:
+      weights: with the factors of `lora` beside their kernels.
+      base: where PEFT finds the base: a directory or a hub id.
+      trained: paths of all weights that are not the base's.
+      tokenizer_directory: whose tokenizer goes along.
+      card: the text of README.md.
+
+    Returns:
+      How each trained vocabulary module is held: its new rows, or the whole table.
+
+    Raises:
+      UserError: nothing was trained, or something that an adapter cannot hold; the disk is full.
+    """
+    from safetensors.numpy import save_file
+
+    flat, tables, dtype = flatten(weights), _trained_tables(trained), np.dtype(dtype)
+    if lora is None and not tables:
+        raise UserError("nothing was trained that an adapter could hold: train with LoRA, or export the whole model")
+    fields, factors = _lora_part(config, hf_config, flat, lora, dtype)
+    vocabulary, rows = _vocabulary_part(config, hf_config, flat, tables, dtype)
+    with atomic_directory(Path(directory)) as out:
+        save_file(factors | rows, out / WEIGHTS, metadata={"format": "pt"})
+        write_json_atomic(out / FILE, _COMMON | {"base_model_name_or_path": base} | fields | vocabulary)
+        for name in TOKENIZER_FILES:
+            if tokenizer_directory is not None and (source := Path(tokenizer_directory) / name).exists():
+                shutil.copyfile(source, out / name)
+        if card is not None:
+            write_text_atomic(out / "README.md", card)
+    modules = vocabulary_modules(config, hf_config)
+    return {_last(modules[table]): held for table, held in tables.items()}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _trained_tables(trained: Iterable[str]) -> dict[str, Held]:
+    """How each table that was trained goes into an adapter."""
+    paths = sorted(path for path in set(trained) if not path.endswith(FACTORS))
+    if other := [path for path in paths if path.split("/")[0] not in ("embed", "head")]:
+        raise UserError(
+            f"an adapter cannot hold {len(other)} of the trained weights, {other[0]!r} first: export the whole model, or train LoRA and vocabulary rows only"
+        )
+    found: dict[str, Held] = {}
+    for table in ("embed", "head"):
+        if f"{table}/base" in paths:
+            found[table] = "whole"
+        elif f"{table}/new" in paths:
+            found[table] = "rows"
+    return found
+
+
+def _lora_part(
+    config: DecoderConfig, hf_config: dict, flat: dict[str, Any], lora: LoRAConfig | None, dtype: np.dtype
+) -> _Part:
+    """The factors: fields of adapter_config.json, and tensors."""
+    if lora is None:
+        return {"r": 1, "lora_alpha": 1, "target_modules": NO_TARGET}, {}
+    # Experts as transformers 5 has them, not one by one.
+    layers = [module for module in linears(config, hf_config) if len(module.parts[0].index) == 1]
+    adapted = [
+        module for module in layers + stacked_experts(config) if any(f"{path}/lora_a" in flat for path in module.paths)
+    ]
+    shared = {paths: _shared(paths, flat) for paths in {module.paths for module in adapted}}
+    ranks: dict[tuple[str, bool], int] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for module, prefix in prefixes(adapted).items():
+        parts = {place: _factors(flat, place, dtype) for place in module.parts if f"{place.path}/lora_a" in flat}
+        pair = joined(module, parts, shared[module.paths])
+        for factor, matrix in zip("AB", module.to_file(pair), strict=True):
+            tensors[f"{PREFIX}{prefix}.lora_{factor}.weight"] = matrix
+        ranks[_target(module)] = pair[0].shape[-2]
+    return _lora_fields(lora, ranks), tensors
+
+
+def _factors(flat: dict[str, Any], place: Place, dtype: np.dtype) -> Pair:
+    """Our (A, B) of one place."""
+    a, b = (np.asarray(flat[place.path + factor][place.index], dtype) for factor in FACTORS)
+    return a, b
+
+
+def _shared(paths: tuple[str, ...], flat: dict[str, Any]) -> bool:
+    """Whether all parts with an adapter have the same A, as those of an adapter that PEFT trained."""
+    first, *others = (flat[f"{path}/lora_a"] for path in paths if f"{path}/lora_a" in flat)
+    return all(np.array_equal(np.asarray(first), np.asarray(other)) for other in others)
+
+
+def _target(module: Module) -> tuple[str, bool]:
+    """(the name that targets it in all layers, whether that is a parameter)."""
+    if module.experts is None:
+        return _last(module.name), False
+    return ".".join(module.name.split(".")[-3:]), True
+
+
+def _lora_fields(lora: LoRAConfig, ranks: dict[tuple[str, bool], int]) -> dict[str, Any]:
+    # A module of several of ours has a rank of its own; its alpha grows with it, and the scale is that of the others.
+    other = {name: rank for (name, _), rank in ranks.items() if rank != lora.rank}
+    fields: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": _number(lora.alpha),
+        "target_modules": sorted(name for name, parameter in ranks if not parameter),
+        "rank_pattern": other,
+        "alpha_pattern": {name: _number(lora.alpha * rank / lora.rank) for name, rank in other.items()},
+    }
+    parameters = sorted(name for name, parameter in ranks if parameter)
+    return fields | ({"target_parameters": parameters} if parameters else {})
+
+
+def _number(value: float) -> int | float:
+    """As PEFT writes it: whole, where it is."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _vocabulary_part(
+    config: DecoderConfig, hf_config: dict, flat: dict[str, Any], tables: dict[str, Held], dtype: np.dtype
+) -> _Part:
+    """The tables: fields of adapter_config.json, and tensors."""
+    modules = vocabulary_modules(config, hf_config)
+    fields: dict[str, Any] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for table, held in tables.items():
+        parts = ["new"] if held == "rows" else list(config.table_rows)
+        rows = [np.asarray(flat[f"{table}/{part}"][: config.table_rows[part]], dtype) for part in parts]
+        values, name = np.ascontiguousarray(np.concatenate(rows)), _last(modules[table])
+        if held == "rows":
+            indices = list(range(config.vocab_size, config.total_rows))
+            fields["trainable_token_indices"] = fields.get("trainable_token_indices", {}) | {name: indices}
+            tensors[f"{PREFIX}{modules[table]}{ROWS}"] = values
+            continue
+        fields["modules_to_save"] = [*fields.get("modules_to_save", []), name]
+        tensors[f"{PREFIX}{modules[table]}.weight"] = values
+        if config.tie_word_embeddings:
+            # PEFT keeps a tied head tied if it is told to, and yet wants to read it.
+            fields["ensure_weight_tying"] = True
+            tensors[f"{PREFIX}{modules['head']}.weight"] = values.copy()
+    return fields, tensors

@@ -1,0 +1,104 @@
+"""The model card of an export: README.md in the hub's format (a YAML head, then Markdown)."""
+
+import json
+from collections.abc import Sequence
+
+from cpt_jax.core.config import to_json
+from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
+
+ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured only"}
+
+
+def model_card(recipe: Recipe, export: Export, entries: Sequence[dict], tokens: dict[str, int]) -> str:
+    """The card: base, data, mixture, recipe, and bits per byte of every stage on every domain.
+
+    Args:
+      entries: of eval.json.
+      tokens: of each prepared domain, in the model's tokenizer.
+    """
+    head = {
+        # A hub id; a local path would mean nothing to others.
+        **({"base_model": recipe.base} if _is_hub_id(recipe.base) else {}),
+        "library_name": "peft" if export.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["continued-pretraining", "cpt_jax"],
+    }
+    yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items())
+    sections = [
+        f"---\n{yaml}\n---\n\n# {recipe.name}",
+        _summary(recipe, export),
+        "## Results\n\nBits per byte of held-out text (lower is better); in parentheses the change against the base.\n\n"
+        + _results(recipe, entries),
+        "## Data\n\n" + _data(recipe.domains, tokens),
+        "## Training\n\n" + _training(recipe.stages),
+        "<details><summary>The whole recipe</summary>\n\n```json\n"
+        + json.dumps(to_json(recipe), ensure_ascii=False, indent=1)
+        + "\n```\n\n</details>",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _is_hub_id(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not base.endswith(".gguf")
+
+
+def _summary(recipe: Recipe, export: Export) -> str:
+    base = recipe.base if _is_hub_id(recipe.base) else recipe.base.rstrip("/").rsplit("/", 1)[-1]
+    learnt, kept = (", ".join(recipe.named(role)) for role in ("new", "replay"))
+    lines = [f"`{base}`, continued in pre-training on {learnt}" + (f", with {kept} replayed." if kept else ".")]
+    if recipe.vocabulary is not None:
+        lines.append("Its vocabulary is larger than the base's; every id of the base keeps its meaning.")
+    weights = "the moving average (EMA) of the trained weights" if export.weights == "ema" else "the last weights"
+    mixed = f", with {export.interpolate_base:g} of the base in every old weight" if export.interpolate_base else ""
+    lines.append(f"These are {weights}{mixed}.")
+    return " ".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _results(recipe: Recipe, entries: Sequence[dict]) -> str:
+    domains = [domain.name for domain in recipe.domains]
+    found = {(entry["stage"], entry["weights"], entry["domain"]): entry["bits_per_byte"] for entry in entries}
+    rows = []
+    for stage, weights in dict.fromkeys((entry["stage"], entry["weights"]) for entry in entries):
+        cells = []
+        for domain in domains:
+            value, base = found[stage, weights, domain], found["base", "last", domain]
+            cells.append(f"{value:.3f}" + ("" if stage == "base" else f" ({(value / base - 1) * 100:+.1f}%)"))
+        rows.append([stage + (" (EMA)" if weights == "ema" else ""), *cells])
+    return _table(["stage", *domains], rows)
+
+
+def _data(domains: Sequence[Domain], tokens: dict[str, int]) -> str:
+    rows = [
+        [
+            domain.name,
+            ROLES[domain.role],
+            f"`{domain.corpus.spec.rstrip('/').rsplit('/', 1)[-1] if '://' not in domain.corpus.spec else domain.corpus.spec}`",
+            f"{tokens[domain.name]:,}" if domain.name in tokens else "-",
+        ]
+        for domain in domains
+    ]
+    return _table(["domain", "role", "source", "tokens"], rows)
+
+
+def _training(stages: Sequence[Stage]) -> str:
+    rows = []
+    for stage in stages:
+        method = to_json(stage.method)
+        kind = method.pop("kind")
+        settings = ", ".join(f"{name}={value}" for name, value in method.items() if not isinstance(value, list))
+        rows.append(
+            [
+                stage.name,
+                f"{kind}({settings})",
+                f"{stage.steps * stage.batch_size * stage.sequence_length:,}",
+                " ".join(f"{name} {share:.0%}" for name, share in stage.mixture.items()),
+                f"{stage.optimizer.learning_rate:g}",
+                f"{stage.batch_size} x {stage.sequence_length}",
+            ]
+        )
+    return _table(["stage", "method", "tokens", "mixture", "learning rate", "batch"], rows)

@@ -1,0 +1,457 @@
+"""PEFT adapters: what we write, PEFT computes; what PEFT writes, we compute; and every way in which one can be wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contracts.family_configs import config_json
+from contracts.test_families import reference_model
+from safetensors.numpy import load_file, save_file
+
+from cpt_jax.checkpoint.peft import load_adapter, save_adapter
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.tree import flatten, unflatten
+from cpt_jax.models.decoder import abstract_decoder, apply, logits
+from cpt_jax.models.linear import LINEARS, LoRAConfig
+from cpt_jax.recipe.model import load_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # PEFT looks for the pattern among modules, not among the parameters that it does apply it to.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match.*(gate_up|down)_proj"),
+]
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 40))
+# Of the 64 rows of every tiny model, those that an extension added.
+NEW_ROWS = 5
+ROWS = list(range(64 - NEW_ROWS, 64))
+FAMILIES = {
+    "llama, tied": ("llama", "tied, odd head dimension", LINEARS),
+    "llama, untied": ("llama", "untied, no grouping, biases", ("q", "v", "down")),
+    "qwen2": ("qwen2", "tied", LINEARS),
+    "gemma2": ("gemma2", "as released", LINEARS),
+    "phi3": ("phi3", "window", LINEARS),
+    "phi3, parts of fused layers": ("phi3", "partial, tied", ("q", "v", "up")),
+    "gpt_neox": ("gpt_neox", "as released", LINEARS),
+    "gpt_neox, keys alone": ("gpt_neox", "tied, no biases, linear", ("k", "o")),
+    "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),
+    "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
+    "mixtral, down alone": ("mixtral", "untied", ("down",)),
+}
+
+
+def theirs(directory, adapter=None) -> np.ndarray:
+    """transformers' logits, with an adapter as PEFT applies it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def ours(config, weights, lora=None) -> np.ndarray:
+    network = abstract_decoder(config, lora)
+
+    @jax.jit
+    def forward(weights, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        hidden = apply(network, weights, tokens, positions, jnp.ones_like(tokens), compute_dtype="float32")
+        return logits(network, weights, hidden, compute_dtype="float32")
+
+    arrays = {path: jnp.asarray(np.asarray(leaf)) for path, leaf in flatten(weights).items()}
+    return np.asarray(forward(unflatten(arrays), jnp.asarray(TOKENS, jnp.int32)))
+
+
+def trained(model, lora, tables=("embed/new", "head/new")):
+    """(the model with random factors and tables, their paths)."""
+    generator, flat = np.random.default_rng(1), flatten(model.weights)
+    shapes = flatten(abstract_decoder(model.config, lora).shapes)
+    paths = [path for path in shapes if path.endswith(("/lora_a", "/lora_b")) or path in tables]
+    for path in paths:
+        spread = shapes[path].shape[-2] ** -0.5 if path.endswith("/lora_a") else 0.1
+        flat[path] = generator.normal(0, spread, shapes[path].shape).astype(np.float32)
+    return dataclasses.replace(model, weights=unflatten(flat), lora=lora), paths
+
+
+def saved(model, paths, directory, base, **changes):
+    return save_adapter(
+        directory, model.config, model.weights, model.hf_config, model.lora, base=str(base), trained=paths, **changes
+    )
+
+
+@pytest.mark.parametrize(("model_type", "name", "targets"), FAMILIES.values(), ids=FAMILIES)
+def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base", 64 - NEW_ROWS)
+    model, paths = trained(base, LoRAConfig(rank=3, alpha=4.5, targets=targets))
+    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    assert set(held.values()) == {"rows"}
+    assert len(held) == 2 - model.config.tie_word_embeddings
+    expected = ours(model.config, model.weights, model.lora)
+    found = theirs(tmp_path / "base", tmp_path / "adapter")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
+
+    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert again.lora == LoRAConfig(rank=3, alpha=4.5, targets=tuple(t for t in LINEARS if model_has(model, t)))
+    assert again.base == str(tmp_path / "base")
+    assert again.base_rows(64) == 64 - NEW_ROWS
+    after = flatten(again.over(base.config, base.weights))
+    for path, leaf in flatten(model.weights).items():
+        np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
+
+
+def model_has(model, target: str) -> bool:
+    return any(path.endswith(f"/{target}/lora_a") for path in flatten(model.weights))
+
+
+@pytest.mark.parametrize("name", ["tied, odd head dimension", "untied, no grouping, biases"])
+def test_rows_alone_take_their_own_bytes_and_no_table(tmp_path, name):
+    reference_model(config_json("llama", name), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base", 64 - NEW_ROWS), None)
+    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    assert held == dict.fromkeys(("embed_tokens", "lm_head")[: len(paths)], "rows")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == len(paths) * NEW_ROWS * model.config.hidden_size * 4
+    expected = ours(model.config, model.weights)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
+    assert again.lora is None
+    assert again.base_rows(64) == 64 - NEW_ROWS
+
+
+def test_factors_alone_carry_no_table(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base", 60), LoRAConfig(rank=2, alpha=4.0, targets=("q",)), ())
+    assert saved(model, paths, tmp_path / "adapter", tmp_path / "base") == {}
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert sum(tensor.nbytes for tensor in load_file(file).values()) == 3 * 4 * (32 * 2 + 2 * 32)
+    assert file.stat().st_size < 5000
+    assert load_adapter(tmp_path / "adapter", model.config, model.hf_config).rows == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "row_multiple"),
+    [("llama", "tied, odd head dimension", 16), ("llama", "linear", 1), ("gpt_neox", "as released", 16)],
+)
+def test_all_rows_go_along_whole(tmp_path, model_type, name, row_multiple):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base", 64 - NEW_ROWS).padded(row_multiple)
+    tables = ("embed/base", "embed/new", "head/base", "head/new")
+    model, paths = trained(base, LoRAConfig(rank=2, alpha=2.0), tables)
+    assert set(saved(model, paths, tmp_path / "adapter", tmp_path / "base").values()) == {"whole"}
+    expected = ours(model.config, model.weights, model.lora)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
+    assert again.base_rows(64) is None
+    after = flatten(again.over(base.config, base.weights))
+    for path in paths:
+        count = base.config.table_rows.get(path.split("/")[1])
+        np.testing.assert_array_equal(after[path][:count], flatten(model.weights)[path][:count], err_msg=path)
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
+    with pytest.raises(UserError, match=r"cannot hold 2 .* 'final_norm/scale' first: export the whole model"):
+        saved(model, [*paths, "layers/mlp/up/kernel", "final_norm/scale"], tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(UserError, match="nothing was trained"):
+        saved(dataclasses.replace(model, lora=None), [], tmp_path / "adapter", tmp_path / "base")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    from inputs import english, write_tokenizer
+    from transformers import AutoTokenizer
+
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    write_tokenizer(tmp_path / "tokenizer", english(50))
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
+    saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer", card="# Card\n")
+    assert AutoTokenizer.from_pretrained(tmp_path / "a")("the city")["input_ids"]
+    assert (tmp_path / "a" / "README.md").read_text() == "# Card\n"
+
+
+QUERIES = ["q_proj", "v_proj"]
+ATTENTION = [*QUERIES, "k_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TRAINED_BY_PEFT = {
+    "rows, tied": ("llama", "tied, odd head dimension", dict(target_modules=QUERIES, trainable_token_indices=ROWS)),
+    "rows, untied": (
+        "llama",
+        "linear",
+        dict(target_modules=ATTENTION, trainable_token_indices={"embed_tokens": ROWS, "lm_head": ROWS}),
+    ),
+    "old rows too": (
+        "llama",
+        "linear",
+        dict(target_modules=QUERIES, trainable_token_indices={"embed_tokens": [4, 63], "lm_head": [60]}),
+    ),
+    "whole tables": ("llama", "linear", dict(target_modules=QUERIES, modules_to_save=["embed_tokens", "lm_head"])),
+    "whole tables, tied": (
+        "qwen2",
+        "tied",
+        dict(target_modules=QUERIES, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "ranks and scales": (
+        "llama",
+        "linear",
+        dict(target_modules="all-linear", rank_pattern={"v_proj": 6, "layers.1.*up_proj": 2})
+        | dict(alpha_pattern={"down_proj": 3, "layers.2.self_attn.q_proj": 16}),
+    ),
+    "rank-stabilised": ("qwen2", "tied", dict(target_modules=ATTENTION, use_rslora=True, rank_pattern={"k_proj": 5})),
+    "some layers": ("gemma2", "as released", dict(target_modules=ATTENTION, layers_to_transform=[0, 2])),
+    "some layers by name": (
+        "gemma2",
+        "as released",
+        dict(target_modules=ATTENTION, layers_to_transform=1, layers_pattern="layers"),
+    ),
+    "pattern": ("llama", "linear", dict(target_modules=r".*layers\.[12]\.(self_attn|mlp)\.(q|v|gate)_proj")),
+    "excluded": (
+        "llama",
+        "linear",
+        dict(target_modules="all-linear", exclude_modules=["o_proj", "layers.1.mlp.up_proj"]),
+    ),
+    "gaussian": ("llama", "linear", dict(target_modules=QUERIES, init_lora_weights="gaussian", lora_dropout=0.1)),
+    "phi3": ("phi3", "window", dict(target_modules="all-linear", trainable_token_indices=ROWS)),
+    "phi3, ranks": ("phi3", "window", dict(target_modules="all-linear", rank_pattern={"qkv_proj": 9})),
+    "gpt_neox": (
+        "gpt_neox",
+        "as released",
+        dict(target_modules="all-linear", trainable_token_indices={"embed_in": ROWS, "lm_head": ROWS}),
+    ),
+    "qwen3_moe": ("qwen3_moe", "renormalised", dict(target_modules=QUERIES, target_parameters=EXPERTS)),
+    "qwen3_moe, gates": ("qwen3_moe", "not renormalised, tied", dict(target_modules=[], target_parameters=EXPERTS[:1])),
+    "mixtral": ("mixtral", "untied", dict(target_modules=["q_proj", "w1", "w2", "w3"])),
+}
+
+
+def train_with_peft(directory, base, settings, resize: int | None = None) -> None:
+    """Random factors and rows, saved as PEFT saves them."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    if resize is not None:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **dict(r=4, lora_alpha=6) | settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_A." not in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(("model_type", "name", "settings"), TRAINED_BY_PEFT.values(), ids=TRAINED_BY_PEFT)
+def test_we_compute_what_peft_trained(model_type, name, settings, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
+    base = load_model(tmp_path / "base", 64 - NEW_ROWS)
+    adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert adapter.lora is not None
+    weights = adapter.over(base.config, base.weights)
+    expected = theirs(tmp_path / "base", tmp_path / "adapter")
+    np.testing.assert_allclose(ours(base.config, weights, adapter.lora), expected, atol=1e-4)
+    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.05
+    assert adapter.base == str(tmp_path / "base")
+
+    # Out again, and back: the same.
+    before, after = flatten(base.weights), flatten(weights)
+    paths = [path for path in after if path not in before or after[path] is not before[path]]
+    again = dataclasses.replace(base, weights=weights, lora=adapter.lora)
+    saved(again, paths, tmp_path / "again", tmp_path / "base")
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "again"), expected, atol=1e-4)
+    back = load_adapter(tmp_path / "again", base.config, base.hf_config)
+    assert back.lora is not None
+    assert (back.lora.rank, back.lora.targets) == (adapter.lora.rank, adapter.lora.targets)
+    assert back.lora.scale == pytest.approx(adapter.lora.scale, rel=1e-12)
+    for path, leaf in flatten(back.over(base.config, base.weights)).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=path)
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("mixtral", "untied"), ("qwen3_moe", "not renormalised, tied")])
+def test_an_adapter_of_single_experts(model_type, name, tmp_path):
+    """As transformers 4 had them; PEFT converts it."""
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    mixtral = model_type == "mixtral"
+    matrices = ["w1", "w3", "w2"] if mixtral else ["gate_proj", "up_proj", "down_proj"]
+    model, paths = trained(base, LoRAConfig(rank=2, alpha=3.0, targets=("q", "gate", "up", "down")), ())
+    saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    edit(
+        tmp_path / "adapter",
+        target_modules=["q_proj", *matrices],
+        target_parameters=None,
+        rank_pattern={},
+        alpha_pattern={},
+    )
+
+    def single(tensors) -> None:
+        for tensor in [key for key in tensors if ".experts." in key]:
+            del tensors[tensor]
+        flat = flatten(model.weights)
+        for ours, theirs in zip(("gate", "up", "down"), matrices, strict=True):
+            for layer, expert in np.ndindex(flat[f"layers/mlp/{ours}/lora_a"].shape[:2]):
+                block = "block_sparse_moe" if mixtral else "mlp"
+                prefix = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{theirs}"
+                for factor in "AB":
+                    matrix = flat[f"layers/mlp/{ours}/lora_{factor.lower()}"][layer, expert].T
+                    tensors[f"{prefix}.lora_{factor}.weight"] = np.ascontiguousarray(matrix)
+
+    edit_tensors(tmp_path / "adapter", single)
+    adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert adapter.lora == model.lora
+    for path, leaf in flatten(adapter.factors).items():
+        np.testing.assert_array_equal(leaf, flatten(model.weights)[path], err_msg=path)
+    expected = ours(model.config, model.weights, model.lora)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+
+
+def test_layers_that_peft_left_out_are_zero(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    settings = dict(target_modules=QUERIES, layers_to_transform=[1], rank_pattern={"v_proj": 2})
+    train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
+    base = load_model(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"))
+    factors = flatten(adapter.factors)
+    for path, leaf in factors.items():
+        assert not leaf[[0, 2]].any(), path
+        assert leaf[1].any(), path
+    # Of rank 2 and alpha 6, a scale of 3, twice that of the rest.
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    given = tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    np.testing.assert_array_equal(factors["layers/attention/v/lora_b"][1, :2], 2 * given.T)
+    assert not factors["layers/attention/v/lora_b"][1, 2:].any()
+
+
+@pytest.mark.parametrize("name", ["tied, odd head dimension", "linear"])
+@pytest.mark.parametrize("tokens", [None, [64, 65]])
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.")
+def test_tables_that_were_resized_in_memory(tmp_path, name, tokens):
+    """PEFT then saves both whole; the base on disk must be extended before."""
+    reference_model(config_json("llama", name), tmp_path / "base")
+    settings = dict(target_modules=QUERIES, trainable_token_indices=tokens)
+    train_with_peft(tmp_path / "adapter", tmp_path / "base", settings, resize=66)
+    with pytest.raises(UserError, match=r"not distinct ids below 64|has shape \[66, 32\]"):
+        base = load_model(tmp_path / "base")
+        load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    reference_model(config_json("llama", name) | dict(vocab_size=66), tmp_path / "extended")
+    base = load_model(tmp_path / "extended")
+    adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    weights = flatten(adapter.over(base.config, base.weights))
+    old = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(np.asarray(weights["embed/base"])[:64], old)
+    if tokens is not None:
+        rows = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        delta = rows["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+        np.testing.assert_array_equal(weights["embed/base"][64:], delta)
+
+
+@pytest.fixture(scope="module")
+def by_peft(tmp_path_factory):
+    """(a base, an adapter with rows that PEFT trained on it)."""
+    root = tmp_path_factory.mktemp("peft")
+    reference_model(config_json("qwen2", "tied"), root / "base")
+    train_with_peft(root / "adapter", root / "base", dict(target_modules=QUERIES, trainable_token_indices=ROWS))
+    return load_model(root / "base"), root / "adapter"
+
+
+def edit(directory, **changes) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory, change) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+WRONG = {
+    "no configuration": (lambda d: (d / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "configuration cut": (lambda d: (d / "adapter_config.json").write_text('{"r": '), "no LoRA configuration"),
+    "no rank": (lambda d: edit(d, r=None), "no LoRA configuration"),
+    "rank": (lambda d: edit(d, r=0), "r=0: a rank is at least 1"),
+    "alpha": (lambda d: edit(d, lora_alpha=0), "lora_alpha=0: alpha is greater than 0"),
+    "pattern": (lambda d: edit(d, target_modules="(q_proj"), "no LoRA configuration"),
+    "kind": (lambda d: edit(d, peft_type="LOHA"), "peft_type='LOHA', .*merge_and_unload"),
+    "DoRA": (lambda d: edit(d, use_dora=True), "use_dora=True"),
+    "bias": (lambda d: edit(d, bias="lora_only"), "bias='lora_only'"),
+    "transposed": (lambda d: edit(d, fan_in_fan_out=True), "fan_in_fan_out=True"),
+    "pissa": (
+        lambda d: edit(d, init_lora_weights="pissa_niter_4"),
+        "init_lora_weights='pissa_niter_4', .*path_initial_model_for_weight_conversion",
+    ),
+    "loftq": (lambda d: edit(d, init_lora_weights="loftq"), "init_lora_weights='loftq'"),
+    "field of tomorrow": (lambda d: edit(d, use_new_variant=True), "use_new_variant=True, which is not supported"),
+    "replicated layers": (lambda d: edit(d, layer_replication=[[0, 2]]), "layer_replication"),
+    "norms": (lambda d: edit(d, modules_to_save=["norm"]), "modules_to_save with 'norm'; only model.embed_tokens"),
+    "targets of another": (
+        lambda d: (edit(d, target_modules=["c_attn"], trainable_token_indices=None), edit_tensors(d, dict.clear)),
+        "'c_attn'.*which this base does not have",
+    ),
+    "ids": (lambda d: edit(d, trainable_token_indices={"embed_tokens": [1, 99]}), "distinct ids below 64"),
+    "ids twice": (lambda d: edit(d, trainable_token_indices={"embed_tokens": [1, 1]}), "distinct ids below 64"),
+    "pickle": (
+        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+        r"pickle only \(adapter_model.bin\), which can run code",
+    ),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "weights cut": (
+        lambda d: (d / "adapter_model.safetensors").write_bytes((d / "adapter_model.safetensors").read_bytes()[:-9]),
+        "truncated or corrupt",
+    ),
+    "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop(QUERY)), f"lacks the tensor '{QUERY}'"),
+    "rows missing": (
+        lambda d: edit_tensors(d, lambda t: [t.pop(name) for name in list(t) if "token_adapter" in name]),
+        "lacks the tensor '.*trainable_tokens_delta'",
+    ),
+    "tensor too many": (
+        lambda d: edit_tensors(d, lambda t: t.update({"base_model.model.score.weight": np.zeros(2, np.float32)})),
+        "holds a tensor 'base_model.model.score.weight' that is no LoRA factor",
+    ),
+    "head adapted": (
+        lambda d: edit_tensors(d, lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[QUERY]})),
+        "'base_model.model.lm_head.lora_A.weight'",
+    ),
+    "shape": (lambda d: edit(d, r=3), r"q_proj.lora_A.weight has shape \[4, 32\], .* ask for \[3, 32\]"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_adapters_are_refused(by_peft, tmp_path, spoil, message):
+    base, adapter = by_peft
+    shutil.copytree(adapter, tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message) as error:
+        load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert "\n" not in str(error.value)
+
+
+UNTIED = {
+    "embedding alone": dict(modules_to_save=["embed_tokens"]),
+    "head alone": dict(modules_to_save=["lm_head"]),
+    "other rows": dict(trainable_token_indices={"embed_tokens": ROWS, "lm_head": [3]}),
+    "rows of the head": dict(trainable_token_indices={"lm_head": [3]}),
+}
+
+
+@pytest.mark.parametrize("settings", UNTIED.values(), ids=UNTIED)
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
+def test_an_adapter_that_unties_the_head_is_refused(by_peft, tmp_path, settings):
+    base, adapter = by_peft
+    train_with_peft(tmp_path / "adapter", adapter.parent / "base", dict(target_modules=QUERIES) | settings)
+    with pytest.raises(UserError, match=r"head that is not its embedding.*ensure_weight_tying=True"):
+        load_adapter(tmp_path / "adapter", base.config, base.hf_config)
