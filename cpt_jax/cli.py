@@ -126,9 +126,13 @@ def _model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import model_inspect
+    from cpt_jax.recipe.commands import model_directory
+    from cpt_jax.recipe.inspect_command import method_named, model_inspect
 
-    model_inspect(arguments.model)
+    method = method_named(arguments.method, arguments.rank, arguments.targets)
+    model_inspect(
+        model_directory(arguments.model), method=method, new_tokens=arguments.new_tokens, json_path=arguments.json
+    )
 
 
 def _model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -365,8 +369,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path)
     text_field(sub)
     json_out(sub)
-    sub = command(model, "inspect", _model_inspect, "Family, sizes and the table of parameters.")
+    sub = command(model, "inspect", _model_inspect, "Family, sizes, the table of parameters, and what would train.")
     sub.add_argument("--model", required=True)
+    sub.add_argument("--method", choices=("lora", "full", "embeddings", "all-embeddings"), help="show what it trains")
+    sub.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
+    sub.add_argument("--targets", nargs="+", default=[], metavar="LINEAR", help="of LoRA (default: all)")
+    sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")
+    json_out(sub)
 
     data = group("data", "prepare corpora")
     sub = command(data, "prepare", _data_prepare, "Corpora to sharded, tokenised ArrayRecord.")

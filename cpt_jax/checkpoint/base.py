@@ -1,24 +1,33 @@
 """Where a base model is found: a directory, a GGUF file, a hub id, or an object store."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from cpt_jax.checkpoint.hf import INDEX, SINGLE, TOKENIZER_FILES
+from cpt_jax.checkpoint.hf import INDEX, SINGLE, TOKENIZER_FILES, load, save
+from cpt_jax.checkpoint.peft import load_adapter
+from cpt_jax.checkpoint.peft.config import FILE as ADAPTER
+from cpt_jax.checkpoint.peft.config import read_peft_config
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.models.linear import merge_lora
 
 _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"}
 
 
 def resolve_base(base: str, cache: Path) -> Path:
-    """A model directory: `base` itself, a .gguf file converted into `cache`, a hub id fetched to the hub's own cache,
-    or in `cache` a view of a directory in an object store (gs://, s3://), whose weights stay there.
+    """A model directory: `base` itself, or in `cache` a .gguf file converted, a PEFT adapter merged into its base, or a
+    view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id is fetched to the hub's
+    own cache.
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
     """
     path = Path(base).expanduser()
+    if (path / ADAPTER).exists() and not (path / "config.json").exists():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return _made(files, cache, lambda: _merge_adapter(path, cache))
     if path.is_dir():
         return path
     if base.endswith(".gguf"):
@@ -26,12 +35,7 @@ def resolve_base(base: str, cache: Path) -> Path:
             raise UserError(f"base {base} does not exist")
         from cpt_jax.checkpoint.gguf import import_gguf
 
-        origin = {"file": str(path.resolve()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
-        mark = cache / "gguf.json"
-        if not mark.exists() or json.loads(mark.read_text()) != origin:
-            import_gguf(path, cache)
-            write_json_atomic(mark, origin)
-        return cache
+        return _made([path], cache, lambda: import_gguf(path, cache))
     if "://" in base:
         return _view(base.rstrip("/"), cache)
     if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
@@ -42,7 +46,7 @@ def resolve_base(base: str, cache: Path) -> Path:
 
     try:
         # Weights as safetensors only: pickles can run code when they are opened.
-        return Path(
+        fetched = Path(
             huggingface_hub.snapshot_download(
                 base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
             )
@@ -51,6 +55,32 @@ def resolve_base(base: str, cache: Path) -> Path:
         raise UserError(
             f"hub id {base!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
         ) from error
+    return resolve_base(str(fetched), cache)
+
+
+def _made(files: list[Path], cache: Path, make: Callable[[], None]) -> Path:
+    """`cache`, made of these files, unless it was made of them as they are now."""
+    states = [(file.resolve(), file.stat()) for file in files]
+    origin = [{"file": str(file), "bytes": s.st_size, "modified": s.st_mtime_ns} for file, s in states]
+    mark = cache / "made_of.json"
+    if not mark.exists() or json.loads(mark.read_text()) != origin:
+        make()
+        write_json_atomic(mark, origin)
+    return cache
+
+
+def _merge_adapter(path: Path, cache: Path) -> None:
+    """A PEFT adapter added into its base, as a model directory."""
+    adapter_base = read_peft_config(path).base
+    if adapter_base is None:
+        raise UserError(f"adapter {path} does not say what its base is: set base_model_name_or_path in {ADAPTER}")
+    directory = resolve_base(adapter_base, cache.with_name(cache.name + ".base"))
+    config, weights, hf_config = load(directory)
+    adapter = load_adapter(path, config, hf_config)
+    whole = adapter.over(config, weights)
+    merged = whole if adapter.lora is None else merge_lora(whole, adapter.lora)
+    tokenizer = path if any((path / name).exists() for name in TOKENIZER_FILES[:2]) else directory
+    save(cache, config, merged, hf_config, tokenizer, generation=directory)
 
 
 def _view(url: str, cache: Path) -> Path:

@@ -13,6 +13,7 @@ from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
@@ -147,7 +148,7 @@ class _Source:
                 rows.start - blocks.start * size : rows.stop - blocks.start * size
             ]
         array = array[(slice(None), *rest)]
-        return array.T if self.place.transposed else array
+        return transposed(array) if self.place.transposed else array
 
 
 def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> LazyArray:
@@ -171,7 +172,7 @@ def _tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConf
             parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in config.table_rows.items()]
             return np.concatenate([part.astype(dtype, copy=False) for part in parts])
         array = np.asarray(flat[place.path][place.index or ...]).astype(dtype, copy=False)
-        return array.T if place.transposed else array
+        return transposed(array) if place.transposed else array
 
     matrices = [matrix(place) for place in places]
     if places[0].rows is None:

@@ -95,9 +95,9 @@ def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_toke
 class Generation:
     """The continuation of several prompts, read together; iterated once, it gives (row, token) as tokens come.
 
-    A row ends after `new_tokens`, at one of `end_ids` (which is not given), or when it is stopped. Its tokens do not
-    depend on the rows beside it; its random numbers depend on the seed and on its number in `numbers` (default: 0, 1,
-    ...). While a token is read from the device, the next one is being computed there.
+    A row ends after `new_tokens`, at one of `end_ids` (which is not given), or when it is stopped. Rows do not see each
+    other, and a row's random numbers depend on the seed and on its number in `numbers` (default: 0, 1, ...) alone.
+    While a token is read from the device, the next one is being computed there.
 
     Rotations that depend on a text's length go by each row's own length so far. With LongRoPE, a row that grows past
     the original length is read anew with the long factors, as transformers does for Phi-3; with DynamicNTK, keys stay

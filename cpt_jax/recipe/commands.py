@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
-from cpt_jax.models.decoder import abstract_decoder
-from cpt_jax.models.families import family_for
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
@@ -86,22 +82,6 @@ def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> d
     if "wechsel" in names and not vectors:
         raise UserError("rows 'wechsel' need word vectors of both languages: give --vectors OLD.vec NEW.vec")
     return {name: known[name] for name in names}
-
-
-def model_inspect(model: str) -> None:
-    """`cpt model inspect`: from config.json alone."""
-    directory = model_directory(model)
-    hf_config = read_config(directory)
-    network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
-    shapes, axes = flatten(network.shapes), flatten(network.logical_axes)
-    total = sum(leaf.size for leaf in shapes.values())
-    print(f"{hf_config['model_type']}, {total:,} parameters")
-    for field in dataclasses.fields(network.config):
-        print(f"  {field.name:<26}{getattr(network.config, field.name)}")
-    width = max(map(len, shapes)) + 2
-    print(f"{'weight':<{width}}{'shape':<22}{'axes':<26}{'parameters':>14}")
-    for path, leaf in shapes.items():
-        print(f"{path:<{width}}{' x '.join(map(str, leaf.shape)):<22}{', '.join(axes[path]):<26}{leaf.size:>14,}")
 
 
 def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, *, text_field: str) -> None:

@@ -1,7 +1,8 @@
 """The way out: a Hugging Face directory whose logits are those of the trained model, and samples."""
 
+import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.peft import load_adapter, save_adapter
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import say
@@ -69,14 +71,60 @@ def export_model(
         card=card,
     )
     difference, tokens = logit_difference(merged, load_model(pending), Tokenizer(tokenizer), texts)
+    _let_out(pending, out, difference)
+    say(f"export: logits of the reloaded model differ by at most {difference:.2g} on {tokens} tokens of held-out text")
+    return difference
+
+
+def export_adapter(
+    model: Model,
+    base: Model,
+    trained: Iterable[str],
+    base_directory: Path,
+    tokenizer: Path,
+    texts: Sequence[str],
+    out: Path,
+    *,
+    card: str,
+) -> float:
+    """Writes what the last stage trained as a PEFT adapter over the extended base, and reloads it, as `export_model`.
+
+    Args:
+      model: with its adapters.
+      base: the extended base, which lies in `base_directory`.
+      trained: the paths at which the two differ.
+    """
+    say(f"export: writing {out}")
+    pending = out.with_name(out.name + ".unchecked")
+    held = save_adapter(
+        pending,
+        model.config,
+        model.weights,
+        model.hf_config,
+        model.lora,
+        base=str(base_directory.resolve()),
+        trained=trained,
+        tokenizer_directory=tokenizer,
+        card=card,
+    )
+    adapter = load_adapter(pending, base.config, base.hf_config)
+    reloaded = dataclasses.replace(base, weights=adapter.over(base.config, base.weights), lora=adapter.lora)
+    difference, tokens = logit_difference(model.merged(), reloaded, Tokenizer(tokenizer), texts)
+    _let_out(pending, out, difference)
+    tables = "".join(f"; of {table} {'the new rows' if kind == 'rows' else 'all rows'}" for table, kind in held.items())
+    say(
+        f"export: an adapter over {base_directory}{tables}; logits differ by at most {difference:.2g} on {tokens} tokens of held-out text"
+    )
+    return difference
+
+
+def _let_out(pending: Path, out: Path, difference: float) -> None:
     if not difference < GATE:
         shutil.rmtree(pending)
         raise UserError(
             f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g}"
         )
     pending.replace(out)
-    say(f"export: logits of the reloaded model differ by at most {difference:.2g} on {tokens} tokens of held-out text")
-    return difference
 
 
 def logit_difference(first: Model, second: Model, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[float, int]:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, clock, progress, quiet_libraries, say
@@ -21,9 +20,10 @@ from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.recipe.card import model_card
-from cpt_jax.recipe.export import export_model, sample_page
+from cpt_jax.recipe.export import export_adapter, export_model, sample_page
 from cpt_jax.recipe.grow import check_fits, grow_tokenizer
-from cpt_jax.recipe.model import Model, load_model
+from cpt_jax.recipe.lineage import Lineage
+from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
 from cpt_jax.recipe.report import domain_table, write_report
 from cpt_jax.recipe.rows import grow_model
@@ -60,8 +60,6 @@ class Pipeline:
     def __init__(self, recipe: Recipe, workdir: Workdir) -> None:
         self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
         self.marks: dict[str, str] = {}
-        # The model after the last station that changed it, kept so that the next one need not read it again.
-        self._model: tuple[str, Model] | None = None
         self.plan: Plan | None = None
 
     def run(self, only: str | None) -> None:
@@ -103,7 +101,8 @@ class Pipeline:
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
         self.marks["base"] = json.dumps(identity(self.source))
-        model = self.after("base", "last")
+        self.lineage = Lineage(self.recipe, self.path, self.source, self.base_tokenizer.size)
+        model = self.lineage.after("base", "last")
         if self.recipe.vocabulary is None:
             check_fits(self.base_tokenizer, model.config.total_rows, self.source)
         self.parameters = model.parameters
@@ -186,35 +185,8 @@ class Pipeline:
 
     # Training
 
-    def _directory(self, index: int, stage: Stage) -> Path:
-        return self.path / "stages" / f"{index + 1}-{stage.name}"
-
-    def after(self, stage_name: str, weights: str) -> Model:
-        """The model after a stage ("base": as it came, "extended": grown)."""
-        key = f"{stage_name} {weights}"
-        if self._model is not None and self._model[0] == key:
-            return self._model[1]
-        self._model = None
-        names = [stage.name for stage in self.recipe.stages]
-        if stage_name == "base":
-            model = load_model(self.source).padded(self.recipe.pad_vocabulary_to)
-        elif stage_name == "export":
-            model = load_model(self.path / "export")
-        elif stage_name == "extended":
-            grown = self.recipe.vocabulary is not None
-            model = load_model(self.path / "base", self.base_tokenizer.size if grown else None)
-            model = model.padded(self.recipe.pad_vocabulary_to)
-        else:
-            index = names.index(stage_name)
-            stage = self.recipe.stages[index]
-            before = self.after(names[index - 1] if index else "extended", "last")
-            trained = read_trained(self._directory(index, stage) / "checkpoints")
-            model = before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
-        self._model = (key, model)
-        return model
-
     def train(self, index: int, stage: Stage) -> None:
-        directory = self._directory(index, stage)
+        directory = self.lineage.directory(index, stage)
         names = [earlier.name for earlier in self.recipe.stages[:index]]
         upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
         data = [self.marks[f"data-{name}"] for name in stage.mixture]
@@ -224,10 +196,10 @@ class Pipeline:
 
         def build() -> None:
             seed = self.recipe.seed + index
-            model = self.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
+            model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.unrolled(jax.default_backend() == "cpu")
             loader = self._loader(stage, seed)
-            self._model = None
+            self.lineage.forget()
             train(self._training(stage, model, loader, directory), self.plan)
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
@@ -287,7 +259,7 @@ class Pipeline:
     def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
         settings = self.recipe.evaluation
         tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
-        model = self.after(stage_name, weights)
+        model = self.lineage.after(stage_name, weights)
         on_device = model.on_device(settings.precision)
         packed = {
             domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
@@ -334,13 +306,17 @@ class Pipeline:
     def write_export(self, export: Export, out: Path) -> None:
         """The result, checked on a held-out text of each domain, with its card."""
         texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
-        model = self.after(self._last_stage, export.weights)
-        if export.interpolate_base:
-            model = model.interpolated(self.after("extended", "last"), export.interpolate_base)
         manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
         tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
         card = model_card(self.recipe, export, json.loads((self.path / "eval.json").read_text()), tokens)
-        export_model(model, self.path / "tokenizer", texts, out, export, generation=self.source, card=card)
+        model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
+        if export.adapter:
+            base, paths = self.lineage.extended(), self.lineage.trained_paths()
+            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out, card=card)
+            return
+        if export.interpolate_base:
+            model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
+        export_model(model, tokenizer, texts, out, export, generation=self.source, card=card)
 
     def samples(self) -> None:
         out = self.path / "samples.md"
@@ -350,11 +326,11 @@ class Pipeline:
             say("samples: continuing the prompts")
             # An adapter is no model of its own.
             whole = not self.recipe.export.adapter
-            result = self.after(
+            result = self.lineage.after(
                 "export" if whole else self._last_stage, "last" if whole else self.recipe.export.weights
             )
             after = sample_page(result, self.tokenizer, settings)
-            before = sample_page(self.after("base", "last"), self.base_tokenizer, settings)
+            before = sample_page(self.lineage.after("base", "last"), self.base_tokenizer, settings)
             parts = ["# The same prompts, before and after\n"]
             for prompt, old, new in zip(settings.prompts, before, after, strict=True):
                 parts.append(

@@ -140,7 +140,7 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     with Workdir(run, recipe) as claimed:
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
-        trained = pipeline.after("lora", "last")
+        trained = pipeline.lineage.after("lora", "last")
     assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
     produced = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, len(ids) :]
     weights = trained.on_device(Precision(compute="float32"))
@@ -158,12 +158,25 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
     import torch
     from transformers import AutoModelForCausalLM
 
-    cpt("export", "--run", "run", "--out", "low", "--weights", "ema", "--dtype", "bfloat16", "--shard-gb", 3e-5, cwd=place)
+    cpt(
+        "export",
+        "--run",
+        "run",
+        "--out",
+        "low",
+        "--weights",
+        "ema",
+        "--dtype",
+        "bfloat16",
+        "--shard-gb",
+        3e-5,
+        cwd=place,
+    )
     model = AutoModelForCausalLM.from_pretrained(place / "low", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert len(list((place / "low").glob("model-*-of-*.safetensors"))) > 1
     card = (place / "low" / "README.md").read_text()
-    assert "library_name: \"transformers\"" in card
+    assert 'library_name: "transformers"' in card
     assert "moving average" in card
     entries = json.loads((place / "run" / "eval.json").read_text())
     for entry in entries:
@@ -184,6 +197,30 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
     done = cpt("export", "--run", "run", "--out", "mixed", cwd=place, check=False)
     assert done.returncode == 2
     assert "mixed exists" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_is_what_was_trained_and_a_model_to_go_on_with(finished, place):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cpt("export", "--run", "run", "--out", "adapter", "--adapter", cwd=place)
+    sizes = {
+        name: (place / name).stat().st_size
+        for name in ("adapter/adapter_model.safetensors", "run/export/model.safetensors")
+    }
+    assert sizes["adapter/adapter_model.safetensors"] < 0.5 * sizes["run/export/model.safetensors"]
+    base = AutoModelForCausalLM.from_pretrained(place / "run" / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, place / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(place / "run" / "export")
+    tokens = torch.tensor([[5, 320, 340, 359, 7, 100]])
+    with torch.no_grad():
+        np.testing.assert_allclose(adapted(tokens).logits, merged(tokens).logits, atol=1e-4)
+    spec = ["--data", "zh=run/data/zh/heldout.jsonl"]
+    cpt("eval", "--model", "adapter", "--against", "run/export", *spec, "--json", "same.json", cwd=place)
+    figures = [result["bits_per_byte"] for result in json.loads((place / "same.json").read_text())["results"]]
+    np.testing.assert_allclose(figures[0], figures[1], rtol=1e-5)
 
 
 def test_an_export_is_a_base_to_continue_from(finished, place):

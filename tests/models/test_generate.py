@@ -233,14 +233,16 @@ def tokenizers(tmp_path_factory):
     return {kind: Tokenizer(root / kind) for kind in ("bytes", "pieces")}
 
 
+def tokens_after(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
+    return tokenizer.encode(before + text)[len(tokenizer.encode(before)) :]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_a_stream_shows_whole_characters_and_all_of_them(tokenizers, kind):
     tokenizer = tokenizers[kind]
     text = " the old city 国务院，the 🙂 river"
     stream = TextStream(tokenizer, tokenizer.encode("the people"), ())
-    shown = [
-        stream.push(token) for token in tokenizer.encode("the people" + text)[len(tokenizer.encode("the people")) :]
-    ]
+    shown = [stream.push(token) for token in tokens_after(tokenizer, "the people", text)]
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
     assert "国" in shown
     # It comes bit by bit.
@@ -252,7 +254,7 @@ def test_a_stream_shows_whole_characters_and_all_of_them(tokenizers, kind):
 def test_half_a_character_at_the_end_is_not_shown(tokenizers, kind):
     tokenizer = tokenizers[kind]
     stream = TextStream(tokenizer, tokenizer.encode("the"), ())
-    shown = "".join(stream.push(token) for token in tokenizer.encode("the city国")[1:-1])
+    shown = "".join(stream.push(token) for token in tokens_after(tokenizer, "the", " city国")[:-1])
     assert shown + stream.finish() == stream.text == " city"
 
 
@@ -260,7 +262,7 @@ def test_half_a_character_at_the_end_is_not_shown(tokenizers, kind):
 def test_text_is_cut_before_a_stop_string_that_spans_tokens(tokenizers, kind):
     tokenizer = tokenizers[kind]
     text = " water. the city\n\nthe river"
-    tokens = tokenizer.encode("the" + text)[1:]
+    tokens = tokens_after(tokenizer, "the", text)
     for stop, expected in (
         (("\n\n",), " water. the city"),
         (("ty\n\nth", "river"), " water. the ci"),

@@ -89,7 +89,9 @@ def test_one_process_reads_each_byte_once():
 
     mesh = make_mesh(replica=2, fsdp=2, tensor=2)
     leaf = LazyArray(whole.shape, np.float32, read)
-    where = shardings({"k": ("layers", "embed", "mlp")}, {"k": jax.ShapeDtypeStruct(whole.shape, np.float32)}, mesh)["k"]
+    where = shardings({"k": ("layers", "embed", "mlp")}, {"k": jax.ShapeDtypeStruct(whole.shape, np.float32)}, mesh)[
+        "k"
+    ]
     array = place(leaf, np.float16, where)
     assert asked == [tuple(slice(0, size) for size in whole.shape)]
     assert array.dtype == np.float16

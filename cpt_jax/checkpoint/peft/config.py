@@ -152,7 +152,7 @@ _READ = {
 
 
 def _read(raw: dict) -> PeftLoRA:
-    layers, tokens = raw.get("layers_to_transform"), raw.get("trainable_token_indices") or []
+    tokens = raw.get("trainable_token_indices") or []
     targets = raw.get("target_modules") if raw.get("target_parameters") else raw["target_modules"]
     return PeftLoRA(
         rank=int(raw["r"]),
@@ -161,10 +161,8 @@ def _read(raw: dict) -> PeftLoRA:
         targets=_names(targets),
         parameters=tuple(raw.get("target_parameters") or ()),
         excluded=_names(raw.get("exclude_modules")),
-        layers=None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (int(layers),),
-        layers_pattern=(raw["layers_pattern"],)
-        if isinstance(raw.get("layers_pattern"), str) and raw["layers_pattern"]
-        else tuple(raw.get("layers_pattern") or ()),
+        layers=_listed(raw.get("layers_to_transform")) or None,
+        layers_pattern=_listed(raw.get("layers_pattern")),
         rank_pattern={key: int(rank) for key, rank in (raw.get("rank_pattern") or {}).items()},
         alpha_pattern={key: float(alpha) for key, alpha in (raw.get("alpha_pattern") or {}).items()},
         token_indices={name: list(ids) for name, ids in tokens.items()} if isinstance(tokens, dict) else list(tokens),
@@ -176,3 +174,10 @@ def _read(raw: dict) -> PeftLoRA:
 
 def _names(given: str | list[str] | None) -> str | tuple[str, ...]:
     return given if isinstance(given, str) else tuple(given or ())
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    """One value, or a list of them; PEFT takes an empty list for none."""
+    if given is None or given == "":
+        return ()
+    return tuple(given) if isinstance(given, list) else (given,)

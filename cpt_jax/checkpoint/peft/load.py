@@ -94,17 +94,7 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
     shapes |= {key: (len(ids), config.hidden_size) for key, (_, ids) in tables.items()}
     if not shapes:
         raise UserError(f"{directory / FILE} has target_modules={settings.targets!r}, which this base does not have")
-    for key, shape in shapes.items():
-        if key not in tensors:
-            raise UserError(f"{directory} lacks the tensor {PREFIX + key!r}: save the adapter again")
-        if (given := file.tensors[tensors[key]].shape) != shape:
-            raise UserError(
-                f"{directory}: {tensors[key]} has shape {list(given)}, base and {FILE} ask for {list(shape)}: give the base that it was trained on"
-            )
-    if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(
-            f"{directory} holds a tensor {tensors[extra[0]]!r} that is no LoRA factor of this base and none of its vocabulary rows: merge it with PEFT (merge_and_unload) and give the result as base"
-        )
+    _check_tensors(directory, file, tensors, shapes)
 
     def read(key: str) -> np.ndarray:
         return file.read(tensors[key]).astype(np.float32)
@@ -131,6 +121,23 @@ def _weights_file(directory: Path) -> SafetensorsFile:
             f"{directory} has its weights as pickle only ({pickles[0]}), which can run code: save the adapter with a newer PEFT, as safetensors"
         )
     raise UserError(f"{directory} has no {WEIGHTS}: give a directory that PEFT's save_pretrained wrote")
+
+
+def _check_tensors(
+    directory: Path, file: SafetensorsFile, tensors: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """That the file has the tensors that are asked for, and no others."""
+    for key, shape in shapes.items():
+        if key not in tensors:
+            raise UserError(f"{directory} lacks the tensor {PREFIX + key!r}: save the adapter again")
+        if (given := file.tensors[tensors[key]].shape) != shape:
+            raise UserError(
+                f"{directory}: {tensors[key]} has shape {list(given)}, base and {FILE} ask for {list(shape)}: give the base that it was trained on"
+            )
+    if extra := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(
+            f"{directory} holds a tensor {tensors[extra[0]]!r} that is no LoRA factor of this base and none of its vocabulary rows: merge it with PEFT (merge_and_unload) and give the result as base"
+        )
 
 
 def _vocabulary(

@@ -1,0 +1,166 @@
+"""Reading and writing a model directory, beside transformers, on the same files.
+
+    python -m benchmarks.loading [--large]
+
+Prints a Markdown table and writes benchmarks/results/loading.json. Each measurement has a process of its own: seconds are the best of three, with
+the files in the page cache; memory is the process's peak, less what it took after its imports, over the size of the weights in the type they are
+loaded in. `--large` adds a model of Llama 3.2 1B's shape (random numbers, bfloat16, two files).
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cpt_jax.core.progress import quiet_libraries, say
+from cpt_jax.core.storage import write_json_atomic
+
+OUT = Path("benchmarks/results/loading.json")
+GGUF = Path(".cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf")
+LARGE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def write_large(directory: Path) -> None:
+    """A model of `LARGE`'s shape, with random numbers."""
+    from cpt_jax.checkpoint.hf import save
+    from cpt_jax.core.lazy import LazyArray
+    from cpt_jax.core.tree import flatten, unflatten
+    from cpt_jax.models.decoder import abstract_decoder
+    from cpt_jax.models.families import family_for
+
+    config = family_for(LARGE).config_from_hf(LARGE)
+    generator = np.random.default_rng(0)
+
+    def read(slices, dtype):
+        return (0.02 * generator.standard_normal([s.stop - s.start for s in slices], np.float32)).astype(dtype)
+
+    shapes = flatten(abstract_decoder(config).shapes)
+    weights = unflatten({path: LazyArray(leaf.shape, np.float32, read) for path, leaf in shapes.items()})
+    save(directory, config, weights, LARGE, directory, dtype="bfloat16", shard_bytes=1_500_000_000)
+
+
+def _peak() -> int:
+    """Bytes that this process had at most (`ru_maxrss` would begin with its parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(what: str, directory: Path, dtype: str) -> dict:
+    """Seconds and peak memory of one way to read or write, in this process."""
+    ours = what.startswith("cpt_jax")
+    if ours:
+        import jax
+
+        from cpt_jax.checkpoint.hf import save
+        from cpt_jax.core.precision import Precision
+        from cpt_jax.recipe.model import load_model
+
+        precision = Precision(compute=dtype)  # type: ignore[arg-type]
+
+        def read():
+            model = load_model(directory)
+            return model, jax.block_until_ready(model.on_device(precision))
+
+        def write(loaded, out):
+            model, weights = loaded
+            save(out, model.config, weights, model.hf_config, directory, dtype=np.dtype(precision.dtype))
+
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        def read():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+            # Mapped pages are not in memory yet: touch them, as a first forward pass would.
+            for parameter in model.parameters():
+                parameter.data.view(torch.uint8).flatten()[::4096].sum().item()
+            return model
+
+        def write(loaded, out):
+            loaded.save_pretrained(out)
+
+    quiet_libraries()
+    before, seconds = _peak(), []
+    loaded = read() if "write" in what else None
+    if loaded is not None:
+        before = _peak()
+    for _ in range(3):
+        started = time.perf_counter()
+        if loaded is None:
+            read()
+        else:
+            out = Path(tempfile.mkdtemp(dir=directory.parent)) / "out"
+            write(loaded, out)
+            shutil.rmtree(out.parent)
+        seconds.append(time.perf_counter() - started)
+        if len(seconds) == 1:
+            peak = _peak()
+    return {"what": what, "dtype": dtype, "seconds": min(seconds), "peak_bytes": peak - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        what, directory, dtype = arguments.one
+        print(json.dumps(measure(what, Path(directory), dtype)))
+        return
+    results = []
+    with tempfile.TemporaryDirectory() as root:
+        from cpt_jax.checkpoint.gguf import import_gguf
+
+        models = {"SmolLM2-135M, float32 files": (Path(root) / "small", "float32")}
+        import_gguf(GGUF, Path(root) / "small")
+        if arguments.large:
+            say("writing the large model")
+            write_large(Path(root) / "large")
+            models["Llama 3.2 1B's shape, bfloat16 files"] = (Path(root) / "large", "bfloat16")
+        for name, (directory, dtype) in models.items():
+            size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+            for action in ("read", "write"):
+                for library in ("cpt_jax", "transformers"):
+                    say(f"{name}: {library} {action}")
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.loading",
+                        "--one",
+                        f"{library} {action}",
+                        directory,
+                        dtype,
+                    ]
+                    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+                    found = json.loads(done.stdout.splitlines()[-1])
+                    results.append({"model": name, "bytes": size, **found, "share": found["peak_bytes"] / size})
+    print("| model | | seconds | GB/s | peak memory over the weights' size |\n|---|---|---|---|---|")
+    for row in results:
+        rate = row["bytes"] / row["seconds"] / 1e9
+        print(f"| {row['model']} | {row['what']} | {row['seconds']:.2f} | {rate:.2f} | {row['share']:.2f} |")
+    write_json_atomic(OUT, {"machine": platform.processor() or platform.machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()

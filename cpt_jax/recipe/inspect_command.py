@@ -1,0 +1,100 @@
+"""`cpt model inspect`: a model's parameters, and what would train."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.checkpoint.hf import INDEX, SINGLE, load, read_config
+from cpt_jax.core.precision import default_precision
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.families import family_for
+from cpt_jax.models.linear import LINEARS
+
+HEADER = ("weight", "shape", "type in files", "axes", "parameters", "MB")
+
+
+def model_inspect(directory: Path, *, method: Method | None, new_tokens: int, json_path: Path | None) -> None:
+    """Prints the configuration and the table of parameters, from config.json and the files' headers alone.
+
+    Args:
+      method: shows which weights it trains, and adds its adapters to the table.
+      new_tokens: rows that the vocabulary would gain.
+    """
+    hf_config = read_config(directory)
+    config: DecoderConfig = family_for(hf_config).config_from_hf(hf_config)
+    stored: dict[str, str] = {}
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        stored = {path: str(leaf.dtype) for path, leaf in flatten(load(directory)[1]).items()}
+    config = dataclasses.replace(config, new_rows=new_tokens)
+    network = abstract_decoder(config, method.lora_config() if method is not None else None)
+    shapes, axes = flatten(network.shapes), flatten(network.logical_axes)
+    weights = [
+        {
+            "weight": path,
+            "shape": list(leaf.shape),
+            "dtype": stored.get(path),
+            "axes": list(axes[path]),
+            "parameters": leaf.size,
+            "bytes": _bytes(path, leaf.size, method),
+            "trains": method is not None and method.trains(path),
+        }
+        for path, leaf in shapes.items()
+    ]
+    total, trained = (sum(row["parameters"] for row in weights if row["trains"] or not only) for only in (False, True))
+    print(f"{hf_config['model_type']}, {total:,} parameters" + ("" if method is None else f", {trained:,} train"))
+    for field in dataclasses.fields(config):
+        # Sizes, and whatever is not as in most families.
+        if (value := getattr(config, field.name)) != field.default:
+            print(f"  {field.name:<26}{value}")
+    print(_table(weights, method is not None))
+    memory = sum(row["bytes"] for row in weights)
+    print(f"in memory: {memory / 1e6:,.1f} MB of weights", end="")
+    # Adam's two moments and the gradient, float32.
+    print("" if method is None else f", {12 * trained / 1e6:,.1f} MB of gradients and AdamW's moments")
+    if json_path is not None:
+        summary = {"model_type": hf_config["model_type"], "parameters": total, "trained": trained, "bytes": memory}
+        write_json_atomic(json_path, summary | {"weights": weights})
+
+
+def _bytes(path: str, size: int, method: Method | None) -> int:
+    """Of a weight while a stage trains: what trains is float32."""
+    if method is not None and method.trains(path):
+        return 4 * size
+    return default_precision().dtype_of(path).itemsize * size
+
+
+def _table(weights: Sequence[dict], with_method: bool) -> str:
+    header = (*HEADER, "trains") if with_method else HEADER
+    rows = [
+        (
+            row["weight"],
+            " x ".join(map(str, row["shape"])),
+            row["dtype"] or "-",
+            ", ".join(row["axes"]),
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:,.1f}",
+            *(("yes" if row["trains"] else "",) if with_method else ()),
+        )
+        for row in weights
+    ]
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    numbers = (4, 5)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (header, *rows)
+    )
+
+
+def method_named(name: str | None, rank: int, targets: Sequence[str]) -> Method | None:
+    """The method of `--method`, with LoRA's rank and targets."""
+    if name == "lora":
+        return LoRA(rank=rank, alpha=2.0 * rank, targets=tuple(targets) or LINEARS)
+    return {None: None, "full": Full(), "embeddings": Embeddings(rows="new"), "all-embeddings": Embeddings(rows="all")}[
+        name
+    ]

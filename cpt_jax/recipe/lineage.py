@@ -1,0 +1,67 @@
+"""The model as it is after each stage of a run, put together from the base and what the stages' checkpoints hold."""
+
+from pathlib import Path
+
+from cpt_jax.checkpoint.train_state import read_trained
+from cpt_jax.core.tree import flatten
+from cpt_jax.recipe.model import Model, load_model
+from cpt_jax.recipe.recipe import Recipe, Stage
+
+
+class Lineage:
+    """The models of one run. The last one asked for is kept: the next station often needs it again.
+
+    Args:
+      source: the base as it came.
+      base_rows: how many tokens its tokenizer has.
+    """
+
+    def __init__(self, recipe: Recipe, path: Path, source: Path, base_rows: int) -> None:
+        self.recipe, self.path, self.source, self.base_rows = recipe, path, source, base_rows
+        self._kept: tuple[str, Model] | None = None
+
+    def directory(self, index: int, stage: Stage) -> Path:
+        """Where a stage writes."""
+        return self.path / "stages" / f"{index + 1}-{stage.name}"
+
+    def forget(self) -> None:
+        """Gives the kept model's memory back."""
+        self._kept = None
+
+    def extended(self) -> Model:
+        """The base as the stages begin with it; rows for new pieces are leaves of their own."""
+        return load_model(self.path / "base", self.base_rows if self.recipe.vocabulary is not None else None)
+
+    def after(self, stage_name: str, weights: str) -> Model:
+        """The model after a stage ("base": as it came, "extended": grown, "export": as it left)."""
+        key = f"{stage_name} {weights}"
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None
+            self._kept = (key, self._made(stage_name, weights))
+        return self._kept[1]
+
+    def _made(self, stage_name: str, weights: str) -> Model:
+        padding = self.recipe.pad_vocabulary_to
+        if stage_name == "base":
+            return load_model(self.source).padded(padding)
+        if stage_name == "export":
+            return load_model(self.path / "export")
+        if stage_name == "extended":
+            return self.extended().padded(padding)
+        names = [stage.name for stage in self.recipe.stages]
+        index = names.index(stage_name)
+        stage = self.recipe.stages[index]
+        before = self.after(names[index - 1] if index else "extended", "last")
+        trained = read_trained(self.directory(index, stage) / "checkpoints")
+        return before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
+
+    def trained_paths(self) -> set[str]:
+        """The paths at which the last stage's model (adapters attached) differs from the grown base."""
+        paths: set[str] = set()
+        for index, stage in enumerate(self.recipe.stages):
+            found = flatten(read_trained(self.directory(index, stage) / "checkpoints")["last"])
+            last = index == len(self.recipe.stages) - 1
+            # An earlier stage's adapters have been merged: what has changed is the kernel.
+            factors = () if last else ("/lora_a", "/lora_b")
+            paths |= {f"{path.rpartition('/')[0]}/kernel" if path.endswith(factors) else path for path in found}
+        return paths
