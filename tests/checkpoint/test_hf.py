@@ -111,6 +111,29 @@ def test_wrong_directories_are_refused(tiny_model, tmp_path, spoil, message):
         load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
+def test_a_model_in_an_object_store_is_read_where_it_lies(tiny_model, tmp_path, shard_bytes):
+    """Only the small files are copied; the weights are ranges of remote files."""
+    import fsspec
+
+    config, weights, raw = load(tiny_model)
+    save(tmp_path / "model", config, weights, raw, tiny_model, shard_bytes=shard_bytes)
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "model"), "/bucket/model", recursive=True)
+    view = resolve_base("memory://bucket/model", tmp_path / "cache")
+    assert not list(view.glob("*.safetensors"))
+    assert (view / "tokenizer.json").exists()
+    again, found, _ = load(view)
+    assert again == config
+    for path, leaf in flatten(weights).items():
+        np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
+    part = flatten(found)["layers/mlp/up/kernel"][1, 3:5, 7:9]
+    np.testing.assert_array_equal(part, np.asarray(flatten(weights)["layers/mlp/up/kernel"])[1, 3:5, 7:9])
+    with pytest.raises(UserError, match="memory://bucket/nothing cannot be read"):
+        resolve_base("memory://bucket/nothing", tmp_path / "other")
+    store.rm("/bucket", recursive=True)
+
+
 @pytest.mark.parametrize("name", ["no/such/place", "missing.gguf", "./model"])
 def test_a_base_that_is_nowhere_is_told(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
