@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation
 
-Prints a Markdown table and writes benchmarks/results/generation.json; about 5 minutes on two cores. Ten prompts of different lengths are
+Prints a Markdown table and writes benchmarks/results/generation.json; under 8 minutes on two busy cores. Ten prompts of different lengths are
 continued by 200 tokens: ours as rows of one batch, transformers one after the other. Where they part, the table of differences says after how many
 tokens, and how far apart the two tokens' logits were for torch. Speed is that of whole calls of 64 tokens after one call to compile, the better of
 two, taking turns; torch has one thread or all, whichever is faster.

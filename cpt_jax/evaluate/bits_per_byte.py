@@ -98,7 +98,7 @@ def _nats_function(network: Network, compute: str) -> Callable:
             jnp.dtype(compute),
             none_train,
             network.config.logit_softcap,
-        )[0]
+        ).total
 
     return nats
 

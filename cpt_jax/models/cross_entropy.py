@@ -1,7 +1,8 @@
-"""Next-token cross-entropy over both vocabulary tables, in chunks of tokens.
+"""Losses over the vocabulary, in chunks of tokens: next-token cross-entropy over both tables, with an optional z-loss
+and an optional teacher.
 
-Logits and their gradient exist for one chunk at a time, and the gradient is computed in the forward pass, while the
-chunk's exponentials are at hand: the backward pass only scales it.
+Logits and their gradient exist for one chunk at a time, the student's and the teacher's, and the gradient is computed
+in the forward pass, while the chunk's exponentials are at hand: the backward pass only scales it.
 """
 
 import functools
@@ -22,54 +23,32 @@ class TableUse(NamedTuple):
     trains: bool
 
 
-def _logits(hidden, table, rows: int, softcap: float | None):
-    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return logits if table.shape[0] == rows else jnp.where(jnp.arange(table.shape[0]) < rows, logits, -jnp.inf)
+class Teacher(NamedTuple):
+    """Whose next-token distribution is to be kept to: KL(teacher || student), weighted token by token.
+
+    Over as many of the student's tables, from the first, as the teacher has: a base without the new rows is compared
+    over its own vocabulary, the student's probabilities there renormalised.
+    """
+
+    hidden: Float[Array, "N D"]
+    tables: tuple[Float[Array, "V D"], ...]
+    weights: Float[Array, "N"]
 
 
-def _chunk_losses(hidden, tables, targets, uses: tuple[TableUse, ...], softcap: float | None):
-    """(losses [N], logits, their exponentials and normaliser) of one chunk of tokens; `tables` are the rows [V_i, D],
-    one behind the other."""
-    logits = [_logits(hidden, table, use.rows, softcap) for table, use in zip(tables, uses, strict=True)]
-    top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
-    exponentials = [jnp.exp(part - top[:, None]) for part in logits]
-    normaliser = sum(part.sum(-1) for part in exponentials)
-    first, chosen = 0, jnp.zeros_like(top)
-    for part, (rows, _) in zip(logits, uses, strict=True):
-        local = jnp.clip(targets - first, 0, rows - 1)
-        value = jnp.take_along_axis(part, local[:, None], axis=1)[:, 0]
-        chosen = jnp.where((targets >= first) & (targets < first + rows), value, chosen)
-        first += rows
-    return top + jnp.log(normaliser) - chosen, logits, exponentials, normaliser
+class Losses(NamedTuple):
+    """The sum of all weighted terms, which alone has a gradient; each token's cross-entropy, and its divergence from
+    the teacher (0 without one), in nats."""
+
+    total: Float[Array, ""]
+    nats: Float[Array, "N"]
+    divergence: Float[Array, "N"]
 
 
-def _chunk_gradients(hidden, tables, targets, weights, dtype, uses: tuple[TableUse, ...], softcap: float | None):
-    losses, logits, exponentials, normaliser = _chunk_losses(hidden, tables, targets, uses, softcap)
-    scale = (weights / normaliser)[:, None]
-    dhidden, dtables, first = jnp.zeros(hidden.shape, jnp.float32), [], 0
-    for part, capped, table, (rows, wanted) in zip(exponentials, logits, tables, uses, strict=True):
-        local = jnp.where(targets < first + rows, targets - first, -1)
-        is_target = jnp.arange(table.shape[0])[None, :] == local[:, None]
-        dlogits = part * scale - jnp.where(is_target, weights[:, None], 0.0)
-        if softcap is not None:
-            # Of padded rows the capped logit is -inf, and the gradient 0.
-            dlogits *= 1 - jnp.square(jnp.maximum(capped, -softcap) / softcap)
-        dlogits = dlogits.astype(dtype)
-        dhidden += jnp.matmul(dlogits, table, preferred_element_type=jnp.float32)
-        if wanted:
-            dtables.append(jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32))
-        first += rows
-    return losses, dhidden, tuple(dtables)
-
-
-def _chunks(count: int, *arrays):
-    """Arrays [N, ...] as [chunks, size, ...], the last chunk filled up with zeros."""
-    size = min(CHUNK_TOKENS, count)
-    missing = -count % size
-    filled = [jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)) for array in arrays]
-    return [array.reshape(-1, size, *array.shape[1:]) for array in filled]
+class _Static(NamedTuple):
+    dtype: Any
+    uses: tuple[TableUse, ...]
+    softcap: float | None
+    z_loss: float
 
 
 def token_losses(
@@ -80,53 +59,179 @@ def token_losses(
     dtype: Any,
     uses: tuple[TableUse, ...],
     softcap: float | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "N"]]:
-    """(sum of weight times loss, each token's loss in nats) of the next token over all rows of `tables`.
+    *,
+    z_loss: float = 0.0,
+    teacher: Teacher | None = None,
+) -> Losses:
+    """Weighted sums over tokens of: cross-entropy of the next token over all rows of `tables`; `z_loss` times the
+    squared logarithm of the normaliser (Chowdhery et al. 2022, arXiv 2204.02311); the divergence from a teacher.
 
-    Products take inputs of `dtype` and sum in float32. A table that does not train gets a gradient of zero. Only the
-    sum has a gradient. `softcap`: logits are softcap * tanh(logits / softcap), as Gemma 2's.
+    Products take inputs of `dtype` and sum in float32. A table that does not train, and the teacher, get a gradient of
+    zero. `softcap`: logits are softcap * tanh(logits / softcap), as Gemma 2's.
     """
-    return cast(tuple[Array, Array], _token_losses(hidden, tables, targets, weights, dtype, uses, softcap))
+    static = _Static(jnp.dtype(dtype), uses, softcap, z_loss)
+    return Losses(*cast(tuple, _token_losses(hidden, tables, targets, weights, teacher, static)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _token_losses(hidden, tables, targets, weights, dtype, uses, softcap):
-    dtype = jnp.dtype(dtype)
-    tables = tuple(table.astype(dtype) for table in tables)
+class _Softmax(NamedTuple):
+    """A chunk's distribution over tables: logits by table, their exponentials less the largest, and its logarithm."""
+
+    logits: list[Array]
+    exponentials: list[Array]
+    normaliser: Array
+    log_normaliser: Array
+
+
+def _softmax(hidden, tables, static: _Static) -> _Softmax:
+    logits = []
+    for table, (rows, _) in zip(tables, static.uses, strict=False):
+        part = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+        if static.softcap is not None:
+            part = static.softcap * jnp.tanh(part / static.softcap)
+        logits.append(part if table.shape[0] == rows else jnp.where(jnp.arange(table.shape[0]) < rows, part, -jnp.inf))
+    return _normalised(logits)
+
+
+def _normalised(logits: list[Array]) -> _Softmax:
+    top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
+    exponentials = [jnp.exp(part - top[:, None]) for part in logits]
+    normaliser = functools.reduce(jnp.add, [part.sum(-1) for part in exponentials])
+    return _Softmax(logits, exponentials, normaliser, top + jnp.log(normaliser))
+
+
+def _is_target(targets, tables, uses):
+    """For each table, where the targets are among its rows [N, V]."""
+    first, found = 0, []
+    for table, (rows, _) in zip(tables, uses, strict=True):
+        local = jnp.where(targets < first + rows, targets - first, -1)
+        found.append(jnp.arange(table.shape[0])[None, :] == local[:, None])
+        first += rows
+    return found
+
+
+def _chunk_losses(hidden, tables, targets, teacher: Teacher | None, static: _Static):
+    """(cross-entropies [N], divergences [N], the student's softmax, the teacher's, the student's over its tables)."""
+    student = _softmax(hidden, tables, static)
+    chosen = functools.reduce(
+        jnp.add,
+        [
+            jnp.sum(jnp.where(mask, part, 0.0), -1)
+            for mask, part in zip(_is_target(targets, tables, static.uses), student.logits, strict=True)
+        ],
+    )
+    nats = student.log_normaliser - chosen
+    if teacher is None:
+        return nats, jnp.zeros_like(nats), student, None, None
+    wise = _softmax(teacher.hidden, teacher.tables, static)
+    count = len(teacher.tables)
+    shared = student if count == len(tables) else _normalised(student.logits[:count])
+    # sum of p (log p - log q); where p is 0 (padding) both logits are -inf.
+    divergence = shared.log_normaliser - wise.log_normaliser
+    for mine, theirs, exponential in zip(shared.logits, wise.logits, wise.exponentials, strict=True):
+        difference = jnp.where(exponential > 0, theirs - mine, 0.0)
+        divergence += jnp.sum(exponential * difference, -1) / wise.normaliser
+    return nats, divergence, student, wise, shared
+
+
+def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, static: _Static):
+    nats, divergence, student, wise, shared = _chunk_losses(hidden, tables, targets, teacher, static)
+    z = static.z_loss * weights
+    total = jnp.sum(weights * nats + z * jnp.square(student.log_normaliser))
+    of_student = (weights + 2 * z * student.log_normaliser) / student.normaliser
+    dhidden, dtables = jnp.zeros(hidden.shape, jnp.float32), []
+    masks = _is_target(targets, tables, static.uses)
+    for number, (table, mask, use) in enumerate(zip(tables, masks, static.uses, strict=True)):
+        dlogits = student.exponentials[number] * of_student[:, None] - jnp.where(mask, weights[:, None], 0.0)
+        if teacher is not None and wise is not None and shared is not None and number < len(teacher.tables):
+            dlogits += shared.exponentials[number] * (teacher.weights / shared.normaliser)[:, None]
+            dlogits -= wise.exponentials[number] * (teacher.weights / wise.normaliser)[:, None]
+        if static.softcap is not None:
+            # Of padded rows the capped logit is -inf, and the gradient 0.
+            capped = jnp.maximum(student.logits[number], -static.softcap)
+            dlogits *= 1 - jnp.square(capped / static.softcap)
+        dlogits = dlogits.astype(static.dtype)
+        dhidden += jnp.matmul(dlogits, table, preferred_element_type=jnp.float32)
+        if use.trains:
+            dtables.append(jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32))
+    if teacher is not None:
+        total += jnp.sum(teacher.weights * divergence)
+    return (total, *dtables), (nats, divergence, dhidden)
+
+
+def _chunks(count: int, rows: Any) -> Any:
+    """Arrays [N, ...] as [chunks, size, ...], the last chunk filled up with zeros."""
+    size = min(CHUNK_TOKENS, count)
+    missing = -count % size
+
+    def cut(array: Array) -> Array:
+        filled = jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
+        return filled.reshape(-1, size, *array.shape[1:])
+
+    return jax.tree.map(cut, rows)
+
+
+def _low(teacher: Teacher | None, dtype: Any) -> Teacher | None:
+    if teacher is None:
+        return None
+    tables = tuple(table.astype(dtype) for table in teacher.tables)
+    return Teacher(teacher.hidden.astype(dtype), tables, teacher.weights)
+
+
+def _by_token(teacher: Teacher | None) -> Any:
+    return None if teacher is None else (teacher.hidden, teacher.weights)
+
+
+def _with_tables(of_chunk: Any, teacher: Teacher | None) -> Teacher | None:
+    return None if teacher is None else Teacher(of_chunk[0], teacher.tables, of_chunk[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _token_losses(hidden, tables, targets, weights, teacher, static: _Static):
+    count, dtype = hidden.shape[0], static.dtype
+    tables, teacher = tuple(table.astype(dtype) for table in tables), _low(teacher, dtype)
 
     def chunk(arguments):
-        return _chunk_losses(arguments[0].astype(dtype), tables, arguments[1], uses, softcap)[0]
+        rows, wanted, weight, of_teacher = arguments
+        found = _chunk_losses(rows.astype(dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
+        return found[0], found[1], found[2].log_normaliser
 
-    losses = jax.lax.map(chunk, tuple(_chunks(hidden.shape[0], hidden, targets))).reshape(-1)[: hidden.shape[0]]
-    return jnp.sum(losses * weights), losses
+    found = jax.lax.map(chunk, _chunks(count, (hidden, targets, weights, _by_token(teacher))))
+    nats, divergence, log_normaliser = (part.reshape(-1)[:count] for part in found)
+    total = jnp.sum(weights * (nats + static.z_loss * jnp.square(log_normaliser)))
+    if teacher is not None:
+        total += jnp.sum(teacher.weights * divergence)
+    return total, nats, divergence
 
 
-def _forward(hidden, tables, targets, weights, dtype, uses, softcap):
-    dtype = jnp.dtype(dtype)
-    low = tuple(table.astype(dtype) for table in tables)
+def _forward(hidden, tables, targets, weights, teacher, static: _Static):
+    count, dtype = hidden.shape[0], static.dtype
+    low, low_teacher = tuple(table.astype(dtype) for table in tables), _low(teacher, dtype)
 
     def chunk(sums, arguments):
-        rows, wanted, weight = arguments
-        losses, dhidden, dtables = _chunk_gradients(rows.astype(dtype), low, wanted, weight, dtype, uses, softcap)
-        return tuple(a + b for a, b in zip(sums, dtables, strict=True)), (losses, dhidden)
+        rows, wanted, weight, of_teacher = arguments
+        of_teacher = _with_tables(of_teacher, low_teacher)
+        parts, by_token = _chunk_gradients(rows.astype(dtype), low, wanted, weight, of_teacher, static)
+        return tuple(a + b for a, b in zip(sums, parts, strict=True)), by_token
 
-    zeros = tuple(jnp.zeros(table.shape, jnp.float32) for table, use in zip(tables, uses, strict=True) if use.trains)
-    count = hidden.shape[0]
-    sums, (losses, dhidden) = jax.lax.scan(chunk, zeros, tuple(_chunks(count, hidden, targets, weights)))
-    losses, dhidden = losses.reshape(-1)[:count], dhidden.reshape(-1, hidden.shape[1])[:count]
-    shapes = tuple(jnp.zeros((0,), table.dtype) for table in tables)
-    return (jnp.sum(losses * weights), losses), (dhidden, sums, tuple(table.shape for table in tables), shapes)
+    trained = [table for table, use in zip(tables, static.uses, strict=True) if use.trains]
+    zeros = (jnp.zeros(()), *(jnp.zeros(table.shape, jnp.float32) for table in trained))
+    rows = _chunks(count, (hidden, targets, weights, _by_token(low_teacher)))
+    (total, *sums), (nats, divergence, dhidden) = jax.lax.scan(chunk, zeros, rows)
+    nats, divergence = nats.reshape(-1)[:count], divergence.reshape(-1)[:count]
+    dhidden = dhidden.reshape(-1, hidden.shape[1])[:count]
+    shapes = tuple(table.shape for table in tables)
+    types = tuple(jnp.zeros((0,), table.dtype) for table in tables)
+    return (total, nats, divergence), (dhidden, tuple(sums), shapes, types)
 
 
-def _backward(dtype, uses, softcap, residuals, cotangents):
-    dhidden, sums, shapes, dtypes = residuals
-    cotangent, _ = cotangents
-    left = list(sums)
+def _backward(static: _Static, residuals, cotangents):
+    dhidden, sums, shapes, types = residuals
+    cotangent, left = cotangents[0], list(sums)
     dtables = tuple(
         (left.pop(0) * cotangent).astype(empty.dtype) if use.trains else jnp.zeros(shape, empty.dtype)
-        for use, shape, empty in zip(uses, shapes, dtypes, strict=True)
+        for use, shape, empty in zip(static.uses, shapes, types, strict=True)
     )
-    return dhidden * cotangent, dtables, None, None
+    return dhidden * cotangent, dtables, None, None, None
 
 
 _token_losses.defvjp(_forward, _backward)

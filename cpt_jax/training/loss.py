@@ -36,7 +36,7 @@ def make_loss(network: Network, compute_dtype: Any, trains: Callable[[str], bool
         )
         tables = tuple(weights[table][part] for part in rows)
         token_weights = batch["weights"].reshape(-1)
-        total, losses = token_losses(
+        total, losses, _ = token_losses(
             hidden.reshape(-1, hidden.shape[-1]),
             tables,
             batch["targets"].reshape(-1),

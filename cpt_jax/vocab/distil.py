@@ -112,7 +112,7 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
         targets = batch["teacher"][:, 1:].reshape(-1)
         ones = jnp.ones(targets.shape, jnp.float32)
         uses = (TableUse(first_new, False),)
-        _, losses = token_losses(rows, (frozen[f"{head}/base"],), targets, ones, dtype, uses, softcap)
+        losses = token_losses(rows, (frozen[f"{head}/base"],), targets, ones, dtype, uses, softcap).nats
         sums = jnp.cumsum(-losses.reshape(batch["teacher"].shape[0], -1), axis=1)
         return hidden, jnp.pad(sums, ((0, 0), (1, 0)))
 

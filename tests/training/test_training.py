@@ -255,7 +255,7 @@ class TestCrossEntropy:
         _, (_, frozen) = jax.value_and_grad(objective, argnums=(0, 1))(*low, uses(False, True))
         np.testing.assert_array_equal(frozen[0], 0)
         np.testing.assert_allclose(frozen[1], 2 * dtables[1], atol=1e-3)
-        _, each = token_losses(
+        _, each, _ = token_losses(
             *low, jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32), "float32", uses(False, False)
         )
         np.testing.assert_allclose(each, losses, rtol=1e-4, atol=1e-5)
