@@ -18,11 +18,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_jax.core.config import from_json
+from cpt_jax.core.precision import FLOAT32
 from cpt_jax.data.holdout import read_heldout, training_documents
 from cpt_jax.data.sources import SkipCounts
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.models.generate import generate
-from cpt_jax.recipe.export import FLOAT32, text_logits
+from cpt_jax.recipe.export import text_logits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.vocab.gate import fuzzed_texts

@@ -126,13 +126,11 @@ def _model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import model_directory
+    from cpt_jax.recipe.find import find_model
     from cpt_jax.recipe.inspect_command import method_named, model_inspect
 
     method = method_named(arguments.method, arguments.rank, arguments.targets)
-    model_inspect(
-        model_directory(arguments.model), method=method, new_tokens=arguments.new_tokens, json_path=arguments.json
-    )
+    model_inspect(find_model(arguments.model), method=method, new_tokens=arguments.new_tokens, json_path=arguments.json)
 
 
 def _model_extend(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -24,7 +24,12 @@ class Precision:
 
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
-        return jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias")) else self.dtype
+        return jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias", "/magnitude", "/kernel_norm")) else self.dtype
+
+
+FLOAT32 = Precision(compute="float32")
+# For checks, with jax.enable_x64.
+FLOAT64 = Precision(compute="float64")
 
 
 def default_precision() -> Precision:

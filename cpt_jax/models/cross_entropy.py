@@ -191,11 +191,11 @@ def _token_losses(hidden, tables, targets, weights, teacher, static: _Static):
     tables, teacher = tuple(table.astype(dtype) for table in tables), _low(teacher, dtype)
 
     def chunk(arguments):
-        rows, wanted, weight, of_teacher = arguments
+        rows, wanted, of_teacher = arguments
         found = _chunk_losses(rows.astype(dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
         return found[0], found[1], found[2].log_normaliser
 
-    found = jax.lax.map(chunk, _chunks(count, (hidden, targets, weights, _by_token(teacher))))
+    found = jax.lax.map(chunk, _chunks(count, (hidden, targets, _by_token(teacher))))
     nats, divergence, log_normaliser = (part.reshape(-1)[:count] for part in found)
     total = jnp.sum(weights * (nats + static.z_loss * jnp.square(log_normaliser)))
     if teacher is not None:

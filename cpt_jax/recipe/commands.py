@@ -5,27 +5,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
+from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 from cpt_jax.vocab.tokenizer import Tokenizer
-
-FLOAT32 = Precision(compute="float32")
-# Where a GGUF base is unpacked when a command has no work directory.
-CACHE = Path(".cache/models")
-
-
-def model_directory(model: str) -> Path:
-    """A model's HF directory: its own, or where a GGUF file or a hub id is unpacked."""
-    return resolve_base(model, CACHE / Path(model).stem)
 
 
 def model_extend(
@@ -51,7 +41,7 @@ def model_extend(
             raise UserError(
                 f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
             )
-        growth = Growth(model_directory(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
+        growth = Growth(find_model(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
         growth.save(growth.rows(next(iter(candidates.values()))), out)
         print(out)
         return
@@ -60,9 +50,7 @@ def model_extend(
     with tempfile.TemporaryDirectory() as directory:
         parts = [HeldApart(corpus, Holdout(), Path(directory)) for corpus in corpora_of(corpora, text_field)]
         heldout = [text for part in parts for text in part.measured()]
-        growth = Growth(
-            model_directory(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt())
-        )
+        growth = Growth(find_model(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt()))
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
         growth.save(rows, out)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import progress, quiet_libraries
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus, texts_of
 from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
 from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_questions, difference, read_questions
-from cpt_jax.recipe.commands import FLOAT32, model_directory
+from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
 
 
 def _evaluate(model: str, documents: dict[str, list[str]], questions: dict[str, list[Question]]) -> _Figures:
-    directory = model_directory(model)
+    directory = find_model(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
     length = min(SEQUENCE_LENGTH, loaded.config.max_position_embeddings)

@@ -13,7 +13,7 @@ import numpy as np
 from cpt_jax.checkpoint.hf import save
 from cpt_jax.checkpoint.peft import load_adapter, save_adapter
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.precision import Precision
+from cpt_jax.core.precision import FLOAT32, FLOAT64, Precision
 from cpt_jax.core.progress import say
 from cpt_jax.models.decoder import apply, logits
 from cpt_jax.models.generate import generate
@@ -23,7 +23,6 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 GATE = 1e-4
 GATE_TOKENS = 128
-FLOAT32, FLOAT64 = Precision(compute="float32"), Precision(compute="float64")
 
 
 def text_logits(model: Model, tokens: Sequence[int], precision: Precision = FLOAT64) -> np.ndarray:

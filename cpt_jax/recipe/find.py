@@ -1,5 +1,6 @@
-"""From what is typed on the command line to a recipe."""
+"""From what is typed on the command line to a recipe, or to a model."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -8,9 +9,33 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.recipe.recipe import Recipe
+
+# Where a model that is no directory yet (GGUF, adapter, remote) is unpacked when a command has no work directory.
+CACHE = Path(".cache/models")
+
+
+def find_model(name: str) -> Path:
+    """A model's HF directory from a directory, a run (its export), a .gguf file, a PEFT adapter, a hub id or a URL.
+
+    Raises:
+      UserError: there is none, or the run has no export yet.
+    """
+    path = Path(name).expanduser()
+    config = path / "config.json"
+    # A run's config.json is its recipe.
+    if config.is_file() and "stages" in read_config(path):
+        if not (path / "export").exists():
+            raise UserError(
+                f"{name} is a run without an export: finish it with `cpt run {config} --workdir {path}`, or give a model's directory"
+            )
+        path = path / "export"
+        name = str(path)
+    return resolve_base(name, CACHE / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
 
 
 def find_recipe(name: str) -> Recipe:

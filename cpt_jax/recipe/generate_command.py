@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.models.generate import Generation
 from cpt_jax.models.sampling import Sampling
-from cpt_jax.recipe.commands import FLOAT32, model_directory
+from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -164,24 +165,6 @@ class TextGenerator:
         speed.add(streams, started, first)
 
 
-def exported(model: str) -> str:
-    """The model itself, or the export of the run whose directory it is.
-
-    Raises:
-      UserError: the run has none.
-    """
-    path = Path(model).expanduser()
-    config = path / "config.json"
-    # A run's config.json is its recipe.
-    if not config.is_file() or "stages" not in json.loads(config.read_text(encoding="utf-8")):
-        return model
-    if not (path / "export" / "config.json").exists():
-        raise UserError(
-            f"{model} is a run without an export: finish it with `cpt run {config} --workdir {path}`, or give a model's directory"
-        )
-    return str(path / "export")
-
-
 def end_ids_of(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Where text ends: at the separator of documents, and at what the model's files call an end (an instruction model
     ends its turn with it)."""
@@ -260,7 +243,7 @@ def generate_text(
     if not all(stop):
         raise UserError("--stop is empty, and every text holds that: leave it out")
     quiet_libraries()
-    directory = model_directory(exported(model))
+    directory = find_model(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
     if chat:

@@ -28,7 +28,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress
 from cpt_jax.evaluate.token_scores import Score, TokenPair, score_continuations
 from cpt_jax.models.generate import generate
-from cpt_jax.recipe.commands import model_directory
+from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"batch_size is {batch_size!r}: give a number of sequences from 1")
         if dtype not in get_args(Compute):
             raise UserError(f"dtype is {dtype!r}: give {' or '.join(get_args(Compute))}")
-        directory = model_directory(pretrained)
+        directory = find_model(pretrained)
         model = load_model(directory)
         check_fits(Tokenizer(directory), model.config.total_rows, directory)
         context = model.config.max_position_embeddings

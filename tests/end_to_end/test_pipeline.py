@@ -118,9 +118,9 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from cpt_jax.core.config import from_json
-    from cpt_jax.core.precision import Precision
+    from cpt_jax.core.precision import FLOAT32, Precision
     from cpt_jax.models.generate import generate
-    from cpt_jax.recipe.export import FLOAT32, text_logits
+    from cpt_jax.recipe.export import text_logits
     from cpt_jax.recipe.model import load_model
     from cpt_jax.recipe.recipe import Recipe
     from cpt_jax.recipe.run import Pipeline

@@ -67,7 +67,6 @@ def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
 
     from configs.quickstart import quickstart
     from cpt_jax.data.sources import SkipCounts, read
-    from cpt_jax.recipe.export import FLOAT32 as EXPORT_FLOAT32
     from cpt_jax.recipe.export import text_logits
 
     tokenizer, model = Tokenizer(smollm2), load_model(smollm2)
@@ -84,4 +83,4 @@ def test_the_base_of_the_quickstart_is_what_transformers_says(smollm2):
             exact, rounded = (m(torch.tensor([ids])).logits[0].numpy() for m in (double, single))
         assert np.abs(text_logits(model, ids) - exact).max() < 1e-4, domain.name
         assert np.abs(text_logits(model, ids) - rounded).max() < 1e-4, domain.name
-        assert np.abs(text_logits(model, ids, EXPORT_FLOAT32) - rounded).max() < 5e-4, domain.name
+        assert np.abs(text_logits(model, ids, FLOAT32) - rounded).max() < 5e-4, domain.name

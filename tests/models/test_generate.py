@@ -19,7 +19,8 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.generate import Generation, _functions, context_length, generate
 from cpt_jax.models.sampling import Sampling, choose, filtered, row_keys
-from cpt_jax.recipe.generate_command import TextStream, exported, read_prompts
+from cpt_jax.recipe.find import find_model
+from cpt_jax.recipe.generate_command import TextStream, read_prompts
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -361,11 +362,10 @@ def test_a_chat_and_the_end_of_its_turn(cpt, tmp_path):
 def test_a_runs_directory_stands_for_its_export(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"name": "run", "stages": []}))
     with pytest.raises(UserError, match="is a run without an export: finish it with `cpt run"):
-        exported(str(tmp_path))
+        find_model(str(tmp_path))
     shutil.copytree(tiny_model, tmp_path / "export")
-    assert exported(str(tmp_path)) == str(tmp_path / "export")
-    assert exported(str(tiny_model)) == str(tiny_model)
-    assert exported("somebody/model") == "somebody/model"
+    assert find_model(str(tmp_path)) == tmp_path / "export"
+    assert find_model(str(tiny_model)) == tiny_model
 
 
 WRONG = {
