@@ -7,7 +7,8 @@ import pytest
 from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
-from cpt_jax.cli import ROWS, main
+from cpt_jax.cli import main
+from cpt_jax.cli.parser import ROWS
 from cpt_jax.vocab.init_rows import NAMED_ROWS
 
 

@@ -1,13 +1,10 @@
-"""`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running."""
+"""The commands and their flags."""
 
 import argparse
-import os
-import sys
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from cpt_jax.core.errors import UserError
+from cpt_jax.cli import handlers
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
 ROWS = (
@@ -22,193 +19,6 @@ ROWS = (
     "wechsel",
     "distilled",
 )
-
-
-def _adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from cpt_jax.recipe.defaults import adapt_recipe, explain
-    from cpt_jax.recipe.run import run
-
-    recipe, reasons = adapt_recipe(
-        base=arguments.base,
-        new=arguments.new,
-        replay=arguments.replay,
-        watch=arguments.watch,
-        new_tokens=arguments.new_tokens,
-        method=arguments.method,
-        tokens=arguments.tokens,
-        replay_share=arguments.replay_share,
-        text_field=arguments.text_field,
-        workdir=arguments.workdir,
-    )
-    recipe = _overridden(recipe, overrides)
-    print(explain(recipe, reasons), file=sys.stderr, flush=True)
-    run(recipe, arguments.workdir, update=arguments.update)
-
-
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from cpt_jax.recipe.find import find_recipe
-    from cpt_jax.recipe.run import run
-
-    recipe = _overridden(find_recipe(arguments.recipe), overrides)
-    run(recipe, arguments.workdir or Path("runs") / recipe.name, update=arguments.update, only=arguments.only)
-
-
-def _overridden(recipe, overrides: list[str]):
-    from cpt_jax.recipe.find import apply_overrides
-
-    return apply_overrides(recipe, overrides)
-
-
-def _extension(arguments: argparse.Namespace, new_tokens: int, candidates: Path | None):
-    from cpt_jax.recipe.tokenizer_commands import extension_of
-
-    return extension_of(
-        method=arguments.method,
-        new_tokens=new_tokens,
-        scores=arguments.scores,
-        candidates=candidates,
-        ban=arguments.ban,
-        scripts=arguments.scripts,
-        min_frequency=arguments.min_frequency,
-        max_piece_characters=arguments.max_piece_characters,
-        sample_bytes=arguments.sample_bytes,
-    )
-
-
-def _tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.tokenizer_commands import tokenizer_extend
-    from cpt_jax.vocab.gate import Limits
-
-    given = {
-        "old_documents_changed": arguments.max_old_documents_changed,
-        "old_tokens_added": arguments.max_old_tokens_added,
-        "unreachable_pieces": arguments.max_unreachable,
-        "slow_fast_differences": arguments.max_slow_fast_differences,
-    }
-    tokenizer_extend(
-        base=arguments.base,
-        corpora=arguments.corpus,
-        protect=arguments.protect,
-        extension=_extension(arguments, arguments.new_tokens, arguments.candidates),
-        drop_unreachable=arguments.drop_unreachable,
-        limits=Limits(**{name: value for name, value in given.items() if value is not None}),
-        heldout_share=arguments.heldout_share,
-        text_field=arguments.text_field,
-        out=arguments.out,
-        json_path=arguments.json,
-    )
-
-
-def _tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.tokenizer_commands import tokenizer_report
-
-    tokenizer_report(
-        base=arguments.base,
-        tokenizer=arguments.tokenizer,
-        corpora=arguments.corpus,
-        protect=arguments.protect,
-        extension=_extension(arguments, max(arguments.sizes), None) if arguments.curve else None,
-        sizes=arguments.sizes,
-        sample_bytes=arguments.sample_bytes,
-        heldout_share=arguments.heldout_share,
-        text_field=arguments.text_field,
-        json_path=arguments.json,
-        html_path=arguments.html,
-        picture_path=arguments.plot,
-    )
-
-
-def _model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.checkpoint.gguf import import_gguf
-
-    import_gguf(arguments.gguf, arguments.out)
-    print(arguments.out)
-
-
-def _model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.find import find_model
-    from cpt_jax.recipe.inspect_command import method_named, model_inspect
-
-    method = method_named(arguments.method, arguments.rank, arguments.targets)
-    model_inspect(find_model(arguments.model), method=method, new_tokens=arguments.new_tokens, json_path=arguments.json)
-
-
-def _model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import model_extend
-
-    model_extend(
-        model=arguments.model,
-        tokenizer=arguments.tokenizer,
-        init=arguments.init,
-        corpora=arguments.corpus,
-        vectors=arguments.vectors,
-        probe_steps=arguments.probe,
-        text_field=arguments.text_field,
-        seed=arguments.seed,
-        out=arguments.out,
-        json_path=arguments.json,
-    )
-
-
-def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import data_prepare
-
-    data_prepare(arguments.tokenizer, arguments.input, arguments.out, text_field=arguments.text_field)
-
-
-def _eval(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.evaluate_command import evaluate_model
-
-    evaluate_model(
-        model=arguments.model,
-        against=arguments.against,
-        data=arguments.data,
-        choices=arguments.choices,
-        text_field=arguments.text_field,
-        max_bytes=arguments.max_bytes,
-        json_path=arguments.json,
-    )
-
-
-def _lm_eval(_: argparse.Namespace, arguments: list[str]) -> None:
-    from cpt_jax.recipe.evaluate_command import run_harness
-
-    run_harness(arguments)
-
-
-def _generate(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.models.sampling import Sampling
-    from cpt_jax.recipe.generate_command import generate_text
-
-    generate_text(
-        model=arguments.model,
-        prompts=arguments.prompt,
-        prompts_path=arguments.prompts,
-        new_tokens=arguments.new_tokens,
-        sampling=Sampling(
-            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
-        ),
-        stop=arguments.stop,
-        chat=arguments.chat,
-        json_path=arguments.json,
-    )
-
-
-def _export(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.run import export_run
-
-    names = ("weights", "interpolate_base", "adapter", "dtype", "shard_gb")
-    given = {name: getattr(arguments, name) for name in names}
-    export_run(arguments.run, arguments.out, {name: value for name, value in given.items() if value is not None})
-
-
-def _report(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.report import compare_reports, write_report
-
-    for run in arguments.run:
-        print(write_report(run))
-    if len(arguments.run) > 1:
-        print(compare_reports(arguments.run, arguments.out))
 
 
 def _named_spec(text: str) -> tuple[str, str]:
@@ -249,7 +59,7 @@ def _texts_and_learning(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Continued pre-training of language models in JAX.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -275,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         commands,
         "adapt",
-        _adapt,
+        handlers.adapt,
         "The whole pipeline on your own model and text, without writing a recipe.",
         overrides=True,
     )
@@ -297,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     text_field(sub)
 
-    sub = command(commands, "run", _run, "Runs a recipe; called again, it continues where it stopped.", overrides=True)
+    sub = command(
+        commands, "run", handlers.run, "Runs a recipe; called again, it continues where it stopped.", overrides=True
+    )
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
     sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
     sub.add_argument(
@@ -306,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(only=None)
 
     sub = command(
-        commands, "train", _run, "Runs a recipe up to the last training stage: no export, no report.", overrides=True
+        commands,
+        "train",
+        handlers.run,
+        "Runs a recipe up to the last training stage: no export, no report.",
+        overrides=True,
     )
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
     sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
@@ -316,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(only="train")
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
-    sub = command(tokenizer, "extend", _tokenizer_extend, "Adds new pieces; every id of the base keeps its meaning.")
+    sub = command(
+        tokenizer, "extend", handlers.tokenizer_extend, "Adds new pieces; every id of the base keeps its meaning."
+    )
     _texts_and_learning(sub)
     sub.add_argument("--new-tokens", required=True, type=int, help="pieces learnt from the corpora, at most")
     sub.add_argument("--candidates", type=Path, metavar="FILE", help="terms to be pieces besides, one a line (UTF-8)")
@@ -333,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path)
     json_out(sub)
     sub = command(
-        tokenizer, "report", _tokenizer_report, "Compares two tokenizers on text, or shows what extending one brings."
+        tokenizer,
+        "report",
+        handlers.tokenizer_report,
+        "Compares two tokenizers on text, or shows what extending one brings.",
     )
     _texts_and_learning(sub)
     sub.add_argument("--tokenizer", help="the other tokenizer's directory or hub id")
@@ -351,10 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     json_out(sub)
 
     model = group("model", "import, extend and inspect models")
-    sub = command(model, "import-gguf", _model_import_gguf, "A GGUF file as a HF directory (dequantised).")
+    sub = command(model, "import-gguf", handlers.model_import_gguf, "A GGUF file as a HF directory (dequantised).")
     sub.add_argument("--gguf", required=True, type=Path)
     sub.add_argument("--out", required=True, type=Path)
-    sub = command(model, "extend", _model_extend, "Grows the embedding (and an untied head) to the tokenizer's size.")
+    sub = command(
+        model, "extend", handlers.model_extend, "Grows the embedding (and an untied head) to the tokenizer's size."
+    )
     sub.add_argument("--model", required=True)
     sub.add_argument("--tokenizer", required=True, type=Path)
     sub.add_argument(
@@ -367,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path)
     text_field(sub)
     json_out(sub)
-    sub = command(model, "inspect", _model_inspect, "Family, sizes, the table of parameters, and what would train.")
+    sub = command(
+        model, "inspect", handlers.model_inspect, "Family, sizes, the table of parameters, and what would train."
+    )
     sub.add_argument("--model", required=True)
     sub.add_argument("--method", choices=("lora", "full", "embeddings", "all-embeddings"), help="show what it trains")
     sub.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
@@ -376,13 +201,13 @@ def _parser() -> argparse.ArgumentParser:
     json_out(sub)
 
     data = group("data", "prepare corpora")
-    sub = command(data, "prepare", _data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
+    sub = command(data, "prepare", handlers.data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
     sub.add_argument("--tokenizer", required=True, type=Path)
     sub.add_argument("--input", required=True, **spec)
     sub.add_argument("--out", required=True, type=Path)
     text_field(sub)
 
-    sub = command(commands, "eval", _eval, "Bits per byte by domain, and multiple choice.")
+    sub = command(commands, "eval", handlers.evaluate, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)
     sub.add_argument("--against", help="another model, to show the difference to")
     sub.add_argument("--data", default=[], help="text to predict", **spec)
@@ -401,12 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     command(
         commands,
         "lm-eval",
-        _lm_eval,
+        handlers.lm_eval,
         "The lm_eval harness with our model: --model cpt_jax --model_args pretrained=DIR --tasks ... as lm_eval has it.",
         overrides=True,
     )
 
-    sub = command(commands, "generate", _generate, "Continues prompts: the likeliest tokens, or tokens drawn.")
+    sub = command(commands, "generate", handlers.generate, "Continues prompts: the likeliest tokens, or tokens drawn.")
     sub.add_argument("--model", required=True, help="a HF directory, a .gguf file, a hub id, or a run's directory")
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     sub.add_argument(
@@ -421,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--chat", action="store_true", help="prompts are a user's turns, by the tokenizer's chat template")
     json_out(sub)
 
-    sub = command(commands, "export", _export, "A run's result as a HF model directory, or as a PEFT adapter.")
+    sub = command(commands, "export", handlers.export, "A run's result as a HF model directory, or as a PEFT adapter.")
     sub.add_argument("--run", required=True, type=Path)
     sub.add_argument("--out", required=True, type=Path)
     unset = "(default: as the recipe says)"
@@ -433,32 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=unset)
     sub.add_argument("--shard-gb", type=float, metavar="GB", help=f"largest weight file {unset}")
 
-    sub = command(commands, "report", _report, "A run's HTML report; with several runs, a page that compares them.")
+    sub = command(
+        commands, "report", handlers.report, "A run's HTML report; with several runs, a page that compares them."
+    )
     sub.add_argument("run", nargs="+", type=Path)
     sub.add_argument("--out", type=Path, default=Path("compare.html"))
     return parser
-
-
-def _fail(message: str, status: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `cpt`."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    # Libraries' own logging would tear the progress display.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        arguments.function(arguments, rest)
-    except UserError as error:
-        _fail(str(error), 2, arguments.debug)
-    except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to continue", 1, arguments.debug)
-    except Exception as error:
-        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)

@@ -1,0 +1,34 @@
+"""`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running."""
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from cpt_jax.cli.parser import parser
+from cpt_jax.core.errors import UserError
+
+
+def _fail(message: str, status: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `cpt`."""
+    commands = parser()
+    arguments, rest = commands.parse_known_args(argv)
+    if rest and not arguments.takes_overrides:
+        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Libraries' own logging would tear the progress display.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        arguments.function(arguments, rest)
+    except UserError as error:
+        _fail(str(error), 2, arguments.debug)
+    except KeyboardInterrupt:
+        _fail("interrupted: run the same command again to continue", 1, arguments.debug)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)
