@@ -43,7 +43,7 @@ def our_step(method: str, compute: str, batch: int, sequence: int, unroll: bool,
         {path: jnp.asarray(leaf).astype(precision.dtype_of(path)) for path, leaf in flatten(frozen).items()}
     )
     optimizer = AdamW(learning_rate=1e-5).build(lambda step: 1e-5, trainable)
-    loss = make_loss(model.network, precision.dtype, kind.trains, 1)
+    loss = make_loss(model.network, precision.dtype, kind.trains, ("text",))
     step = jax.jit(make_train_step(loss, optimizer, lambda step: 1e-5, None), donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, 49152, (batch, sequence + 1)).astype(np.int32)
     ones = np.ones((batch, sequence), np.int32)
@@ -57,12 +57,12 @@ def our_step(method: str, compute: str, batch: int, sequence: int, unroll: bool,
     }
     state = initial_state(trainable, optimizer, False)
     started = time.perf_counter()
-    compiled = step.lower(state, frozen, rows).compile()
+    compiled = step.lower(state, frozen, {}, rows).compile()
     compile_seconds = time.perf_counter() - started
     seconds = []
     for _ in range(steps + 2):
         started = time.perf_counter()
-        state, metrics = compiled(state, frozen, rows)
+        state, metrics = compiled(state, frozen, {}, rows)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
     temporaries = compiled.memory_analysis().temp_size_in_bytes

@@ -1,6 +1,7 @@
 """What trains. One answer a method, by path, decides the gradient, the optimizer's state, the EMA, the dtype and
 what is saved."""
 
-from cpt_jax.adapt.methods import Embeddings, Full, LoRA, Method
+from cpt_jax.adapt.expand import Expand, expanded_hf_config
+from cpt_jax.adapt.methods import ByPath, Embeddings, Full, LoRA, Method
 
-__all__ = ["Embeddings", "Full", "LoRA", "Method"]
+__all__ = ["ByPath", "Embeddings", "Expand", "Full", "LoRA", "Method", "expanded_hf_config"]

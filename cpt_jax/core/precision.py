@@ -24,7 +24,9 @@ class Precision:
 
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
-        return jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias", "/magnitude", "/kernel_norm")) else self.dtype
+        return (
+            jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias", "/magnitude", "/kernel_norm")) else self.dtype
+        )
 
 
 FLOAT32 = Precision(compute="float32")

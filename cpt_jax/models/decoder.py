@@ -18,10 +18,12 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.attention import Cache, document_mask, within_window
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
+from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.layers import Block
-from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig
+from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
 from cpt_jax.models.rope import Rope, rotation
+from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
 
@@ -85,6 +87,7 @@ class DecoderConfig:
     experts: ExpertsConfig | None = None
     embedding_scale: float | None = None
     logit_softcap: float | None = None
+    layer_groups: LayerGroups = ()
     layer_loop: Literal["scan", "unroll"] = "scan"
     remat: bool = False
 
@@ -99,6 +102,8 @@ class DecoderConfig:
             )
         if self.layer_pattern is not None and len(self.layer_pattern) != self.num_layers:
             raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
+        if self.layer_groups and sum(count for _, count in self.layer_groups) != self.num_layers:
+            raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
 
     @property
     def total_rows(self) -> int:
@@ -130,13 +135,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embed = VocabTable(config, rngs)
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, axis_size=config.num_layers)
-        def stacked_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, lora, rngs)
-
-        self.layers = stacked_blocks(rngs)
+        self.layers = stacked_blocks(config, lora, rngs)
         self.final_norm = norm(config)
         if not config.tie_word_embeddings:
             self.head = VocabTable(config, rngs)
@@ -152,6 +151,7 @@ class Decoder(nnx.Module):
         counted: Float[Array, "B S"] | None = None,
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
+        dropout_key: Array | None = None,
     ) -> Outputs:
         """Runs all layers.
 
@@ -160,6 +160,7 @@ class Decoder(nnx.Module):
           lengths: of the tokens' documents, where rotations depend on it.
           counted: which tokens count for the experts' balance (default: all).
           cache: of all layers; its keys begin at the row's beginning, this call's go in at `index`.
+          dropout_key: what adapters drop in training follows from it (default: they drop nothing).
         """
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
@@ -172,18 +173,17 @@ class Decoder(nnx.Module):
         if config.layer_pattern is not None:
             pattern = jnp.asarray(config.layer_pattern)
             stacked_kinds = jax.tree.map(lambda *parts: jnp.stack(parts), *kinds)
-        graphdef, stacked = nnx.split(self.layers)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
-        def layer(x, inputs):
-            weights, cache, kind = inputs
+        def run(block: Block, x: Array, inputs: Any) -> tuple[Array, Any]:
+            cache, kind, key = inputs
             angles, mask = kinds[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked_kinds)
-            x, cache, balance = nnx.merge(graphdef, weights)(x, angles, mask, dtype, counted, cache, index)
+            if key is not None:
+                drop_inputs(block, key)
+            x, cache, balance = block(x, angles, mask, dtype, counted, cache, index)
             return x, (cache, balance)
 
-        if config.remat:
-            layer = jax.checkpoint(layer)
-        unroll = config.num_layers if config.layer_loop == "unroll" else 1
-        x, (cache, balance) = jax.lax.scan(layer, x, (stacked, cache, pattern), unroll=unroll)
+        x, (cache, balance) = run_blocks(config, self.layers, x, (cache, pattern, keys), run)
         return Outputs(self.final_norm(x), cache, balance)
 
     def logits(self, hidden, dtype):
@@ -265,15 +265,25 @@ def apply_with_balance(
     counted: Float[Array, "B S"] | None = None,
     *,
     compute_dtype: Any,
+    dropout_key: Array | None = None,
 ) -> tuple[Float[Array, "B S D"], Float[Array, ""]]:
-    """(hidden states as `apply`'s, load-balancing loss of the experts over the tokens `counted`; 0 without experts)."""
+    """(hidden states as `apply`'s, load-balancing loss of the experts over the tokens `counted`; 0 without experts).
+
+    Only with a `dropout_key`, in training, adapters drop their inputs.
+    """
     mask = document_mask(segment_ids)
     lengths = None
     if any(kind.rope.depends_on_length for kind in network.config.layer_kinds):
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         lengths = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
     outputs = network.module(weights)(
-        tokens, positions, mask, jnp.dtype(compute_dtype), lengths=lengths, counted=counted
+        tokens,
+        positions,
+        mask,
+        jnp.dtype(compute_dtype),
+        lengths=lengths,
+        counted=counted,
+        dropout_key=dropout_key,
     )
     balance = jnp.zeros((), jnp.float32)
     if outputs.balance is not None:

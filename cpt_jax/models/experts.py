@@ -63,13 +63,18 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
-        self.has_adapter = lora is not None and name in lora.targets
-        if lora is not None and self.has_adapter:
-            self.lora_a, self.lora_b = adapter(lora.rank, axes, shape, rngs)
+        self.adapter = lora.adapter(name) if lora is not None else None
+        if self.adapter is not None:
+            for field in ("dora", "dropout"):
+                if getattr(self.adapter, field):
+                    raise UserError(
+                        f"LoRA on experts has no {field}: leave it out, or take 'layers/attention/*' as targets"
+                    )
+            self.lora_a, self.lora_b = adapter(self.adapter.rank, axes, shape, rngs)
 
     def weights(self) -> dict[str, Any]:
         """Its arrays by name."""
-        names = ("kernel", "lora_a", "lora_b") if self.has_adapter else ("kernel",)
+        names = ("kernel", "lora_a", "lora_b") if self.adapter is not None else ("kernel",)
         return {name: getattr(self, name).get_value() for name in names}
 
     def specs(self) -> dict[str, PartitionSpec]:
@@ -87,7 +92,7 @@ class Experts(nnx.Module):
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         experts: ExpertsConfig = config.experts
         width, inner, count = config.hidden_size, config.intermediate_size, experts.count
-        self.settings, self.scale = experts, lora.scale if lora is not None else 0.0
+        self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
         self.gate = ExpertLinear("gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
@@ -108,7 +113,8 @@ class Experts(nnx.Module):
         balance = Balance((times * weight).sum(0), (probabilities * weight).sum(0))
         linears = {"gate": self.gate, "up": self.up, "down": self.down}
         weights = {name: linear.weights() for name, linear in linears.items()}
-        compute = functools.partial(_computed, scale=self.scale, activation=self.activation, dtype=dtype)
+        scales = {name: linear.adapter.scale for name, linear in linears.items() if linear.adapter is not None}
+        compute = functools.partial(_computed, scales=scales, activation=self.activation, dtype=dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             mixed = compute(tokens, chosen, shares, weights, first=0)
@@ -150,7 +156,7 @@ def _computed(
     weights: dict[str, dict[str, Any]],
     *,
     first: Int[Array, ""] | int,
-    scale: float,
+    scales: dict[str, float],
     activation,
     dtype: jnp.dtype,
 ) -> Float[Array, "N D"]:
@@ -167,7 +173,7 @@ def _computed(
         matrices = weights[name]
         y = grouped_matmul(x, matrices["kernel"], sizes, dtype)
         if "lora_a" in matrices:
-            low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scale
+            low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scales[name]
             y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)
         return y
 

@@ -1,8 +1,12 @@
-"""The linear layer, with its optional low-rank adapter (LoRA: Hu et al. 2021, arXiv 2106.09685)."""
+"""The linear layer, with its optional low-rank adapter (LoRA: Hu et al. 2021, arXiv 2106.09685; DoRA: Liu et al. 2024,
+arXiv 2402.09353)."""
 
 import dataclasses
+import fnmatch
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +15,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.lazy import LazyArray, Slices
-from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.products import matmul
+from cpt_jax.core.lazy import LazyArray, Slices, stacked
+from cpt_jax.core.tree import Tree, flatten, match, unflatten
+from cpt_jax.models.products import matmul, sum_type
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+PATHS = {name: f"layers/{'attention' if name in ('q', 'k', 'v', 'o') else 'mlp'}/{name}" for name in LINEARS}
+# What an adapter trains, by the ends of its leaves' paths.
+ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
+# And what DoRA keeps of the frozen kernel.
+KERNEL_NORM = "/kernel_norm"
 # By the names that config.json gives them.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -23,26 +32,80 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+Scaling = Literal["alpha/rank", "alpha/sqrt(rank)"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The adapter of one linear: its rank, what its product is multiplied by, and the rest as in `LoRAConfig`."""
+
+    rank: int
+    alpha: float
+    scaling: Scaling
+    dora: bool
+    dropout: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank if self.scaling == "alpha/rank" else math.sqrt(self.rank))
+
+    def of_rank(self, rank: int) -> "AdapterConfig":
+        """Of another rank, and an alpha with which the scale is the same."""
+        share = rank / self.rank if self.scaling == "alpha/rank" else math.sqrt(rank / self.rank)
+        return dataclasses.replace(self, rank=rank, alpha=self.alpha * share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Adapters of rank `rank` on the linears named in `targets`, scaled by alpha / rank."""
+    """Adapters of rank `rank` on the linears named in `targets`, scaled by alpha / rank or, rank-stabilised, by alpha /
+    sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+
+    A linear is named "q", by its path "layers/attention/q", or by a pattern over paths ("layers/mlp/*").
+    `rank_pattern` and `alpha_pattern` give some linears another rank and alpha; the first pattern that matches counts.
+    `dora` trains each output's magnitude apart from its direction. `dropout` is the share of the adapters' inputs
+    that is dropped in training.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = LINEARS
+    scaling: Scaling = "alpha/rank"
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    dora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"LoRA rank is {self.rank}: give at least 1")
-        for target in self.targets:
-            if target not in LINEARS:
-                raise UserError(f"LoRA target {target!r} is no linear layer; there are: {', '.join(LINEARS)}")
+        for rank in (self.rank, *dict(self.rank_pattern).values()):
+            if rank < 1:
+                raise UserError(f"LoRA rank is {rank}: give at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout is {self.dropout}: give a share of at least 0 and below 1")
+        patterns = (*self.targets, *dict(self.rank_pattern), *dict(self.alpha_pattern))
+        match([PATHS.get(pattern, pattern) for pattern in patterns], PATHS.values())
+
+    @property
+    def default(self) -> AdapterConfig:
+        """Of linears that no pattern names."""
+        return AdapterConfig(
+            rank=self.rank, alpha=self.alpha, scaling=self.scaling, dora=self.dora, dropout=self.dropout
+        )
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.default.scale
+
+    def adapter(self, name: str) -> AdapterConfig | None:
+        """The adapter of the linear of this name, if it has one."""
+        if not any(_names(target, name) for target in self.targets):
+            return None
+        rank = next((rank for pattern, rank in self.rank_pattern if _names(pattern, name)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if _names(pattern, name)), self.alpha)
+        return dataclasses.replace(self.default, rank=rank, alpha=alpha)
+
+
+def _names(pattern: str, name: str) -> bool:
+    return pattern == name or fnmatch.fnmatchcase(PATHS[name], pattern)
 
 
 class Weight(nnx.Variable):
@@ -50,8 +113,8 @@ class Weight(nnx.Variable):
 
 
 class Linear(nnx.Module):
-    """y = x W + b + scale (x A) B, the adapter only where it is asked for; never the merged W + scale A B, which costs
-    a full product."""
+    """y = m * (x W + scale (x A) B) + b, the adapter only where it is asked for, the magnitude's factor m only with DoRA;
+    never the merged W + scale A B, which costs a full product."""
 
     def __init__(
         self,
@@ -64,18 +127,56 @@ class Linear(nnx.Module):
     ) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
         self.bias = Weight(jnp.zeros((shape[1],)), logical_axes=axes[1:]) if bias else None
-        self.scale = lora.scale if lora is not None else 0.0
-        self.has_adapter = lora is not None and name in lora.targets
-        if lora is not None and self.has_adapter:
-            self.lora_a, self.lora_b = adapter(lora.rank, axes, shape, rngs)
+        self.adapter = lora.adapter(name) if lora is not None else None
+        # Of one call in training; see `drop_inputs`.
+        self.dropout_key: Any = nnx.data(None)
+        if self.adapter is not None:
+            self.lora_a, self.lora_b = adapter(self.adapter.rank, axes, shape, rngs)
+            if self.adapter.dora:
+                norm = jnp.linalg.norm(self.kernel[...], axis=0)
+                self.kernel_norm = Weight(norm, logical_axes=axes[1:])
+                self.magnitude = Weight(norm, logical_axes=axes[1:])
 
     def __call__(self, x: Float[Array, "*rows i"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
         y = matmul(x, self.kernel.get_value(), dtype)
+        if self.adapter is not None:
+            inputs = x if self.dropout_key is None else _dropped(x, self.adapter.dropout, self.dropout_key)
+            y += matmul(matmul(inputs, self.lora_a[...], dtype) * self.adapter.scale, self.lora_b[...], dtype)
+            if self.adapter.dora:
+                y *= self._magnitude_factor(dtype).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.bias is not None:
             y += self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        if self.has_adapter:
-            y += matmul(matmul(x, self.lora_a[...], dtype) * self.scale, self.lora_b[...], dtype)
         return y
+
+    def _magnitude_factor(self, dtype: jnp.dtype) -> Float[Array, "o"]:
+        """magnitude / |W + scale A B|, each output's norm taken for a constant (DoRA, section 4.3).
+
+        The norm comes from |W|, which is kept, and products of rank r: W + scale A B is never made, and W has no
+        gradient. As long as B is zero and the magnitude is |W|, this is 1, bit for bit.
+        """
+        assert self.adapter is not None
+        wide, scale = sum_type(dtype), self.adapter.scale
+        a, b = (jax.lax.stop_gradient(factor[...]) for factor in (self.lora_a, self.lora_b))
+        across = jax.lax.stop_gradient(matmul(a.T, self.kernel.get_value(), dtype))
+        b, gram = b.astype(wide), jnp.matmul(a.T, a, preferred_element_type=wide)
+        growth = jnp.sum(b * (2 * scale * across + scale**2 * jnp.matmul(gram, b)), axis=0)
+        tiny = jnp.finfo(jnp.float32).tiny
+        norm = jnp.maximum(jax.lax.stop_gradient(self.kernel_norm[...]).astype(wide), tiny**0.5)
+        # 1 + growth / |W|^2 is |W + scale A B|^2 / |W|^2; rounding may not take it to zero or below.
+        ratio = jnp.sqrt(jnp.maximum(1 + growth / norm**2, 1e-12))
+        return (1 + (self.magnitude[...].astype(wide) - norm) / norm) / ratio
+
+
+def drop_inputs(module: nnx.Module, key: Array) -> None:
+    """Makes the adapters in a module, which lives in one traced function, drop inputs in its next call."""
+    for number, (_, part) in enumerate(nnx.iter_modules(module)):
+        if isinstance(part, Linear) and part.adapter is not None and part.adapter.dropout > 0:
+            part.dropout_key = jax.random.fold_in(key, number)
+
+
+def _dropped(x: Array, rate: float, key: Array) -> Array:
+    """x with a share of its numbers zero and the others larger, so that the mean stays (Srivastava et al. 2014)."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def initial_kernel(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "*stack i o"]:
@@ -93,30 +194,71 @@ def adapter(rank: int, axes: tuple[str, ...], shape: tuple[int, ...], rngs: nnx.
     return first, Weight(jnp.zeros((*stack, rank, outputs)), logical_axes=(*axes[:-2], "rank", axes[-1]))
 
 
+def with_magnitudes(weights: Tree, lora: LoRAConfig) -> Tree:
+    """The weights, with what DoRA keeps of each adapted kernel: its outputs' norms, which are also the first magnitudes
+    (read when they are asked for)."""
+    flat = flatten(weights)
+    for layer in _adapted(flat) if lora.dora else ():
+        norms = column_norms(flat[f"{layer}/kernel"])
+        flat[f"{layer}/kernel_norm"] = norms
+        flat.setdefault(f"{layer}/magnitude", norms)
+    return unflatten(flat)
+
+
+def _adapted(flat: Mapping[str, Any]) -> list[str]:
+    return [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
+
+
+def column_norms(kernel: Any) -> LazyArray:
+    """|W| by output, of a kernel [..., i, o], summed in float64."""
+    *stack, _, outputs = kernel.shape
+
+    def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
+        def one(index: tuple[int, ...], columns: Slices) -> np.ndarray:
+            return _norms(np.asarray(kernel[(*index, slice(None), *columns)], np.float32))
+
+        return stacked(slices, len(stack), dtype, one)
+
+    return LazyArray((*stack, outputs), np.float32, read)
+
+
+def _norms(kernel: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.sum(np.square(kernel, dtype=np.float64), axis=-2))
+
+
 def merge_lora(weights: Tree, lora: LoRAConfig) -> Tree:
     """The weights without adapters: each added into its kernel, in float32, on the host, when it is asked for."""
     flat = flatten(weights)
     merged = {}
     for path, leaf in flat.items():
-        if path.endswith(("/lora_a", "/lora_b")):
+        if path.endswith((*ADAPTER_LEAVES, KERNEL_NORM)):
             continue
         layer = path.removesuffix("/kernel")
         if f"{layer}/lora_a" in flat:
-            leaf = _merged(leaf, flat[f"{layer}/lora_a"], flat[f"{layer}/lora_b"], lora.scale)
+            settings = lora.adapter(layer.rpartition("/")[2])
+            assert settings is not None
+            factors = (flat[f"{layer}/lora_a"], flat[f"{layer}/lora_b"])
+            leaf = _merged(leaf, *factors, flat.get(f"{layer}/magnitude"), settings.scale)
         merged[path] = leaf
     return unflatten(merged)
 
 
-def _merged(kernel, a, b, scale: float) -> LazyArray:
-    """kernel [..., i, o] + scale a [..., i, r] b [..., r, o], float32."""
+def _merged(kernel: Any, a: Any, b: Any, magnitude: Any, scale: float) -> LazyArray:
+    """kernel [..., i, o] + scale a [..., i, r] b [..., r, o], float32; with each output's norm its magnitude, if there
+    is one."""
 
     def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
         *stack, rows, columns = slices
-        first, second = (
-            np.asarray(part[(*stack, *inner)], np.float32)
-            for part, inner in ((a, (rows, slice(None))), (b, (slice(None), columns)))
-        )
-        merged = np.asarray(kernel[slices], np.float32) + np.float32(scale) * np.matmul(first, second)
-        return merged.astype(dtype, copy=False)
+        # A norm takes all rows.
+        read_rows = rows if magnitude is None else slice(0, kernel.shape[-2])
+        first = np.asarray(a[(*stack, read_rows, slice(None))], np.float32)
+        second = np.asarray(b[(*stack, slice(None), columns)], np.float32)
+        whole = np.asarray(kernel[(*stack, read_rows, columns)], np.float32)
+        whole = whole + np.float32(scale) * np.matmul(first, second)
+        if magnitude is not None:
+            norms = np.maximum(_norms(whole), np.finfo(np.float32).tiny)
+            factor = np.asarray(magnitude[(*stack, columns)], np.float64) / norms
+            whole = whole[..., rows, :] * factor.astype(np.float32)[..., None, :]
+        return whole.astype(dtype, copy=False)
 
     return LazyArray(kernel.shape, np.float32, read)

@@ -49,6 +49,39 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear to the peak over `warmup`, then linear down to `final` times the peak at the last step."""
+
+    warmup: float = 0.05
+    final: float = 0.05
+
+    __post_init__ = _check_shares
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm = _warm_steps(self.warmup, steps)
+
+        def schedule(step):
+            done = jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+            return peak * _warming(step, warm) * (1 - (1 - self.final) * done)
+
+        return schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """Linear to the peak over `warmup`, then down as one over the root of the step (Vaswani et al. 2017, arXiv
+    1706.03762): 4 times the warm-up's steps, half the peak."""
+
+    warmup: float = 0.05
+
+    __post_init__ = _check_shares
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm = max(1, _warm_steps(self.warmup, steps))
+        return lambda step: peak * _warming(step, warm) * jnp.sqrt(jnp.minimum(1.0, warm / (step + 1)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
     """Linear to the peak over `warmup`, level, then linear down to `final` times the peak over the last `decay`
     (Hu et al. 2024, arXiv 2404.06395)."""
@@ -72,7 +105,45 @@ class WarmupStableDecay:
         return schedule
 
 
-Schedule = Constant | Cosine | WarmupStableDecay
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Infinite:
+    """Linear to the peak over `warmup`, half a cosine down to `constant` times the peak over `cooldown`, level, and
+    exponential down to `final` times the peak over the last `annealing` (Ibrahim et al. 2024, arXiv 2403.08763).
+
+    The level part knows nothing of the run's end: a stage without `annealing` can be followed by one without `warmup`
+    and `cooldown`, of the same learning rate and `constant`, without re-warming.
+    """
+
+    warmup: float = 0.05
+    cooldown: float = 0.3
+    constant: float = 0.5
+    annealing: float = 0.15
+    final: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+        if self.warmup + self.cooldown + self.annealing > 1:
+            raise UserError(
+                f"warmup {self.warmup}, cooldown {self.cooldown} and annealing {self.annealing} are more than the whole "
+                "run: lower one"
+            )
+        if not 0 < self.final <= self.constant:
+            raise UserError(f"final {self.final} is not above 0 and at most constant, {self.constant}: change one")
+
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        warm = _warm_steps(self.warmup, steps)
+        cooling, annealing = round(self.cooldown * steps), round(self.annealing * steps)
+
+        def schedule(step):
+            cooled = jnp.clip((step - warm) / cooling, 0.0, 1.0) if cooling else 1.0
+            annealed = jnp.clip((step - (steps - 1 - annealing)) / annealing, 0.0, 1.0) if annealing else 0.0
+            level = self.constant + (1 - self.constant) * 0.5 * (1 + jnp.cos(jnp.pi * cooled))
+            return peak * _warming(step, warm) * level * (self.final / self.constant) ** annealed
+
+        return schedule
+
+
+Schedule = Constant | Cosine | Linear | InverseSqrt | WarmupStableDecay | Infinite
 
 
 def _warm_steps(share: float, steps: int) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.tree import flatten
+from cpt_jax.models.linear import ADAPTER_LEAVES
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
 
@@ -62,6 +63,6 @@ class Lineage:
             found = flatten(read_trained(self.directory(index, stage) / "checkpoints")["last"])
             last = index == len(self.recipe.stages) - 1
             # An earlier stage's adapters have been merged: what has changed is the kernel.
-            factors = () if last else ("/lora_a", "/lora_b")
+            factors = () if last else ADAPTER_LEAVES
             paths |= {f"{path.rpartition('/')[0]}/kernel" if path.endswith(factors) else path for path in found}
         return paths

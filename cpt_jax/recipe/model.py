@@ -8,13 +8,15 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from cpt_jax.adapt import Method
+from cpt_jax.adapt import Expand, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf import load
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
-from cpt_jax.models.linear import LoRAConfig, merge_lora
+from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
+from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.sharding.placement import place
 
 
@@ -41,18 +43,24 @@ class Model:
         return dataclasses.replace(self, weights=unflatten(flatten(self.weights) | flatten(trained)))
 
     def merged(self) -> "Model":
-        """This model with its adapters added into the kernels."""
-        if self.lora is None:
+        """This model as it is exported: its adapters added into the kernels, its layers one stack."""
+        groups = self.config.layer_groups
+        if self.lora is None and not groups:
             return self
-        return dataclasses.replace(self, weights=merge_lora(self.weights, self.lora), lora=None)
+        weights = self.weights if self.lora is None else merge_lora(self.weights, self.lora)
+        config = dataclasses.replace(self.config, layer_groups=())
+        return dataclasses.replace(self, config=config, weights=join_layers(weights, groups), lora=None)
 
     def interpolated(self, base: "Model", share: float) -> "Model":
         """(1 - share) * this + share * base in every weight that the base has, adapters merged; new rows stay."""
-        old, mixed = flatten(base.weights), flatten(self.merged().weights)
+        merged = self.merged()
+        if merged.config.num_layers != base.config.num_layers:
+            raise UserError("interpolate_base needs a base with as many layers: give 0 after a stage that adds blocks")
+        old, mixed = flatten(base.weights), flatten(merged.weights)
         for path, leaf in mixed.items():
             if path not in ("embed/new", "head/new"):
                 mixed[path] = _between(leaf, old[path], share)
-        return dataclasses.replace(self, weights=unflatten(mixed), lora=None)
+        return dataclasses.replace(merged, weights=unflatten(mixed))
 
     def rounded(self, dtype: Any) -> "Model":
         """This model with its weights rounded to a file's type."""
@@ -62,13 +70,18 @@ class Model:
     def adapted(self, method: Method, seed: int) -> "Model":
         """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change
         nothing yet."""
-        lora = method.lora_config()
-        model = self.merged()
-        if lora is None:
-            return model
-        network = abstract_decoder(model.config, lora)
-        adapters = initial_weights(network, jax.random.key(seed), lambda path: path.endswith(("/lora_a", "/lora_b")))
-        return dataclasses.replace(model.overlaid(jax.tree.map(np.asarray, adapters)), lora=lora)
+        model, lora = self.merged(), method.lora_config()
+        config, weights, hf_config = method.layout(model.config), model.weights, model.hf_config
+        if isinstance(method, Expand):
+            weights = with_copies(weights, method.order(model.config.num_layers))
+            hf_config = expanded_hf_config(hf_config, config)
+        weights = split_layers(weights, config.layer_groups)
+        if lora is not None:
+            network = abstract_decoder(config, lora)
+            factors = initial_weights(network, jax.random.key(seed), lambda path: path.endswith(("/lora_a", "/lora_b")))
+            attached = flatten(weights) | flatten(jax.tree.map(np.asarray, factors))
+            weights = with_magnitudes(unflatten(attached), lora)
+        return dataclasses.replace(model, config=config, weights=weights, hf_config=hf_config, lora=lora)
 
     def unrolled(self, unroll: bool) -> "Model":
         """This model with its layers compiled one by one, or as a loop."""

@@ -3,15 +3,16 @@
 import dataclasses
 from typing import Literal
 
-from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import check_mixture
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.averaging import EMA
-from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Cosine, Schedule
+from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher, Retention, check_retention
 from cpt_jax.vocab.extend import ContinuedBPE, Extension
 from cpt_jax.vocab.gate import Limits
 from cpt_jax.vocab.init_rows import InitRows, SubwordMean
@@ -51,6 +52,7 @@ class Vocabulary:
 class Stage:
     """One stretch of training: what trains, on which mixture, for how many tokens, and how fast.
 
+    `retention` holds the model to what it knew, besides replay; `z_loss` keeps the logits' normaliser small.
     `mixture` gives each domain's share of the tokens. A step takes `batch_size` rows of `sequence_length` tokens; with
     `accumulate` > 1 it computes them in that many parts, one after the other.
     """
@@ -61,13 +63,18 @@ class Stage:
     tokens: int
     batch_size: int
     sequence_length: int
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule = Cosine()
     ema: EMA | None = None
     accumulate: int = 1
+    retention: tuple[Retention, ...] = ()
+    z_loss: float = 0.0
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise UserError(f"stage {self.name!r}: z_loss is {self.z_loss}: give 0 or more (1e-4 is usual)")
+        check_retention(self.retention, tuple(self.mixture), self.ema is not None)
         for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)}: give a number of at least 1")
@@ -163,7 +170,7 @@ class Recipe:
                     raise UserError(
                         f"stage {stage.name!r} trains on {domain!r}, whose role is 'watch': make it 'replay'"
                     )
-            if self.vocabulary is None and stage.method == Embeddings(rows="new"):
+            if self.vocabulary is None and isinstance(stage.method, Embeddings) and stage.method.rows == "new":
                 raise UserError(
                     f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage"
                 )
@@ -178,4 +185,20 @@ class Recipe:
         return [domain.name for domain in self.domains if domain.role == role]
 
 
-__all__ = ["Domain", "Embeddings", "Evaluation", "Export", "Full", "LoRA", "Recipe", "Samples", "Stage", "Vocabulary"]
+__all__ = [
+    "Anchor",
+    "ByPath",
+    "Domain",
+    "Embeddings",
+    "Evaluation",
+    "Expand",
+    "Export",
+    "Full",
+    "L2ToStart",
+    "LoRA",
+    "MeanTeacher",
+    "Recipe",
+    "Samples",
+    "Stage",
+    "Vocabulary",
+]

@@ -171,7 +171,9 @@ class RowProbe:
         trainable, self._frozen = partition(self._model.on_device(probe.precision), trains)
         schedule = Constant().build(probe.optimizer.learning_rate, max(probe.steps))
         self._optimizer = probe.optimizer.build(schedule, trainable)
-        loss = make_loss(self._model.network, probe.precision.dtype, trains, 1)
+        loss = make_loss(self._model.network, probe.precision.dtype, trains, ("probe",))
+        # Compiled, so that no two counters of the state are one buffer, which could not be donated twice.
+        self._begin = jax.jit(lambda trainable: initial_state(trainable, self._optimizer, False))
         self._step = jax.jit(make_train_step(loss, self._optimizer, schedule, None), donate_argnums=0)
 
     def batches(self, seed: int) -> list[dict[str, np.ndarray]]:
@@ -198,14 +200,14 @@ class RowProbe:
     def run(self, name: str, rows: NewRows, batches: Sequence[dict[str, np.ndarray]], seconds: float = 0.0) -> Probed:
         """Trains these rows on the batches and measures them."""
         trainable = unflatten({f"{table}/new": jnp.asarray(new, jnp.float32) for table, new in rows.items()})
-        state = initial_state(trainable, self._optimizer, False)
+        state = self._begin(trainable)
         found: dict[int, float] = {}
         with progress(f"probe {name}", max(1, len(batches)), "steps") as shown:
             for number in range(len(batches) + 1):
                 if number in self.probe.steps:
                     found[number] = self._measured(state.trainable)
                 if number < len(batches):
-                    state, _ = self._step(state, self._frozen, batches[number])
+                    state, _ = self._step(state, self._frozen, {}, batches[number])
                     shown.advance(1)
         return Probed(name=name, bits_per_byte=found, seconds=seconds)
 

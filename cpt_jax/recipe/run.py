@@ -241,6 +241,8 @@ class Pipeline:
             mesh=make_mesh(),
             directory=directory,
             checkpoint_seconds=stage.checkpoint_seconds,
+            retention=stage.retention,
+            z_loss=stage.z_loss,
         )
 
     # Results

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from cpt_jax.data.loader import Loader
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.quantised import quantise
 from cpt_jax.optim.averaging import EMA
-from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Schedule
 from cpt_jax.sharding.placement import place as place_leaf
 from cpt_jax.sharding.rules import RULES, replicated, shardings
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.metrics import MetricsFile
+from cpt_jax.training.retention import Retention, start_of
 from cpt_jax.training.state import TrainState, initial_state
 from cpt_jax.training.step import make_train_step
 
@@ -38,7 +39,7 @@ class Training:
     weights: Tree
     trains: Callable[[str], bool]
     loader: Loader
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
     ema: EMA | None
     steps: int
@@ -47,6 +48,8 @@ class Training:
     mesh: Mesh
     directory: Path
     checkpoint_seconds: float
+    retention: Sequence[Retention] = ()
+    z_loss: float = 0.0
 
 
 def _placed(training: Training) -> tuple[Tree, Tree, dict[str, NamedSharding]]:
@@ -72,12 +75,16 @@ def _frozen(leaf: Any, path: str, precision: Precision, sharding: NamedSharding)
 
 
 def _state_shardings(state: TrainState, where: dict[str, NamedSharding], mesh: Mesh) -> TrainState:
-    """Optimizer moments and the average lie as the weights whose path they carry; counters are everywhere."""
+    """Optimizer moments and the average lie as the weights whose path and shape they have; counters and factored
+    moments, which are small, are everywhere."""
+    shapes = {path: leaf.shape for path, leaf in flatten(state.trainable).items()}
 
-    def place(keys, _leaf):
+    def place(keys, leaf):
         path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
         # optax.partition's own group names come first.
-        return where.get(path) or where.get(path.partition("/")[2]) or replicated(mesh)
+        while path and path not in shapes:
+            path = path.partition("/")[2]
+        return where[path] if shapes.get(path) == leaf.shape else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -91,7 +98,15 @@ def train(training: Training, plan: Plan | None = None) -> None:
     trainable, frozen, where = _placed(training)
     schedule = training.schedule.build(training.optimizer.learning_rate, training.steps)
     optimizer = training.optimizer.build(schedule, trainable)
-    loss = make_loss(training.network, training.precision.dtype, training.trains, len(training.loader.names))
+    loss = make_loss(
+        training.network,
+        training.precision.dtype,
+        training.trains,
+        training.loader.names,
+        retention=training.retention,
+        steps=training.steps,
+        z_loss=training.z_loss,
+    )
     step = make_train_step(loss, optimizer, schedule, training.ema, training.accumulate)
 
     def begin(trainable: Tree) -> TrainState:
@@ -99,6 +114,7 @@ def train(training: Training, plan: Plan | None = None) -> None:
 
     placement = _state_shardings(jax.eval_shape(begin, trainable), where, mesh)
     state = jax.jit(begin, out_shardings=placement)(trainable)
+    start = start_of(trainable, training.retention)
     del trainable
     checkpoints = Checkpoints(training.directory / "checkpoints")
     if (found := checkpoints.restore(state)) is not None:
@@ -108,14 +124,20 @@ def train(training: Training, plan: Plan | None = None) -> None:
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
     try:
         with jax.set_mesh(mesh):
-            _steps(training, compiled, state, frozen, checkpoints, metrics_file, plan)
+            _steps(training, compiled, state, (frozen, start), checkpoints, metrics_file, plan)
     finally:
         metrics_file.close()
         checkpoints.close()
 
 
 def _steps(
-    training, compiled, state, frozen, checkpoints: Checkpoints, metrics_file: MetricsFile, plan: Plan | None
+    training,
+    compiled,
+    state,
+    fixed: tuple[Tree, Tree],
+    checkpoints: Checkpoints,
+    metrics_file: MetricsFile,
+    plan: Plan | None,
 ) -> None:
     batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"]))
     first = int(state.step)
@@ -131,6 +153,10 @@ def _steps(
             line = _line(step, host, training.loader.names, tokens, now - last_read)
             last_read = now
             metrics_file.write(line)
+            if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
+                raise UserError(
+                    f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {step}): lower the learning rate, or look at the data there"
+                )
             shown.advance(1, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
 
         for number in range(first + 1, training.steps + 1):
@@ -138,7 +164,7 @@ def _steps(
             loader_state = training.loader.state()
             tokens = int(batch["weights"].sum())
             placed = {name: jax.make_array_from_process_local_data(batches, array) for name, array in batch.items()}
-            state, metrics = compiled(state, frozen, placed)
+            state, metrics = compiled(state, *fixed, placed)
             # The step just dispatched runs while the one before it is read and the next batch is made.
             if waiting is not None:
                 read(*waiting)
@@ -157,8 +183,9 @@ def _steps(
 
 def _line(step: int, metrics: dict, names: tuple[str, ...], tokens: int, seconds: float) -> dict[str, float]:
     by_domain = {
-        f"nats/{name}": float(nats / count)
-        for name, nats, count in zip(names, metrics["nats"], metrics["tokens"], strict=True)
+        f"{kind}/{name}": float(value / count)
+        for kind in ("nats", "divergence")
+        for name, value, count in zip(names, metrics.get(kind, ()), metrics["tokens"], strict=False)
         if count > 0
     }
     return {
@@ -167,6 +194,8 @@ def _line(step: int, metrics: dict, names: tuple[str, ...], tokens: int, seconds
         **by_domain,
         "learning_rate": float(metrics["learning_rate"]),
         "gradient_norm": float(metrics["gradient_norm"]),
+        "skipped": int(metrics["skipped"]),
+        "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,

@@ -1,29 +1,70 @@
-"""The loss of a packed batch: the pre-training loss, with sums by domain."""
+"""The loss of a packed batch: the pre-training loss, what holds the model to what it knew, and sums by domain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cpt_jax.core.tree import Tree
-from cpt_jax.models.cross_entropy import TableUse, token_losses
-from cpt_jax.models.decoder import Network, apply_with_balance, head_path
+from cpt_jax.models.cross_entropy import TableUse, Teacher, token_losses
+from cpt_jax.models.decoder import Network, apply, apply_with_balance, head_path
+from cpt_jax.training.retention import (
+    Anchor,
+    Held,
+    L2ToStart,
+    MeanTeacher,
+    Retention,
+    distance_to_start,
+    teacher_of,
+    teacher_weights,
+)
+
+Batch = dict[str, Array]
 
 
-def make_loss(network: Network, compute_dtype: Any, trains: Callable[[str], bool], domains: int) -> Callable:
-    """`loss(weights, batch) -> (sum of losses, metrics)`: next-token losses over a packed batch.
+def make_loss(
+    network: Network,
+    compute_dtype: Any,
+    trains: Callable[[str], bool],
+    names: Sequence[str],
+    *,
+    retention: Sequence[Retention] = (),
+    steps: int = 1,
+    z_loss: float = 0.0,
+) -> Callable[..., tuple[Float[Array, ""], dict[str, Array]]]:
+    """`loss(weights, batch, key, held) -> (sum of losses, metrics)`: next-token losses over a packed batch.
 
-    A batch holds inputs, targets, positions, segment_ids, domains (int32 [B, S]) and weights (float32 [B, S], 0
-    where nothing is to be learnt). Metrics are sums by domain (float32 [domains]): "nats" and "tokens"; nothing is
-    averaged here, so that parts of a batch can be added up. A mixture of experts' load-balancing loss is in the sum.
+    A batch holds inputs, targets, positions, segment_ids, domains (int32 [B, S], indices of `names`) and weights
+    (float32 [B, S], 0 where nothing is to be learnt). Metrics are sums by domain (float32 [domains]): "nats", "tokens"
+    and, with a teacher, "divergence"; nothing is averaged here, so that parts of a batch can be added up. The experts'
+    load-balancing loss, `z_loss` and `retention` are in the sum.
+
+    What adapters drop follows from the key; without one they drop nothing. `held` is what `retention` needs.
+
+    Args:
+      steps: of the whole stage.
     """
-    table = head_path(network.config)
-    rows = network.config.table_rows
+    table, rows, config = head_path(network.config), network.config.table_rows, network.config
     uses = tuple(TableUse(count, trains(f"{table}/{part}")) for part, count in rows.items())
+    drops = network.lora is not None and network.lora.dropout > 0
+    taught = next((part for part in retention if isinstance(part, MeanTeacher | Anchor)), None)
+    drawn = next((part for part in retention if isinstance(part, L2ToStart)), None)
 
-    def loss(weights: Tree, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def teacher(weights: Tree, batch: Batch, held: Held) -> Teacher | None:
+        if taught is None:
+            return None
+        wise, wise_weights = teacher_of(taught, network, weights, held)
+        hidden = apply(
+            wise, wise_weights, batch["inputs"], batch["positions"], batch["segment_ids"], compute_dtype=compute_dtype
+        )
+        parts = ("base",) if isinstance(taught, Anchor) else tuple(rows)
+        each = teacher_weights(taught, batch["weights"], batch["domains"], names, held.step, steps)
+        tables = tuple(wise_weights[table][part] for part in parts)
+        return Teacher(hidden.reshape(-1, hidden.shape[-1]), tables, each.reshape(-1))
+
+    def loss(weights: Tree, batch: Batch, key: Array | None = None, held: Held | None = None):
         segment_ids = batch["segment_ids"]
         hidden, balance = apply_with_balance(
             network,
@@ -33,24 +74,31 @@ def make_loss(network: Network, compute_dtype: Any, trains: Callable[[str], bool
             segment_ids,
             (segment_ids > 0).astype(jnp.float32),
             compute_dtype=compute_dtype,
+            dropout_key=key if drops else None,
         )
-        tables = tuple(weights[table][part] for part in rows)
         token_weights = batch["weights"].reshape(-1)
-        total, losses, _ = token_losses(
+        losses = token_losses(
             hidden.reshape(-1, hidden.shape[-1]),
-            tables,
+            tuple(weights[table][part] for part in rows),
             batch["targets"].reshape(-1),
             token_weights,
             compute_dtype,
             uses,
-            network.config.logit_softcap,
+            config.logit_softcap,
+            z_loss=z_loss,
+            teacher=None if held is None else teacher(weights, batch, held),
         )
-        of_domain = jax.nn.one_hot(batch["domains"].reshape(-1), domains, dtype=jnp.float32)
-        weighted = jnp.stack([jax.lax.stop_gradient(losses) * token_weights, token_weights])
-        nats, tokens = jnp.matmul(weighted, of_domain, precision="highest")
-        if (experts := network.config.experts) is not None:
-            # The total is divided by the tokens' number; the balance is a mean already.
-            total += experts.balance_coefficient * balance * token_weights.sum()
-        return total, {"nats": nats, "tokens": tokens}
+        total = losses.total
+        # The total is divided by the tokens' number; these are no sums over tokens.
+        if config.experts is not None:
+            total += config.experts.balance_coefficient * balance * token_weights.sum()
+        if drawn is not None and held is not None:
+            total += distance_to_start(drawn, weights, held.start) * token_weights.sum()
+        of_token = {"nats": losses.nats * token_weights, "tokens": token_weights}
+        if taught is not None:
+            of_token["divergence"] = losses.divergence * token_weights
+        of_domain = jax.nn.one_hot(batch["domains"].reshape(-1), len(names), dtype=jnp.float32)
+        sums = jnp.matmul(jax.lax.stop_gradient(jnp.stack(list(of_token.values()))), of_domain, precision="highest")
+        return total, dict(zip(of_token, sums, strict=True))
 
     return loss

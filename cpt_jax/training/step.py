@@ -1,4 +1,4 @@
-"""The train step: (state, frozen, batch) -> (state, metrics), pure."""
+"""The train step: (state, frozen, start, batch) -> (state, metrics), pure."""
 
 from collections.abc import Callable
 from typing import cast
@@ -10,6 +10,8 @@ from jaxtyping import Array
 
 from cpt_jax.core.tree import Tree, combine
 from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.skipping import skipped
+from cpt_jax.training.retention import Held
 from cpt_jax.training.state import TrainState
 
 
@@ -19,43 +21,57 @@ def make_train_step(
     schedule: optax.Schedule,
     ema: EMA | None,
     accumulate: int = 1,
-) -> Callable[[TrainState, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Tree, Tree, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The step of one stage. Only `state.trainable` is differentiated: frozen weights have no gradient to be thrown
     away.
 
     The loss is the mean over the batch's weighted tokens. With `accumulate` > 1 the batch's rows are taken in that
-    many parts, one after the other, whose sums are added before the mean: the same step, in less memory.
+    many parts, one after the other, whose sums are added before the mean: the same step, in less memory. The loss is
+    given a random key that follows from the step and the part, so that a run that was interrupted draws the same.
+
+    A step that the optimizer skips (`optim.skipping`) changes the average as little as the weights. `start` is what
+    `training.retention` keeps of the weights as the stage begins ({} where it needs none).
     """
 
-    def objective(trainable: Tree, frozen: Tree, part: dict[str, Array]):
-        return loss(combine(trainable, frozen), part)
+    def objective(trainable: Tree, frozen: Tree, part: dict[str, Array], key: Array, held: Held):
+        return loss(combine(trainable, frozen), part, key, held)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def sums(trainable: Tree, frozen: Tree, batch: dict[str, Array]):
+    def sums(trainable: Tree, frozen: Tree, batch: dict[str, Array], key: Array, held: Held):
         if accumulate == 1:
-            return gradient(trainable, frozen, batch)
+            return gradient(trainable, frozen, batch, key, held)
         parts = jax.tree.map(lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), batch)
         one_part = jax.tree.map(lambda rows: rows[0], parts)
-        shapes = jax.eval_shape(gradient, trainable, frozen, one_part)
+        shapes = jax.eval_shape(gradient, trainable, frozen, one_part, key, held)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, part)), None
+        def add(total, inputs):
+            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *inputs, held)), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))[0]
 
-    def train_step(state: TrainState, frozen: Tree, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        (total, metrics), gradients = sums(state.trainable, frozen, batch)
+    def train_step(
+        state: TrainState, frozen: Tree, start: Tree, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        held = Held(state.step, state.average or {}, start)
+        (total, metrics), gradients = sums(state.trainable, frozen, batch, key, held)
         count = jnp.maximum(metrics["tokens"].sum(), 1.0)
         gradients = jax.tree.map(lambda leaf: leaf / count, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.trainable)
         trainable = cast(Tree, optax.apply_updates(state.trainable, updates))
-        average = None if ema is None or state.average is None else ema.update(state.average, trainable, state.step)
+        in_all, in_a_row = skipped(optimizer_state)
+        average = None
+        if ema is not None and state.average is not None:
+            moved = ema.update(state.average, trainable, state.step)
+            average = jax.tree.map(lambda new, old: jnp.where(in_a_row == 0, new, old), moved, state.average)
         metrics = metrics | {
             "loss": total / count,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "skipped": in_all,
+            "skipped_in_a_row": in_a_row,
         }
         return TrainState(state.step + 1, trainable, optimizer_state, average), metrics
 

@@ -12,6 +12,7 @@ from contracts.family_configs import config_json
 from contracts.test_families import reference_model
 from safetensors.numpy import load_file, save_file
 
+from cpt_jax.adapt import LoRA
 from cpt_jax.checkpoint.peft import load_adapter, save_adapter
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten, unflatten
@@ -106,6 +107,63 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
     after = flatten(again.over(base.config, base.weights))
     for path, leaf in flatten(model.weights).items():
         np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
+
+
+VARIANTS = {
+    "rank-stabilised": ("llama", "linear", dict(scaling="alpha/sqrt(rank)"), False),
+    "ranks and alphas": (
+        "qwen2",
+        "tied",
+        dict(rank_pattern=(("layers/mlp/*", 5),), alpha_pattern=(("q", 7.0),)),
+        False,
+    ),
+    "dora": ("llama", "untied, no grouping, biases", dict(dora=True), True),
+    "dora, parts of fused layers": ("phi3", "window", dict(dora=True, targets=("q", "v", "up")), False),
+    "scales within fused layers": (
+        "phi3",
+        "window",
+        dict(alpha_pattern=(("v", 1.0),), rank_pattern=(("q", 5),)),
+        False,
+    ),
+    "rank-stabilised fused layers": ("gpt_neox", "as released", dict(scaling="alpha/sqrt(rank)"), True),
+    "experts of other ranks": (
+        "qwen3_moe",
+        "renormalised",
+        dict(rank_pattern=(("layers/mlp/*", 2),), scaling="alpha/sqrt(rank)"),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("model_type", "name", "changes", "norms"), VARIANTS.values(), ids=VARIANTS)
+def test_peft_computes_the_variants_too(model_type, name, changes, norms, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    method = LoRA(rank=3, alpha=4.5, norms=norms)
+    lora = LoRAConfig(**(dict(rank=3, alpha=4.5) | changes))
+    method = dataclasses.replace(
+        method, **{field: dict(value) if field.endswith("_pattern") else value for field, value in changes.items()}
+    )
+    assert method.lora_config() == lora
+    model, generator = base.adapted(method, 0), np.random.default_rng(1)
+    flat = flatten(model.weights)
+    paths = [path for path in flat if method.trains(path)]
+    for path in paths:
+        flat[path] = np.asarray(flat[path]) + generator.normal(0, 0.1, flat[path].shape).astype(np.float32)
+    model = model.overlaid({path: flat[path] for path in paths})
+    saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    expected = ours(model.config, model.weights, model.lora)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
+
+    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    np.testing.assert_allclose(
+        ours(base.config, again.over(base.config, base.weights), again.lora), expected, atol=1e-4
+    )
+    assert again.lora is not None
+    if model_type in ("llama", "qwen2"):
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        assert [again.lora.adapter(each) for each in names] == [lora.adapter(each) for each in names]
 
 
 def model_has(model, target: str) -> bool:
@@ -207,6 +265,20 @@ TRAINED_BY_PEFT = {
         | dict(alpha_pattern={"down_proj": 3, "layers.2.self_attn.q_proj": 16}),
     ),
     "rank-stabilised": ("qwen2", "tied", dict(target_modules=ATTENTION, use_rslora=True, rank_pattern={"k_proj": 5})),
+    "DoRA": ("llama", "untied, no grouping, biases", dict(target_modules=QUERIES, use_dora=True)),
+    "DoRA, rank-stabilised, patterns": (
+        "qwen2",
+        "tied",
+        dict(target_modules="all-linear", use_dora=True, use_rslora=True)
+        | dict(rank_pattern={"k_proj": 5}, alpha_pattern={".*mlp.*": 3}),
+    ),
+    "DoRA of fused layers": ("phi3", "window", dict(target_modules="all-linear", use_dora=True)),
+    "norms": ("gemma2", "as released", dict(target_modules=QUERIES, modules_to_save=["norm"])),
+    "norms and tables": (
+        "gpt_neox",
+        "as released",
+        dict(target_modules="all-linear", modules_to_save=["norm", "embed_in", "lm_head"]),
+    ),
     "some layers": ("gemma2", "as released", dict(target_modules=ATTENTION, layers_to_transform=[0, 2])),
     "some layers by name": (
         "gemma2",
@@ -322,16 +394,26 @@ def test_layers_that_peft_left_out_are_zero(tmp_path):
     train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
     base = load_model(tmp_path / "base")
     adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
-    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"))
+    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"), rank_pattern=(("v", 2),))
     factors = flatten(adapter.factors)
     for path, leaf in factors.items():
         assert not leaf[[0, 2]].any(), path
         assert leaf[1].any(), path
+
+
+def test_within_a_linear_the_largest_rank_counts(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    settings = dict(target_modules=QUERIES, rank_pattern={"layers.1.self_attn.v_proj": 2})
+    train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
+    base = load_model(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"))
     # Of rank 2 and alpha 6, a scale of 3, twice that of the rest.
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     given = tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
-    np.testing.assert_array_equal(factors["layers/attention/v/lora_b"][1, :2], 2 * given.T)
-    assert not factors["layers/attention/v/lora_b"][1, 2:].any()
+    second = flatten(adapter.factors)["layers/attention/v/lora_b"]
+    np.testing.assert_array_equal(second[1, :2], 2 * given.T)
+    assert not second[1, 2:].any()
 
 
 @pytest.mark.parametrize("name", ["tied, odd head dimension", "linear"])
@@ -387,7 +469,8 @@ WRONG = {
     "alpha": (lambda d: edit(d, lora_alpha=0), "lora_alpha=0: alpha is greater than 0"),
     "pattern": (lambda d: edit(d, target_modules="(q_proj"), "no LoRA configuration"),
     "kind": (lambda d: edit(d, peft_type="LOHA"), "peft_type='LOHA', .*merge_and_unload"),
-    "DoRA": (lambda d: edit(d, use_dora=True), "use_dora=True"),
+    "DoRA without magnitudes": (lambda d: edit(d, use_dora=True), "lacks the tensor '.*lora_magnitude_vector'"),
+    "DoRA in some layers": (lambda d: edit(d, use_dora=True, layers_to_transform=[1]), "use_dora=true in some layers"),
     "bias": (lambda d: edit(d, bias="lora_only"), "bias='lora_only'"),
     "transposed": (lambda d: edit(d, fan_in_fan_out=True), "fan_in_fan_out=True"),
     "pissa": (
@@ -397,7 +480,11 @@ WRONG = {
     "loftq": (lambda d: edit(d, init_lora_weights="loftq"), "init_lora_weights='loftq'"),
     "field of tomorrow": (lambda d: edit(d, use_new_variant=True), "use_new_variant=True, which is not supported"),
     "replicated layers": (lambda d: edit(d, layer_replication=[[0, 2]]), "layer_replication"),
-    "norms": (lambda d: edit(d, modules_to_save=["norm"]), "modules_to_save with 'norm'; only model.embed_tokens"),
+    "norms missing": (lambda d: edit(d, modules_to_save=["norm"]), "lacks the tensor '.*model.norm.weight'"),
+    "whole linears": (
+        lambda d: edit(d, modules_to_save=["up_proj"]),
+        "modules_to_save with 'up_proj'; only model.embed",
+    ),
     "targets of another": (
         lambda d: (edit(d, target_modules=["c_attn"], trainable_token_indices=None), edit_tensors(d, dict.clear)),
         "'c_attn'.*which this base does not have",

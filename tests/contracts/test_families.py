@@ -49,7 +49,8 @@ def reference_model(raw: dict, directory):
 
 
 def gradients_by_tensor(model) -> dict[str, np.ndarray]:
-    """Gradients by the names of the files; transformers holds the experts of a layer in one parameter."""
+    """Gradients by the names of the files; in memory, transformers names some otherwise, and holds the experts of a
+    layer in one parameter."""
     found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     for name in [name for name in found if ".experts." in name]:
         prefix, _, part = name.rpartition(".")
@@ -60,6 +61,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
             else:
                 parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
+    if model.config.model_type == "gpt_neox" and "lm_head.weight" in found:
+        found["embed_out.weight"] = found.pop("lm_head.weight")
     if model.config.model_type == "mixtral":
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}

@@ -47,7 +47,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
     config = tiny_config(experts=EXPERTS)
     network = abstract_decoder(config, LORA)
     weights = random_weights(config, lora=LORA)
-    loss = make_loss(network, jnp.dtype("float32"), lambda path: True, 1)
+    loss = make_loss(network, jnp.dtype("float32"), lambda path: True, ("text",))
     gradient = jax.value_and_grad(lambda weights, batch: loss(weights, batch)[0])
     expected, expected_gradients = jax.jit(gradient)(jax.tree.map(jnp.asarray, weights), batch())
 

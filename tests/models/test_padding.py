@@ -114,7 +114,7 @@ def test_losses_and_gradients_are_those_of_the_model_without_and_padding_has_non
     inputs = batch(plain)
 
     def differentiated(model):
-        loss = make_loss(model.network, "float32", wanted, 1)
+        loss = make_loss(model.network, "float32", wanted, ("text",))
         trainable, frozen = partition(model.on_device(FLOAT32), wanted)
         whole = lambda part: unflatten(flatten(frozen) | flatten(part))  # noqa: E731
         compute = jax.value_and_grad(lambda part: loss(whole(part), inputs), has_aux=True)

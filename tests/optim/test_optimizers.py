@@ -1,6 +1,7 @@
 """Each optimizer against a float64 computation or optax on plain leaves; groups, state, bad steps, configuration."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from inputs import random_weights, tiny_config
 
 from cpt_jax.adapt import Full, LoRA
+from cpt_jax.checkpoint.train_state import Checkpoints
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten, partition, unflatten
@@ -37,7 +39,7 @@ SHAPES = {
     "layers/attention/q/lora_b": (3, 2, 8),
     "layers/attention/q/magnitude": (3, 8),
     "layers/attention_norm/scale": (3, 6),
-    "layers/experts/gate/kernel": (3, 4, 6, 10),
+    "layers/experts/gate/kernel": (3, 9, 6, 10),
     "layers/experts/router": (3, 6, 4),
 }
 SIZE = {path: int(np.prod(shape)) for path, shape in SHAPES.items()}
@@ -146,26 +148,31 @@ def slices(path: str) -> list[tuple[int, ...]]:
     return list(np.ndindex(SHAPES[path][:axes]))
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(("momentum", "relative"), [(None, True), (0.9, False)])
 def test_adafactor_is_optax_on_every_layer_by_itself(momentum, relative):
-    # A leaf's two longest axes are the experts' and one more, unless told otherwise.
+    # The two longest axes of the experts' leaf, which optax would factor, are the experts and one of their matrices'.
     found = run(dataclasses.replace(OPTIMIZERS["adafactor"], momentum=momentum, multiply_by_parameter_scale=relative))
     gradients = clipped()
+    alone = optax.adafactor(1.0, min_dim_size_to_factor=4, multiply_by_parameter_scale=relative, momentum=momentum)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def plain(weight, gradients, path):
+        decay, multiplier = 0.3 if path in DECAYED else 0.0, MULTIPLIERS.get(path, 1.0)
+
+        def step(carry, gradient):
+            weight, state, count = carry
+            updates, state = alone.update(gradient, state, weight)
+            weight += schedule(count) * multiplier * (updates - decay * weight)
+            return (weight, state, count + 1), None
+
+        return jax.lax.scan(step, (weight, alone.init(weight), 0), gradients)[0][0]
+
     for path in SHAPES:
         if path == "embed/new":
             close(found[path], reference(adam(5e-5), path), path)
             continue
         for at in slices(path):
-            plain = optax.adafactor(
-                1.0, min_dim_size_to_factor=4, multiply_by_parameter_scale=relative, momentum=momentum
-            )
-            weight = jnp.asarray(WEIGHTS[path][at])
-            state = plain.init(weight)
-            for step, each in enumerate(gradients):
-                updates, state = plain.update(jnp.asarray(each[path][at], jnp.float32), state, weight)
-                decay = 0.3 if path in DECAYED else 0.0
-                weight += schedule(step) * MULTIPLIERS.get(path, 1.0) * (updates - decay * weight)
+            weight = plain(WEIGHTS[path][at], np.stack([each[path][at] for each in gradients], dtype=np.float32), path)
             close(found[path][at], weight, path, atol=2e-5)
 
 
@@ -192,12 +199,12 @@ def test_muon_is_that_of_float64_on_every_matrix_by_itself_and_the_rest_get_adam
         return direction
 
     found = run(OPTIMIZERS["muon"])
+    first = run(dataclasses.replace(OPTIMIZERS["muon"], weight_decay=0.0), GRADIENTS[:1])
     for path in SHAPES:
         close(found[path], reference(muon() if path in DECAYED else adam(epsilon_of(path)), path), path, atol=1e-4)
         if path in DECAYED:
             # The update is orthogonal, nearly: singular values between 0.5 and 1.5 (times its scale).
-            alone = dataclasses.replace(OPTIMIZERS["muon"], weight_decay=0.0)
-            moved = (WEIGHTS[path] - run(alone, GRADIENTS[:1])[path]) / schedule(0)
+            moved = (WEIGHTS[path] - first[path]) / schedule(0)
             values = np.linalg.svd(moved, compute_uv=False) / (0.2 * np.sqrt(max(SHAPES[path][-2:])))
             assert values.min() > 0.4
             assert values.max() < 1.5
@@ -264,7 +271,7 @@ def test_the_state_takes_the_memory_computed_on_paper():
     factored = {
         "embed/base": 12 + 6,
         "layers/attention/q/kernel": 3 * (6 + 8),
-        "layers/experts/gate/kernel": 3 * 4 * (6 + 10),
+        "layers/experts/gate/kernel": 3 * 9 * (6 + 10),
         "layers/experts/router": 3 * (6 + 4),
     }
     kept = sum(factored.values()) + total - rows - sum(SIZE[path] for path in factored)
@@ -294,7 +301,7 @@ def test_frozen_leaves_have_no_state(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_one(name):
+def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_one(name, tmp_path):
     config = tiny_config(new_rows=10)
     network, mesh = abstract_decoder(config), make_mesh(jax.devices(), fsdp=4, tensor=2)
     weights = random_weights(config)
@@ -340,10 +347,19 @@ def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_on
     eight = jax.jit(step, donate_argnums=0, out_shardings=placement)(state, gradients)
     for path, leaf in flatten(one.trainable).items():
         np.testing.assert_allclose(flatten(eight.trainable)[path], leaf, atol=1e-5, err_msg=path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(eight, {})
+    checkpoints.wait()
+    found = checkpoints.restore(eight)
+    checkpoints.close()
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[0], eight)
 
 
 class TestBadSteps:
-    def build(self, name="adamw", **changes):
+    @staticmethod
+    @functools.cache
+    def build(name="adamw", **changes):
         tree = unflatten({path: jnp.asarray(leaf) for path, leaf in WEIGHTS.items()})
         transform = dataclasses.replace(OPTIMIZERS[name], **changes).build(schedule, tree)
 
@@ -382,7 +398,7 @@ class TestBadSteps:
         small, large = unflatten(draw(3, 0.01)), unflatten(draw(4, 0.5))
         tree, state = step(tree, state, large)
         assert skipped(state) == (0, 0)
-        tree, state, step = self.build(skip_above=10.0)
+        tree, state, _ = self.build(skip_above=10.0)
         for _ in range(20):
             tree, state = step(tree, state, small)
         usual = float(state[0].usual_norm)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from inputs import random_weights, tiny_config
+from inputs import hf_config, random_weights, tiny_config
 
-from cpt_jax.adapt import Embeddings, Full, LoRA
+from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA
 from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, partition
@@ -19,10 +19,10 @@ from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import SkipCounts
 from cpt_jax.models.cross_entropy import TableUse, token_losses
-from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
+from cpt_jax.recipe.model import Model
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.loss import make_loss
@@ -35,6 +35,12 @@ METHODS = {
     "all rows": Embeddings(rows="all"),
     "lora": LoRA(rank=4, alpha=8),
     "lora without rows": LoRA(rank=4, alpha=8, targets=("q", "down"), new_rows=False),
+    "dora, rank-stabilised": LoRA(rank=4, alpha=8, targets=("q", "down"), dora=True, scaling="alpha/sqrt(rank)"),
+    "lora and norms, dropping": LoRA(rank=4, alpha=8, targets=("layers/mlp/*",), norms=True, dropout=0.2),
+    "lora of other ranks": LoRA(rank=4, alpha=8, rank_pattern={"layers/mlp/*": 2}, alpha_pattern={"q": 3.0}),
+    "by path": ByPath(patterns=("layers/*/o/kernel", "final_norm/scale")),
+    "one layer": ByPath(patterns=("layers/*", "embed/new"), layers=(1, 2)),
+    "added block": Expand(blocks=1),
     "full": Full(),
 }
 
@@ -57,11 +63,11 @@ def directories(tmp_path_factory):
 
 def training(directories, directory, method, *, steps=8, devices=None, **changes) -> Training:
     config = tiny_config(new_rows=10)
-    network = abstract_decoder(config, method.lora_config())
+    model = Model(config=config, weights=random_weights(config), hf_config=hf_config(config)).adapted(method, 0)
     settings = dict(
         name="stage",
-        network=network,
-        weights=random_weights(config, lora=method.lora_config()),
+        network=model.network,
+        weights=model.weights,
         trains=method.trains,
         loader=Loader(
             {"zh": 0.75, "en": 0.25},
@@ -107,7 +113,7 @@ def test_what_does_not_train_is_bit_identical_and_the_rest_moves(directories, tm
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_path):
-    method = LoRA(rank=4, alpha=8)
+    method = LoRA(rank=4, alpha=8, dropout=0.2)
     train(training(directories, tmp_path / "whole", method))
 
     class Killed(Exception):
@@ -150,7 +156,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=4, alpha=8), Full(), Embeddings(rows="new")], ids=["lora", "full", "new rows"]
+    "method",
+    [LoRA(rank=4, alpha=8), LoRA(rank=4, dora=True, dropout=0.2), Expand(blocks=2), Full(), Embeddings(rows="new")],
+    ids=["lora", "dora, dropping", "added blocks", "full", "new rows"],
 )
 def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
     for devices in (1, 8):
@@ -265,18 +273,18 @@ def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp
     run = training(directories, tmp_path, Full())
     batch = jax.tree.map(jnp.asarray, next(run.loader))
     trainable = jax.tree.map(jnp.asarray, run.weights)
-    loss = make_loss(run.network, "float32", run.trains, 2)
+    loss = make_loss(run.network, "float32", run.trains, ("zh", "en"))
     step = make_train_step(loss, optax.sgd(1.0), lambda _: 1.0, None)
-    state, metrics = jax.jit(step)(initial_state(trainable, optax.sgd(1.0), False), {}, batch)
+    state, metrics = jax.jit(step)(initial_state(trainable, optax.sgd(1.0), False), {}, {}, batch)
     assert metrics["tokens"].sum() == batch["weights"].sum()
     assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
     moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)
     assert optax.tree.norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_frozen_kernels_train_the_adapters_nearly_as_well(directories, tmp_path, kind):
-    method, steps = LoRA(rank=4, alpha=8), 6
+@pytest.mark.parametrize(("kind", "dora"), [("int8", False), ("nf4", True)])
+def test_quantised_frozen_kernels_train_the_adapters_nearly_as_well(directories, tmp_path, kind, dora):
+    method, steps = LoRA(rank=4, alpha=8, dora=dora), 6
     train(training(directories, tmp_path / "whole", method, steps=steps))
     few_bits = Precision(compute="float32", frozen_kernels=kind)
     train(training(directories, tmp_path / "few", method, steps=steps, precision=few_bits, devices=4))

@@ -13,12 +13,11 @@ from cpt_jax.core.errors import UserError
 FILE = "adapter_config.json"
 # PEFT has no LoRA without a target; this name, which it knows, stands for none.
 NO_TARGET = "dummy-target-modules"
-_MERGE = "merge it into its base with PEFT (merge_and_unload) and give the result as base"
+MERGE = "merge it into its base with PEFT (merge_and_unload) and give the result as base"
 # Fields that would change what the adapter computes, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "peft_type": (("LORA",), _MERGE),
-    "use_dora": ((None, False), _MERGE),
-    "bias": ((None, "none"), _MERGE),
+    "peft_type": (("LORA",), MERGE),
+    "bias": ((None, "none"), MERGE),
     "fan_in_fan_out": ((None, False), "set it to false if the layers are torch.nn.Linear, as this architecture's are"),
     # The others change the base's weights too, so that the adapter alone is not enough.
     "init_lora_weights": (
@@ -53,6 +52,7 @@ class PeftLoRA:
     rank: int
     alpha: float
     rank_stabilised: bool
+    dora: bool
     targets: str | tuple[str, ...]
     parameters: tuple[str, ...]
     excluded: str | tuple[str, ...]
@@ -119,7 +119,7 @@ def read_peft_config(directory: Path) -> PeftLoRA:
         found = _read(raw)
         known = {*_UNSUPPORTED, *_IGNORED, *_READ}
         if asked := sorted(field for field, value in raw.items() if field not in known and value):
-            raise UserError(f"{path} has {asked[0]}={raw[asked[0]]!r}, which is not supported: {_MERGE}")
+            raise UserError(f"{path} has {asked[0]}={raw[asked[0]]!r}, which is not supported: {MERGE}")
         for pattern in (found.targets, found.excluded, *found.rank_pattern, *found.alpha_pattern):
             re.compile(pattern if isinstance(pattern, str) else "")
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
@@ -147,6 +147,7 @@ _READ = {
     "target_modules",
     "target_parameters",
     "trainable_token_indices",
+    "use_dora",
     "use_rslora",
 }
 
@@ -158,6 +159,7 @@ def _read(raw: dict) -> PeftLoRA:
         rank=int(raw["r"]),
         alpha=float(raw["lora_alpha"]),
         rank_stabilised=bool(raw.get("use_rslora")),
+        dora=bool(raw.get("use_dora")),
         targets=_names(targets),
         parameters=tuple(raw.get("target_parameters") or ()),
         excluded=_names(raw.get("exclude_modules")),

@@ -1,13 +1,16 @@
 """A PEFT adapter, read as ours."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cpt_jax.checkpoint.peft.config import FILE, PeftLoRA, read_peft_config
+from cpt_jax.checkpoint.peft.config import FILE, MERGE, PeftLoRA, read_peft_config
 from cpt_jax.checkpoint.peft.modules import (
+    MAGNITUDE,
     PREFIX,
     ROWS,
     WEIGHTS,
@@ -19,11 +22,13 @@ from cpt_jax.checkpoint.peft.modules import (
     stacked_experts,
     vocabulary_modules,
 )
+from cpt_jax.checkpoint.peft.norms import asked_norms, with_norms
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
-from cpt_jax.models.linear import LINEARS, LoRAConfig
+from cpt_jax.models.families.schema import Place
+from cpt_jax.models.linear import ADAPTER_LEAVES, LINEARS, AdapterConfig, LoRAConfig, with_magnitudes
 
 _RESIZED = (".weight", ".token_adapter.base_layer.weight")
 
@@ -38,12 +43,13 @@ class TrainedRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What an adapter changes in its base: low-rank factors (paths like "layers/attention/q/lora_a"), and rows of the
-    tables "embed" and "head", all float32. `base` is where it says that its base is."""
+    """What an adapter changes in its base: low-rank factors and magnitudes (paths like "layers/attention/q/lora_a"),
+    rows of the tables "embed" and "head", and norms, all float32. `base` is where it says that its base is."""
 
     lora: LoRAConfig | None
     factors: Tree
     rows: Mapping[str, TrainedRows]
+    norms: Mapping[Place, np.ndarray]
     base: str | None
 
     def base_rows(self, total_rows: int) -> int | None:
@@ -53,8 +59,8 @@ class Adapter:
         return first if 0 < first < total_rows and np.array_equal(changed, np.arange(first, total_rows)) else None
 
     def over(self, config: DecoderConfig, weights: Tree) -> Tree:
-        """The base's weights with the adapter's factors beside them, and its rows in the place of theirs."""
-        flat = flatten(weights) | flatten(self.factors)
+        """The base's weights with the adapter's factors beside them, and its rows and norms in the place of theirs."""
+        flat = flatten(with_norms(weights, self.norms)) | flatten(self.factors)
         for table, rows in self.rows.items():
             first = 0
             for part, count in config.table_rows.items():
@@ -64,15 +70,15 @@ class Adapter:
                     leaf[rows.ids[inside] - first] = rows.values[inside]
                     flat[f"{table}/{part}"] = leaf
                 first += count
-        return unflatten(flat)
+        return unflatten(flat) if self.lora is None else with_magnitudes(unflatten(flat), self.lora)
 
 
 def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Adapter:
     """A PEFT LoRA adapter of a base with this configuration.
 
-    Its modules may differ in rank and scale: all get the largest rank, filled up with zeros, and by how much a
-    module's scale is not `lora.scale` goes into its B. A layer without an adapter, where others have one, gets zeros
-    for A and B, and so no gradient: what PEFT would not train does not train.
+    The same module may differ in rank and scale by layer: all layers get the largest rank, filled up with zeros, and
+    the scale that belongs to it; by how much another's scale is not that goes into its B. A layer without an adapter,
+    where others have one, gets zeros for A and B, and so no gradient: what PEFT would not train does not train.
 
     Raises:
       UserError: no adapter, pickles, what is not supported, tensors missing, too many, or of other shapes.
@@ -87,11 +93,17 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
         for module in adapted
         for factor, shape in zip("AB", module.shapes(settings.rank_of(module.name)), strict=True)
     }
+    if settings.dora:
+        _check_dora(directory, settings, adapted)
+        shapes |= {f"{keys[module]}{MAGNITUDE}": (module.outputs,) for module in adapted}
     file = _weights_file(directory)
     # By name without prefix; "embed_out" is what transformers 4 called GPT-NeoX's head.
     tensors = {name.removeprefix(PREFIX).replace("embed_out.", "lm_head."): name for name in file.tensors}
-    tables = _vocabulary(directory, config, hf_config, settings, tensors)
+    norms, norm_entries = asked_norms(config, hf_config, settings.whole_modules)
+    tables = _vocabulary(directory, config, hf_config, settings, tensors, norm_entries)
     shapes |= {key: (len(ids), config.hidden_size) for key, (_, ids) in tables.items()}
+    widths = flatten(abstract_decoder(config).shapes)
+    shapes |= {name: (widths[place.path].shape[-1],) for name, place in norms.items()}
     if not shapes:
         raise UserError(f"{directory / FILE} has target_modules={settings.targets!r}, which this base does not have")
     _check_tensors(directory, file, tensors, shapes)
@@ -109,8 +121,20 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
             rows[table].values[ids] = read(key)
         else:
             rows[table] = TrainedRows(ids=ids, values=read(key))
-    lora, factors = _assembled(config, settings, pairs)
-    return Adapter(lora=lora, factors=factors, rows=_untied(directory, config, settings, rows), base=settings.base)
+    magnitudes = {module: read(f"{key}{MAGNITUDE}") for module, key in keys.items()} if settings.dora else {}
+    lora, factors = _assembled(config, settings, pairs, magnitudes)
+    rows = _untied(directory, config, settings, rows)
+    changed = {place: read(name) for name, place in norms.items()}
+    return Adapter(lora=lora, factors=factors, rows=rows, norms=changed, base=settings.base)
+
+
+def _check_dora(directory: Path, settings: PeftLoRA, adapted: Sequence[Module]) -> None:
+    """That each module with magnitudes has them in all layers: what stands in the others' place depends on the base."""
+    counts = Counter(module.paths for module in adapted)
+    if any(module.experts is not None or len(module.parts[0].index) > 1 for module in adapted):
+        raise UserError(f"{directory / FILE} has use_dora=true on experts, which is not supported: {MERGE}")
+    if len(set(counts.values())) > 1 or settings.layers is not None:
+        raise UserError(f"{directory / FILE} has use_dora=true in some layers only, which is not supported: {MERGE}")
 
 
 def _weights_file(directory: Path) -> SafetensorsFile:
@@ -141,7 +165,12 @@ def _check_tensors(
 
 
 def _vocabulary(
-    directory: Path, config: DecoderConfig, hf_config: dict, settings: PeftLoRA, tensors: Mapping[str, str]
+    directory: Path,
+    config: DecoderConfig,
+    hf_config: dict,
+    settings: PeftLoRA,
+    tensors: Mapping[str, str],
+    norms: Collection[str],
 ) -> dict[str, tuple[str, np.ndarray]]:
     """The tensors with rows of the vocabulary, by name: (our table, token ids)."""
     modules = vocabulary_modules(config, hf_config)
@@ -152,12 +181,12 @@ def _vocabulary(
             if module == short or module.endswith(f".{short}"):
                 return table
         raise UserError(
-            f"{directory / FILE} has {field} with {name!r}; only {' and '.join(modules.values())} are supported"
+            f"{directory / FILE} has {field} with {name!r}; only {', '.join(modules.values())} and norms are supported"
         )
 
     found: dict[str, tuple[str, np.ndarray]] = {}
     every = np.arange(config.total_rows)
-    for table in {table_of(name, "modules_to_save"): None for name in settings.whole_modules}:
+    for table in {table_of(name, "modules_to_save"): None for name in settings.whole_modules if name not in norms}:
         found[f"{modules[table]}.weight"] = (table, every)
     # PEFT saves tables that were resized without being asked to.
     for table, module in modules.items():
@@ -203,26 +232,55 @@ def _untied(
 
 
 def _assembled(
-    config: DecoderConfig, settings: PeftLoRA, pairs: Mapping[Module, Pair]
+    config: DecoderConfig,
+    settings: PeftLoRA,
+    pairs: Mapping[Module, Pair],
+    magnitudes: Mapping[Module, np.ndarray],
 ) -> tuple[LoRAConfig | None, Tree]:
-    """One configuration for all modules, and the factors, stacked over layers."""
+    """One configuration for all modules, and their leaves, stacked over layers."""
     kinds: dict[tuple[str, ...], dict[Module, Pair]] = {}
     for module, pair in pairs.items():
         kinds.setdefault(module.paths, {})[module] = pair
-    found = {key: pair for kind in kinds.values() for key, pair in separated(kind).items()}
+    found = {key: pair for kind in kinds.values() for key, pair in separated(kind, settings.dora).items()}
     if not found:
         return None, {}
-    (module, _), (a, _) = max(found.items(), key=lambda item: item[1][0].shape[-1])
-    rank, scale = a.shape[-1], settings.scale_of(module.name)
-    paths = {place.path for _, place in found}
-    targets = tuple(name for name in LINEARS if any(path.endswith(f"/{name}") for path in paths))
-    lora = LoRAConfig(rank=rank, alpha=scale * rank, targets=targets)
+    lora = _configuration(settings, found)
     shapes = flatten(abstract_decoder(config, lora).shapes)
-    flat = {
-        path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items() if path.endswith(("/lora_a", "/lora_b"))
-    }
+    flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items() if path.endswith(ADAPTER_LEAVES)}
     for (module, place), (a, b) in found.items():
-        ratio = np.float32(settings.scale_of(module.name) / scale)
+        adapter = lora.adapter(_name(place))
+        assert adapter is not None
+        ratio = np.float32(settings.scale_of(module.name) / adapter.scale)
         flat[f"{place.path}/lora_a"][place.index][..., : a.shape[-1]] = a
         flat[f"{place.path}/lora_b"][place.index][..., : b.shape[-2], :] = b * ratio
+        if settings.dora:
+            flat[f"{place.path}/magnitude"][place.index] = magnitudes[module][module.rows(place)]
     return lora, unflatten(flat)
+
+
+def _configuration(settings: PeftLoRA, found: Mapping[tuple[Module, Place], Pair]) -> LoRAConfig:
+    """Each linear's rank is its largest of all layers; what most of them have is the adapters' own."""
+    adapters: dict[str, AdapterConfig] = {}
+    for (module, place), (a, _) in found.items():
+        name, rank = _name(place), a.shape[-1]
+        if name not in adapters or adapters[name].rank < rank:
+            alpha = settings.scale_of(module.name) * (math.sqrt(rank) if settings.rank_stabilised else rank)
+            scaling = "alpha/sqrt(rank)" if settings.rank_stabilised else "alpha/rank"
+            # Noise of the multiplication apart, alphas are the numbers of the file.
+            alpha = float(f"{alpha:.12g}")
+            adapters[name] = AdapterConfig(rank=rank, alpha=alpha, scaling=scaling, dora=settings.dora, dropout=0.0)
+    (usual, _), *_ = Counter(adapters.values()).most_common()
+    names = [name for name in LINEARS if name in adapters]
+    return LoRAConfig(
+        rank=usual.rank,
+        alpha=usual.alpha,
+        targets=tuple(names),
+        scaling=usual.scaling,
+        rank_pattern=tuple((name, adapters[name].rank) for name in names if adapters[name].rank != usual.rank),
+        alpha_pattern=tuple((name, adapters[name].alpha) for name in names if adapters[name].alpha != usual.alpha),
+        dora=settings.dora,
+    )
+
+
+def _name(place: Place) -> str:
+    return place.path.rpartition("/")[2]

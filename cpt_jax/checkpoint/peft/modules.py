@@ -17,6 +17,7 @@ from cpt_jax.models.families.schema import Place, Rows
 # Of tensors' names in a file, and of the file.
 PREFIX = "base_model.model."
 ROWS = ".token_adapter.trainable_tokens_delta"
+MAGNITUDE = ".lora_magnitude_vector"
 WEIGHTS = "adapter_model.safetensors"
 # Of our paths.
 FACTORS = ("/lora_a", "/lora_b")
@@ -146,17 +147,17 @@ def joined(module: Module, parts: Mapping[Place, Pair], shared: bool) -> Pair:
     return whole, second
 
 
-def separated(pairs: Mapping[Module, Pair]) -> dict[tuple[Module, Place], Pair]:
+def separated(pairs: Mapping[Module, Pair], every: bool) -> dict[tuple[Module, Place], Pair]:
     """Our pairs, of the PEFT pairs of modules that hold the same matrices (of other layers).
 
     Where B is block-diagonal throughout, as `joined` makes it, each part gets its own block back, and parts that are
-    zero throughout have no adapter. Otherwise they share A.
+    zero throughout have no adapter, unless `every` part shall have one. Otherwise they share A.
     """
     parts = next(iter(pairs)).parts
     live = [
         number
         for number in range(len(parts))
-        if any(b[..., module.rows(module.parts[number]), :].any() for module, (_, b) in pairs.items())
+        if every or any(b[..., module.rows(module.parts[number]), :].any() for module, (_, b) in pairs.items())
     ] or list(range(len(parts)))
     blocks = all(_is_block_diagonal(module, b, live) for module, (_, b) in pairs.items())
     found: dict[tuple[Module, Place], Pair] = {}

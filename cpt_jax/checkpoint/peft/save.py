@@ -1,5 +1,6 @@
 """What was trained, written as a PEFT adapter."""
 
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from cpt_jax.checkpoint.hf import TOKENIZER_FILES
 from cpt_jax.checkpoint.peft.config import FILE, NO_TARGET
 from cpt_jax.checkpoint.peft.modules import (
     FACTORS,
+    MAGNITUDE,
     PREFIX,
     ROWS,
     WEIGHTS,
@@ -22,12 +24,13 @@ from cpt_jax.checkpoint.peft.modules import (
     stacked_experts,
     vocabulary_modules,
 )
+from cpt_jax.checkpoint.peft.norms import norm_places, norms_part
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
 from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.decoder import DecoderConfig
 from cpt_jax.models.families.schema import Place
-from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
 
 Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -38,7 +41,6 @@ _COMMON = {
     "bias": "none",
     "fan_in_fan_out": False,
     "init_lora_weights": True,
-    "lora_dropout": 0.0,
 }
 
 
@@ -72,11 +74,20 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    flat, tables, dtype = flatten(weights), _trained_tables(trained), np.dtype(dtype)
-    if lora is None and not tables:
+    trained = {path for path in trained if not path.endswith((*ADAPTER_LEAVES, KERNEL_NORM))}
+    norms = {place.path for place in norm_places(config, hf_config).values()}
+    # PEFT asks for norms by the ends of their names, which are those of others too: all of them, or none.
+    every_norm = norms <= trained
+    flat, dtype = flatten(weights), np.dtype(dtype)
+    tables = _trained_tables(trained - norms if every_norm else trained)
+    if lora is None and not tables and not every_norm:
         raise UserError("nothing was trained that an adapter could hold: train with LoRA, or export the whole model")
     fields, factors = _lora_part(config, hf_config, flat, lora, dtype)
     vocabulary, rows = _vocabulary_part(config, hf_config, flat, tables, dtype)
+    if every_norm:
+        modules, tensors = norms_part(config, hf_config, flat, dtype)
+        vocabulary["modules_to_save"] = [*vocabulary.get("modules_to_save", []), *modules]
+        rows |= tensors
     with atomic_directory(Path(directory)) as out:
         save_file(factors | rows, out / WEIGHTS, metadata={"format": "pt"})
         write_json_atomic(out / FILE, _COMMON | {"base_model_name_or_path": base} | fields | vocabulary)
@@ -85,8 +96,8 @@ def save_adapter(
                 shutil.copyfile(source, out / name)
         if card is not None:
             write_text_atomic(out / "README.md", card)
-    modules = vocabulary_modules(config, hf_config)
-    return {_last(modules[table]): held for table, held in tables.items()}
+    names = vocabulary_modules(config, hf_config)
+    return {_last(names[table]): held for table, held in tables.items()}
 
 
 def _last(name: str) -> str:
@@ -95,10 +106,10 @@ def _last(name: str) -> str:
 
 def _trained_tables(trained: Iterable[str]) -> dict[str, Held]:
     """How each table that was trained goes into an adapter."""
-    paths = sorted(path for path in set(trained) if not path.endswith(FACTORS))
+    paths = sorted(trained)
     if other := [path for path in paths if path.split("/")[0] not in ("embed", "head")]:
         raise UserError(
-            f"an adapter cannot hold {len(other)} of the trained weights, {other[0]!r} first: export the whole model, or train LoRA and vocabulary rows only"
+            f"an adapter cannot hold {len(other)} of the trained weights, {other[0]!r} first: export the whole model, or train LoRA, vocabulary rows and all norms only"
         )
     found: dict[str, Held] = {}
     for table in ("embed", "head"):
@@ -121,21 +132,42 @@ def _lora_part(
         module for module in layers + stacked_experts(config) if any(f"{path}/lora_a" in flat for path in module.paths)
     ]
     shared = {paths: _shared(paths, flat) for paths in {module.paths for module in adapted}}
-    ranks: dict[tuple[str, bool], int] = {}
+    settings: dict[tuple[str, bool], AdapterConfig] = {}
     tensors: dict[str, np.ndarray] = {}
     for module, prefix in prefixes(adapted).items():
-        parts = {place: _factors(flat, place, dtype) for place in module.parts if f"{place.path}/lora_a" in flat}
+        own = _settings(lora, flat, module)
+        first = next(iter(own.values()))
+        # A file has one scale for all parts: the others' goes into their B.
+        parts = {place: _factors(flat, place, each.scale / first.scale, dtype) for place, each in own.items()}
         pair = joined(module, parts, shared[module.paths])
         for factor, matrix in zip("AB", module.to_file(pair), strict=True):
             tensors[f"{PREFIX}{prefix}.lora_{factor}.weight"] = matrix
-        ranks[_target(module)] = pair[0].shape[-2]
-    return _lora_fields(lora, ranks), tensors
+        if lora.dora:
+            tensors[f"{PREFIX}{prefix}{MAGNITUDE}"] = _magnitudes(flat, module, dtype)
+        settings[_target(module)] = first.of_rank(pair[0].shape[-2])
+    return _lora_fields(lora, settings), tensors
 
 
-def _factors(flat: dict[str, Any], place: Place, dtype: np.dtype) -> Pair:
-    """Our (A, B) of one place."""
+def _settings(lora: LoRAConfig, flat: dict[str, Any], module: Module) -> dict[Place, AdapterConfig]:
+    """Those of the module's parts that have an adapter."""
+    found = {place: lora.adapter(place.path.rpartition("/")[2]) for place in module.parts}
+    return {place: each for place, each in found.items() if each is not None and f"{place.path}/lora_a" in flat}
+
+
+def _factors(flat: dict[str, Any], place: Place, share: float, dtype: np.dtype) -> Pair:
+    """Our (A, B * share) of one place."""
     a, b = (np.asarray(flat[place.path + factor][place.index], dtype) for factor in FACTORS)
-    return a, b
+    return a, b if share == 1 else b * dtype.type(share)
+
+
+def _magnitudes(flat: dict[str, Any], module: Module, dtype: np.dtype) -> np.ndarray:
+    """Of all the module's outputs; where a part has no adapter, its kernel's own."""
+    whole = np.zeros(module.outputs, dtype)
+    for place in module.parts:
+        if (magnitude := flat.get(f"{place.path}/magnitude")) is None:
+            magnitude = column_norms(flat[f"{place.path}/kernel"])
+        whole[module.rows(place)] = np.asarray(magnitude[place.index], dtype)
+    return whole
 
 
 def _shared(paths: tuple[str, ...], flat: dict[str, Any]) -> bool:
@@ -151,17 +183,20 @@ def _target(module: Module) -> tuple[str, bool]:
     return ".".join(module.name.split(".")[-3:]), True
 
 
-def _lora_fields(lora: LoRAConfig, ranks: dict[tuple[str, bool], int]) -> dict[str, Any]:
-    # A module of several of ours has a rank of its own; its alpha grows with it, and the scale is that of the others.
-    other = {name: rank for (name, _), rank in ranks.items() if rank != lora.rank}
+def _lora_fields(lora: LoRAConfig, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:
+    by_name = {name: each for (name, _), each in settings.items()}
+    other_alpha = {name: each.alpha for name, each in by_name.items() if not math.isclose(each.alpha, lora.alpha)}
     fields: dict[str, Any] = {
         "r": lora.rank,
         "lora_alpha": _number(lora.alpha),
-        "target_modules": sorted(name for name, parameter in ranks if not parameter),
-        "rank_pattern": other,
-        "alpha_pattern": {name: _number(lora.alpha * rank / lora.rank) for name, rank in other.items()},
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.scaling == "alpha/sqrt(rank)",
+        "use_dora": lora.dora,
+        "target_modules": sorted(name for name, parameter in settings if not parameter),
+        "rank_pattern": {name: each.rank for name, each in by_name.items() if each.rank != lora.rank},
+        "alpha_pattern": {name: _number(alpha) for name, alpha in other_alpha.items()},
     }
-    parameters = sorted(name for name, parameter in ranks if parameter)
+    parameters = sorted(name for name, parameter in settings if parameter)
     return fields | ({"target_parameters": parameters} if parameters else {})
 
 

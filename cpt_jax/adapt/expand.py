@@ -1,0 +1,66 @@
+"""Blocks added to the model, which alone train (LLaMA Pro: Wu et al. 2024, arXiv 2401.02415)."""
+
+import dataclasses
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.families import family_for
+from cpt_jax.models.linear import LoRAConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expand:
+    """Copies of `blocks` blocks, at equal distances, each behind its original; their output projections begin at zero,
+    so that the model's logits are unchanged. Only the copies train, and the model stays that much deeper."""
+
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise UserError(f"Expand: blocks is {self.blocks}: give at least 1")
+
+    def lora_config(self) -> LoRAConfig | None:
+        return None
+
+    def order(self, num_layers: int) -> tuple[tuple[int, bool], ...]:
+        """The layers of the deeper model: (which of the given layers, whether it is the added copy)."""
+        copied = set(self._copied(num_layers))
+        return tuple((n, copy) for n in range(num_layers) for copy in (False, True) if not copy or n in copied)
+
+    def _copied(self, num_layers: int) -> list[int]:
+        if self.blocks > num_layers:
+            raise UserError(f"Expand: blocks is {self.blocks}, but the model has {num_layers} layers to copy")
+        return [(number + 1) * num_layers // self.blocks - 1 for number in range(self.blocks)]
+
+    def layout(self, config: DecoderConfig) -> DecoderConfig:
+        pattern, groups, first = config.layer_pattern, [], 0
+        for number, copied in enumerate(self._copied(config.num_layers)):
+            groups += [(f"kept_{number}", copied + 1 - first), (f"added_{number}", 1)]
+            first = copied + 1
+        order = self.order(config.num_layers)
+        return dataclasses.replace(
+            config,
+            num_layers=len(order),
+            layer_pattern=None if pattern is None else tuple(pattern[layer] for layer, _ in order),
+            layer_groups=tuple(groups),
+        )
+
+    def trains(self, path: str) -> bool:
+        return path.startswith("layers/added_")
+
+
+def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
+    """The config.json of the deeper model, each copy of its original's kind.
+
+    Raises:
+      UserError: config.json cannot say which kind each layer is.
+    """
+    grown = hf_config | {"num_hidden_layers": config.num_layers}
+    if config.layer_pattern is not None or hf_config.get("layer_types"):
+        windows = [config.layer_kinds[kind].window for kind in config.layer_pattern or (0,) * config.num_layers]
+        grown["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    read = family_for(grown).config_from_hf(grown)
+    for field in ("num_layers", "layer_kinds", "layer_pattern"):
+        if getattr(read, field) != getattr(config, field):
+            raise UserError(f"Expand: the config.json of {hf_config['model_type']} cannot describe the deeper model")
+    return grown

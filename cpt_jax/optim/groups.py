@@ -1,0 +1,29 @@
+"""Parameter groups: which weights an optimizer treats alike, by their paths."""
+
+from typing import Literal
+
+Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
+
+_VECTORS = ("scale", "bias", "magnitude")
+
+
+def group_of(path: str) -> Group:
+    """The one group of a weight: the layers' matrices, LoRA's two factors, the vocabulary's old and new rows, and the
+    others (norms, biases, magnitudes, routers)."""
+    name = path.rpartition("/")[2]
+    if path in ("embed/new", "head/new"):
+        return "new_rows"
+    if path in ("embed/base", "head/base"):
+        return "old_rows"
+    if name == "lora_a":
+        return "lora_a"
+    if name == "lora_b":
+        return "lora_b"
+    return "matrices" if path.startswith("layers/") and name == "kernel" else "others"
+
+
+def stacked_axes(path: str, rank: int) -> int:
+    """How many of a leaf's first axes count layers (and experts), and are no part of its matrix or vector."""
+    if not path.startswith("layers/"):
+        return 0
+    return rank - (1 if path.rpartition("/")[2] in _VECTORS else 2)
