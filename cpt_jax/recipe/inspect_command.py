@@ -29,6 +29,8 @@ def model_inspect(directory: Path, *, method: Method | None, new_tokens: int, js
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
         stored = {path: str(leaf.dtype) for path, leaf in flatten(load(directory)[1]).items()}
     config = dataclasses.replace(config, new_rows=new_tokens)
+    if method is not None:
+        config = method.layout(config)
     network = abstract_decoder(config, method.lora_config() if method is not None else None)
     shapes, axes = flatten(network.shapes), flatten(network.logical_axes)
     weights = [

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import Network, abstract_decoder
+from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM
 
-ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
+# Leaves that only a network with adapters has.
+_OF_ADAPTERS = (*ADAPTER_LEAVES, KERNEL_NORM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def start_of(trainable: Tree, retention: Sequence[Retention]) -> Tree:
     """The copy of what trains that the parts need."""
     if not any(isinstance(part, Anchor | L2ToStart) for part in retention):
         return {}
-    kept = {path: leaf for path, leaf in flatten(trainable).items() if not path.endswith(ADAPTER_LEAVES)}
+    kept = {path: leaf for path, leaf in flatten(trainable).items() if not path.endswith(_OF_ADAPTERS)}
     return jax.tree.map(jnp.copy, unflatten(kept))
 
 
@@ -99,7 +101,7 @@ def teacher_of(part: MeanTeacher | Anchor, network: Network, weights: Tree, held
     flat = flatten(jax.lax.stop_gradient(weights))
     if isinstance(part, MeanTeacher):
         return network, unflatten(flat | flatten(held.average))
-    plain = {path: leaf for path, leaf in flat.items() if not path.endswith(ADAPTER_LEAVES)}
+    plain = {path: leaf for path, leaf in flat.items() if not path.endswith(_OF_ADAPTERS)}
     return abstract_decoder(network.config), unflatten(plain | flatten(held.start))
 
 

@@ -12,9 +12,10 @@ from inputs import random_weights, tiny_config
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.tree import combine, flatten, partition
+from cpt_jax.core.tree import combine, flatten, partition, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.optim.averaging import EMA
+from cpt_jax.recipe.model import Model
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher, Retention, check_retention, start_of
 from cpt_jax.training.state import initial_state
@@ -23,11 +24,13 @@ from cpt_jax.training.step import make_train_step
 STEPS, RATE, DECAY = 10, 0.05, 0.5
 NAMES = ("new", "old")
 SMALL = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1, num_layers=1, new_rows=6)
+OF_ADAPTERS = ("lora_a", "lora_b", "magnitude", "kernel_norm")
 PARTS = {
     "mean teacher": (Full(), MeanTeacher(weight=0.7, warmup=0.4)),
     "mean teacher of one domain": (Full(), MeanTeacher(weight=0.7, domains=("old",), warmup=0.0)),
     "anchor": (Full(), Anchor(weight=0.5, warmup=0.2)),
     "anchor under LoRA": (LoRA(rank=2, alpha=4), Anchor(weight=0.5, domains=("old",), warmup=0.0)),
+    "anchor under DoRA": (LoRA(rank=2, alpha=4, dora=True), Anchor(weight=0.5, warmup=0.0)),
     "L2": (Full(), L2ToStart(weight=0.3)),
     "L2 under LoRA": (LoRA(rank=2, alpha=4), L2ToStart(weight=0.3)),
 }
@@ -40,6 +43,19 @@ def batch(rows: int = 4, length: int = 12) -> dict[str, np.ndarray]:
     whole |= {"domains": np.broadcast_to((np.arange(rows) % 2)[:, None], (rows, length))}
     arrays = {name: array.astype(np.int32) for name, array in whole.items()}
     return arrays | {"weights": (generator.random((rows, length)) < 0.8).astype(np.float32)}
+
+
+def adapted(config, method) -> dict:
+    """Random weights with adapters that change something."""
+    model = Model(config=config, weights=random_weights(config), hf_config={}).adapted(method, 0)
+    generator = np.random.default_rng(0)
+
+    def leaf(path, array):
+        return (
+            generator.normal(0, 0.2, array.shape).astype(np.float32) if path.endswith("lora_b") else np.asarray(array)
+        )
+
+    return unflatten({path: leaf(path, array) for path, array in flatten(model.weights).items()})
 
 
 def reference(config, method, part, weights, data) -> dict[str, np.ndarray]:
@@ -61,14 +77,16 @@ def reference(config, method, part, weights, data) -> dict[str, np.ndarray]:
         total = (nats * data["weights"]).sum() / count
         if isinstance(part, L2ToStart):
             start = flatten(partition(weights, method.trains)[0])
-            far = [((leaf - start[path]) ** 2).sum() for path, leaf in flatten(trainable).items() if "lora" not in path]
+            far = [
+                ((leaf - start[path]) ** 2).sum()
+                for path, leaf in flatten(trainable).items()
+                if not path.endswith(OF_ADAPTERS)
+            ]
             return total + part.weight / 2 * sum(far)
         if isinstance(part, MeanTeacher):
             wise, mine = distribution(network, combine(average, frozen)), scores
         else:
-            plain = {path: leaf for path, leaf in flatten(weights).items() if "lora" not in path}
-            from cpt_jax.core.tree import unflatten
-
+            plain = {path: leaf for path, leaf in flatten(weights).items() if not path.endswith(OF_ADAPTERS)}
             wise, mine = distribution(base_network, unflatten(plain))[..., :40], scores[..., :40]
         p, q = jax.nn.log_softmax(wise), jax.nn.log_softmax(mine)
         divergence = (jnp.exp(p) * (p - q)).sum(-1) * data["weights"]
@@ -89,7 +107,7 @@ def reference(config, method, part, weights, data) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("method", "part"), PARTS.values(), ids=PARTS)
 def test_ten_steps_are_those_of_float64(method, part):
     config, data = tiny_config(**SMALL), batch()
-    weights = random_weights(config, lora=method.lora_config())
+    weights = adapted(config, method)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), weights)
         expected = reference(config, method, part, exact, data)
