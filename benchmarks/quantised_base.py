@@ -38,7 +38,7 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 OUT = Path("benchmarks/results/quantised_base.json")
 KINDS = ("as computed", "int8", "nf4")
-STEPS = 60
+STEPS = 30
 METHOD = LoRA(rank=16, alpha=32.0)
 EVALUATED = Precision(compute="bfloat16")
 

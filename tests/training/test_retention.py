@@ -92,12 +92,12 @@ def reference(config, method, part, weights, data) -> dict[str, np.ndarray]:
         divergence = (jnp.exp(p) * (p - q)).sum(-1) * data["weights"]
         if part.domains is not None:
             divergence = divergence * (data["domains"] == 1)
-        risen = min(1.0, (step + 1) / max(1, round(part.warmup * STEPS)))
+        risen = jnp.minimum(1.0, (step + 1) / max(1, round(part.warmup * STEPS)))
         return total + part.weight * risen * divergence.sum() / count
 
-    average = trainable
+    average, gradient_of = trainable, jax.jit(jax.grad(objective))
     for step in range(STEPS):
-        gradient = jax.grad(objective)(trainable, average, step)
+        gradient = gradient_of(trainable, average, step)
         trainable = jax.tree.map(lambda w, g: w - RATE * g, trainable, gradient)
         decay = min(DECAY, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, trainable)  # noqa: B023

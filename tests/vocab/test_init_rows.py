@@ -23,6 +23,10 @@ TEXTS = chinese(200, seed=2)
 NEW = 60
 
 
+def on_host(weights: dict) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(weights).items()}
+
+
 @pytest.fixture(scope="module")
 def grown(bases, tmp_path_factory) -> tuple[Path, Path]:
     """(base, extended) tokenizer directories."""
@@ -237,7 +241,7 @@ def test_old_weights_are_bit_identical_and_every_new_piece_has_a_row(grown, tmp_
     model = write_model(tmp_path, base, dtype=ml_dtypes.bfloat16, tie_word_embeddings=tied)
     grow_model(model, extended, variant, 0, tmp_path / "out", lambda: TEXTS)
     config, weights, saved = load(tmp_path / "out")
-    before, after = flatten(load(model)[1]), flatten(weights)
+    before, after = on_host(load(model)[1]), on_host(weights)
     assert config.vocab_size == saved["vocab_size"] == 320 + NEW
     assert after.keys() == before.keys()
     assert ("head/base" in after) != tied
@@ -269,7 +273,7 @@ def test_rows_that_no_piece_has_give_way_and_are_told(grown, tmp_path, capsys, t
     model = write_model(tmp_path, base, rows=352, tie_word_embeddings=tied)
     grow_model(model, extended, SubwordMean(), 0, tmp_path / "out")
     assert "32 rows of the embedding belong to no piece" in capsys.readouterr().err
-    before, after = flatten(load(model)[1]), flatten(load(tmp_path / "out")[1])
+    before, after = on_host(load(model)[1]), on_host(load(tmp_path / "out")[1])
     for path in ("embed/base",) if tied else ("embed/base", "head/base"):
         assert after[path].shape == (320 + NEW, 32)
         np.testing.assert_array_equal(after[path][:320], before[path][:320])
@@ -282,7 +286,7 @@ def test_pieces_that_have_no_row_start_as_the_mean_and_are_told(grown, tmp_path,
     model = write_model(tmp_path, base, rows=317)
     grow_model(model, extended, SubwordMean(), 0, tmp_path / "out")
     assert "3 pieces more than the embedding has rows" in capsys.readouterr().err
-    before, after = load(model)[1]["embed"]["base"], load(tmp_path / "out")[1]["embed"]["base"]
+    before, after = (on_host(load(directory)[1])["embed/base"] for directory in (model, tmp_path / "out"))
     assert after.shape == (320 + NEW, 32)
     np.testing.assert_array_equal(after[:317], before)
     np.testing.assert_allclose(after[317:320], np.tile(before.mean(0), (3, 1)), rtol=1e-5, atol=1e-6)
