@@ -122,6 +122,7 @@ def measure(what: str, directory: Path, dtype: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--only", choices=("read", "write"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -140,7 +141,7 @@ def main() -> None:
             models["Llama 3.2 1B's shape, bfloat16 files"] = (Path(root) / "large", "bfloat16")
         for name, (directory, dtype) in models.items():
             size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-            for action in ("read", "write"):
+            for action in ("read", "write") if not arguments.only else (arguments.only,):
                 for library in ("cpt_jax", "transformers"):
                     say(f"{name}: {library} {action}")
                     command = [

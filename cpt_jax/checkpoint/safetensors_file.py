@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.lazy import empty
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -85,7 +86,7 @@ class SafetensorsFile:
         if rows is not None and shape:
             of_row = (tensor.stop - tensor.start) // max(1, shape[0])
             shape, start = (rows.stop - rows.start, *shape[1:]), start + rows.start * of_row
-        buffer = np.empty(math.prod(shape) * tensor.dtype.itemsize, np.uint8)
+        buffer = empty((math.prod(shape) * tensor.dtype.itemsize,), np.uint8)
         view, done = buffer.data, 0
         with self._open() as (file, _):
             file.seek(start)

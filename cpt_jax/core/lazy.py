@@ -69,6 +69,14 @@ class LazyArray:
         return self.part(tuple(slice(0, size) for size in self.shape), self.dtype if dtype is None else dtype)
 
 
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, as XLA wants it to take it over on a CPU without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
 def stacked(
     slices: Slices, depth: int, dtype: np.dtype, part: Callable[[tuple[int, ...], Slices], np.ndarray]
 ) -> np.ndarray:
@@ -76,7 +84,7 @@ def stacked(
     and held one at a time."""
     outer, inner = slices[:depth], slices[depth:]
     counts = tuple(each.stop - each.start for each in outer)
-    out = np.empty(counts + tuple(each.stop - each.start for each in inner), dtype)
+    out = empty(counts + tuple(each.stop - each.start for each in inner), dtype)
     for index in np.ndindex(counts):
         out[index] = part(tuple(each.start + i for each, i in zip(outer, index, strict=True)), inner)
     return out

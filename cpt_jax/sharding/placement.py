@@ -47,5 +47,6 @@ def _read(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
     pieces = []
     for device, index in wanted.items():
         inner = tuple(slice(i.start - b.start, i.stop - b.start) for i, b in zip(index, box, strict=True))
-        pieces.append(jax.device_put(part[inner], device))
+        # What a lazy leaf made is nobody else's: on a CPU it becomes the array without a copy.
+        pieces.append(jax.device_put(part[inner], device, may_alias=isinstance(leaf, LazyArray)))
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
