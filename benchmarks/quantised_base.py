@@ -38,7 +38,7 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 OUT = Path("benchmarks/results/quantised_base.json")
 KINDS = ("as computed", "int8", "nf4")
-STEPS = 30
+STEPS = 20
 METHOD = LoRA(rank=16, alpha=32.0)
 EVALUATED = Precision(compute="bfloat16")
 
@@ -107,7 +107,7 @@ def main() -> None:
         import_gguf(GGUF, root / "model")
         model, tokenizer = load_model(root / "model"), Tokenizer(root / "model")
         parts = {d.name: HeldApart(d.corpus, d.heldout, root) for d in recipe.domains}
-        texts = {name: parts[name].measured()[:40] for name in ("statutes", "english")}
+        texts = {name: parts[name].measured()[:16] for name in ("statutes", "english")}
         packed = {name: pack_documents(tokenizer, documents, 512) for name, documents in texts.items()}
         prepare("statutes", iter(parts["statutes"].learnt()), SkipCounts(), tokenizer, root / "statutes")
 
