@@ -1,10 +1,10 @@
 """Reading and writing a model directory, beside transformers, on the same files.
 
-    python -m benchmarks.loading [--large]
+    python -m benchmarks.loading [--large] [--only read|write] | --transpose
 
 Prints a Markdown table and writes benchmarks/results/loading.json. Each measurement has a process of its own: seconds are the best of three, with
 the files in the page cache; memory is the process's peak, less what it took after its imports, over the size of the weights in the type they are
-loaded in. `--large` adds a model of Llama 3.2 1B's shape (random numbers, bfloat16, two files).
+loaded in. `--transpose` measures the copy of a transposed matrix alone. `--large` adds a model of Llama 3.2 1B's shape (random numbers, bfloat16, two files).
 """
 
 import argparse
@@ -119,15 +119,38 @@ def measure(what: str, directory: Path, dtype: str) -> dict:
     return {"what": what, "dtype": dtype, "seconds": min(seconds), "peak_bytes": peak - before}
 
 
+def print_transposes() -> None:
+    """GB/s of NumPy's copy and ours, of a matrix as large as a feed-forward's."""
+    import ml_dtypes
+
+    from cpt_jax.core.transpose import transposed
+
+    for dtype in (ml_dtypes.bfloat16, np.float32):
+        matrix = np.random.default_rng(0).standard_normal((8192, 2048), np.float32).astype(dtype)
+        rates = []
+        for function in (lambda m: np.ascontiguousarray(m.T), transposed):
+            seconds = []
+            for _ in range(5):
+                started = time.perf_counter()
+                function(matrix)
+                seconds.append(time.perf_counter() - started)
+            rates.append(matrix.nbytes / min(seconds) / 1e9)
+        print(f"{np.dtype(dtype).name}: NumPy {rates[0]:.2f} GB/s, by blocks {rates[1]:.2f} GB/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--transpose", action="store_true")
     parser.add_argument("--only", choices=("read", "write"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         what, directory, dtype = arguments.one
         print(json.dumps(measure(what, Path(directory), dtype)))
+        return
+    if arguments.transpose:
+        print_transposes()
         return
     results = []
     with tempfile.TemporaryDirectory() as root:

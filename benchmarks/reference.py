@@ -70,8 +70,8 @@ def check_model(check: Checks, run: Path, recipe: Recipe, directory: Path, stage
             exact = reference.double()(torch.tensor([ids])).logits[0].numpy()
             single = reference.float()(torch.tensor([ids])).logits[0].numpy()
         double, rounded = (
-            np.abs(text_logits(ours, ids) - exact).max(),
-            np.abs(text_logits(ours, ids, FLOAT32) - single).max(),
+            np.abs(text_logits(ours, [ids])[0] - exact).max(),
+            np.abs(text_logits(ours, [ids], FLOAT32)[0] - single).max(),
         )
         check(
             f"{stage}, {domain.name}: logits differ by {double:.1e} in float64, {rounded:.1e} in float32", double < 1e-4

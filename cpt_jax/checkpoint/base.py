@@ -84,27 +84,32 @@ def _merge_adapter(path: Path, cache: Path) -> None:
 
 
 def _view(url: str, cache: Path) -> Path:
-    """A local directory with the small files of a remote one, and an index that names its weights where they are."""
+    """A local directory with the small files of a remote one, and an index that names its weights where they are.
+
+    Nothing is written where it would be what is there: a run that continues must find the base as it was.
+    """
     import fsspec
 
     try:
         system, root = fsspec.url_to_fs(url)
-        found = {Path(entry).name for entry in system.ls(root, detail=False)}
-        small = {name: system.cat_file(f"{root}/{name}") for name in sorted(found) if name in _SMALL_FILES}
+        found = {Path(entry["name"]).name: entry["size"] for entry in system.ls(root, detail=True)}
+        files = {name: system.cat_file(f"{root}/{name}") for name in sorted(found) if name in _SMALL_FILES}
     except (OSError, ImportError, ValueError) as error:
         raise UserError(
             f"base {url} cannot be read ({type(error).__name__}: {error}): check the address and your credentials"
         ) from error
+    if INDEX in files:
+        weight_map = json.loads(files[INDEX])["weight_map"]
+    elif SINGLE in found:
+        weight_map = dict.fromkeys(SafetensorsFile(f"{url}/{SINGLE}").tensors, SINGLE)
+    else:
+        raise UserError(f"base {url} has no weights (no {SINGLE}): give a whole model directory")
+    sizes = {file: found.get(file) for file in sorted(set(weight_map.values()))}
+    index = {"metadata": {"sizes": sizes}, "weight_map": {name: f"{url}/{file}" for name, file in weight_map.items()}}
+    files[INDEX] = json.dumps(index).encode()
+    if cache.is_dir() and {path.name: path.read_bytes() for path in cache.iterdir()} == files:
+        return cache
     with atomic_directory(cache) as out:
-        for name, content in small.items():
+        for name, content in files.items():
             (out / name).write_bytes(content)
-        if SINGLE in found and INDEX not in found:
-            names = SafetensorsFile(f"{url}/{SINGLE}").tensors
-            weight_map = dict.fromkeys(names, SINGLE)
-        elif INDEX in found:
-            weight_map = json.loads(small[INDEX])["weight_map"]
-        else:
-            raise UserError(f"base {url} has no weights (no {SINGLE}): give a whole model directory")
-        remote = {name: f"{url}/{file}" for name, file in weight_map.items()}
-        write_json_atomic(out / INDEX, {"metadata": {}, "weight_map": remote})
     return cache

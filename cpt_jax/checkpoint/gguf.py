@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
-from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, weight_dtype, weights_of, write_weights
+from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, weight_dtype, weights_of
+from cpt_jax.checkpoint.safetensors_write import write_weights
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
 
+SHARD_BYTES = 2_000_000_000
 # The released values of Llama 3.1 and 3.3, and of 3.2: the file holds only what they come to.
 LLAMA3_SCALINGS = tuple(
     {
@@ -73,7 +75,7 @@ def import_gguf(file: Path, out: Path) -> None:
     weights = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
     dtype = weight_dtype(weights)
     with atomic_directory(Path(out)) as directory:
-        write_weights(weights, dtype, directory)
+        write_weights(directory, weights, dtype, SHARD_BYTES)
         write_json_atomic(directory / "config.json", config | {"dtype": dtype.name})
         write_tokenizer(metadata, config["max_position_embeddings"], directory)
         write_json_atomic(

@@ -5,20 +5,14 @@ modeling_qwen3.py.
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import write_json_atomic
 
-# A file has one shard when it fits, and a tensor above this size a shard of its own.
-SHARD_BYTES = 2_000_000_000
 # Values that are dequantised at a time: 64 MiB in float32.
 CHUNK_VALUES = 1 << 24
 
@@ -164,50 +158,3 @@ def weight_dtype(weights: Sequence[Weight]) -> np.dtype:
                 if not np.array_equal(exact.astype(dtype).astype(np.float32), exact):
                     return np.dtype(np.float32)
     return dtype
-
-
-def write_weights(weights: Sequence[Weight], dtype: np.dtype, directory: Path) -> None:
-    """One safetensors file, or several and their index."""
-    shards: list[list[Weight]] = [[]]
-    room = SHARD_BYTES
-    for weight in weights:
-        size = math.prod(weight.shape) * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(weight)
-        room -= size
-    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        total = sum(math.prod(weight.shape) for weight in weights) * dtype.itemsize
-        weight_map = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json_atomic(directory / "model.safetensors.index.json", index)
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(shard, dtype, directory / name)
-
-
-def _write_shard(weights: Sequence[Weight], dtype: np.dtype, path: Path) -> None:
-    """A safetensors file, piece by piece: the library's own function wants all tensors in memory.
-
-    The format is 8 bytes of length, a JSON header with dtype, shape and place of each tensor, and their values
-    (huggingface/safetensors, README.md).
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for weight in weights:
-        start, end = end, end + math.prod(weight.shape) * dtype.itemsize
-        header[weight.name] = {
-            "dtype": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype.name],
-            "shape": list(weight.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights:
-            for piece in weight.pieces(dtype):
-                file.write(piece.tobytes())

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE, write_weights
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
@@ -19,8 +20,6 @@ from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Names, Place
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Files of a model directory that are not weights and go along unchanged.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -164,7 +163,7 @@ def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> La
     return LazyArray(shape, first.dtype, read, len(shape) - 1 if first.place.transposed else depth)
 
 
-def _tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
+def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
     """A tensor of a HF directory, made of our leaves."""
 
     def matrix(place: Place) -> np.ndarray:
@@ -176,25 +175,25 @@ def _tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConf
 
     matrices = [matrix(place) for place in places]
     if places[0].rows is None:
-        return np.ascontiguousarray(matrices[0])
+        return matrices[0]
     # Block by block, the rows of one part behind those of the other.
     sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
     blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
-    # In C order, whatever the parts' was: safetensors writes an array's memory as it lies.
-    return np.ascontiguousarray(np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:]))
+    return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
 
 
-def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, in order; a tensor larger than that has a file of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if filled and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A tensor of a HF directory, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+    flat: dict[str, Any]
+    config: DecoderConfig
+
+    def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        yield hf_tensor(self.places, self.flat, self.config, dtype)
 
 
 def save(
@@ -211,7 +210,7 @@ def save(
 ) -> None:
     """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
 
-    One file's tensors are in memory at a time.
+    One tensor is in memory at a time.
 
     Args:
       tokenizer_directory: whose tokenizer files go along.
@@ -221,22 +220,12 @@ def save(
     Raises:
       UserError: the disk is full (nothing is left behind then).
     """
-    from safetensors.numpy import save_file
-
     dtype, flat = np.dtype(dtype), flatten(weights)
     names = family_for(hf_config).weight_names(config)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in tensor_shapes(config, names).items()}
-    shards = _shards(sizes, shard_bytes)
+    shapes = tensor_shapes(config, names)
+    tensors = [_Written(name, shapes[name], places, flat, config) for name, places in names.items()]
     with atomic_directory(Path(directory)) as out:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: _tensor(names[name], flat, config, dtype) for name in shard}
-            save_file(tensors, out / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write_json_atomic(out / INDEX, index)
+        write_weights(out, tensors, dtype, shard_bytes)
         saved_config = hf_config | {"vocab_size": config.total_rows, "dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
         write_json_atomic(out / "config.json", saved_config)

@@ -3,24 +3,36 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def _named(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments of these names."""
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from cpt_jax.recipe.defaults import adapt_recipe, explain
     from cpt_jax.recipe.run import run
 
-    recipe, reasons = adapt_recipe(
-        base=arguments.base,
-        new=arguments.new,
-        replay=arguments.replay,
-        watch=arguments.watch,
-        new_tokens=arguments.new_tokens,
-        method=arguments.method,
-        tokens=arguments.tokens,
-        replay_share=arguments.replay_share,
-        text_field=arguments.text_field,
-        workdir=arguments.workdir,
+    names = (
+        "base",
+        "new",
+        "replay",
+        "watch",
+        "new_tokens",
+        "method",
+        "tokens",
+        "replay_share",
+        "text_field",
+        "workdir",
     )
+    recipe, reasons = adapt_recipe(**_named(arguments, *names))
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
     run(recipe, arguments.workdir, update=arguments.update)
@@ -43,17 +55,8 @@ def _overridden(recipe, overrides: list[str]):
 def _extension(arguments: argparse.Namespace, new_tokens: int, candidates: Path | None):
     from cpt_jax.recipe.tokenizer_commands import extension_of
 
-    return extension_of(
-        method=arguments.method,
-        new_tokens=new_tokens,
-        scores=arguments.scores,
-        candidates=candidates,
-        ban=arguments.ban,
-        scripts=arguments.scripts,
-        min_frequency=arguments.min_frequency,
-        max_piece_characters=arguments.max_piece_characters,
-        sample_bytes=arguments.sample_bytes,
-    )
+    names = ("method", "scores", "ban", "scripts", "min_frequency", "max_piece_characters", "sample_bytes")
+    return extension_of(new_tokens=new_tokens, candidates=candidates, **_named(arguments, *names))
 
 
 def tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -67,35 +70,25 @@ def tokenizer_extend(arguments: argparse.Namespace, _: list[str]) -> None:
         "slow_fast_differences": arguments.max_slow_fast_differences,
     }
     tokenizer_extend(
-        base=arguments.base,
         corpora=arguments.corpus,
-        protect=arguments.protect,
         extension=_extension(arguments, arguments.new_tokens, arguments.candidates),
-        drop_unreachable=arguments.drop_unreachable,
-        limits=Limits(**{name: value for name, value in given.items() if value is not None}),
-        heldout_share=arguments.heldout_share,
-        text_field=arguments.text_field,
-        out=arguments.out,
+        limits=Limits(**_given(given)),
         json_path=arguments.json,
+        **_named(arguments, "base", "protect", "drop_unreachable", "heldout_share", "text_field", "out"),
     )
 
 
 def tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.tokenizer_commands import tokenizer_report
 
+    names = ("base", "tokenizer", "protect", "sizes", "sample_bytes", "heldout_share", "text_field")
     tokenizer_report(
-        base=arguments.base,
-        tokenizer=arguments.tokenizer,
         corpora=arguments.corpus,
-        protect=arguments.protect,
         extension=_extension(arguments, max(arguments.sizes), None) if arguments.curve else None,
-        sizes=arguments.sizes,
-        sample_bytes=arguments.sample_bytes,
-        heldout_share=arguments.heldout_share,
-        text_field=arguments.text_field,
         json_path=arguments.json,
         html_path=arguments.html,
         picture_path=arguments.plot,
+        **_named(arguments, *names),
     )
 
 
@@ -118,16 +111,10 @@ def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.commands import model_extend
 
     model_extend(
-        model=arguments.model,
-        tokenizer=arguments.tokenizer,
-        init=arguments.init,
         corpora=arguments.corpus,
-        vectors=arguments.vectors,
         probe_steps=arguments.probe,
-        text_field=arguments.text_field,
-        seed=arguments.seed,
-        out=arguments.out,
         json_path=arguments.json,
+        **_named(arguments, "model", "tokenizer", "init", "vectors", "text_field", "seed", "out"),
     )
 
 
@@ -140,15 +127,8 @@ def data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.evaluate_command import evaluate_model
 
-    evaluate_model(
-        model=arguments.model,
-        against=arguments.against,
-        data=arguments.data,
-        choices=arguments.choices,
-        text_field=arguments.text_field,
-        max_bytes=arguments.max_bytes,
-        json_path=arguments.json,
-    )
+    names = ("model", "against", "data", "choices", "text_field", "max_bytes")
+    evaluate_model(json_path=arguments.json, **_named(arguments, *names))
 
 
 def lm_eval(_: argparse.Namespace, arguments: list[str]) -> None:
@@ -162,25 +142,19 @@ def generate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.generate_command import generate_text
 
     generate_text(
-        model=arguments.model,
         prompts=arguments.prompt,
         prompts_path=arguments.prompts,
-        new_tokens=arguments.new_tokens,
-        sampling=Sampling(
-            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
-        ),
-        stop=arguments.stop,
-        chat=arguments.chat,
+        sampling=Sampling(**_named(arguments, "temperature", "top_k", "top_p", "seed")),
         json_path=arguments.json,
+        **_named(arguments, "model", "new_tokens", "stop", "chat"),
     )
 
 
 def export(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.run import export_run
 
-    names = ("weights", "interpolate_base", "adapter", "dtype", "shard_gb")
-    given = {name: getattr(arguments, name) for name in names}
-    export_run(arguments.run, arguments.out, {name: value for name, value in given.items() if value is not None})
+    changes = _named(arguments, "weights", "interpolate_base", "adapter", "dtype", "shard_gb")
+    export_run(arguments.run, arguments.out, _given(changes))
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:

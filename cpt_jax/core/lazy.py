@@ -77,6 +77,21 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[first : first + size].view(dtype).reshape(shape)
 
 
+def rows_of(leaf: Any, first: int, last: int, filled: int) -> LazyArray:
+    """Rows `first` to `last` of an array, lazy or not, and zeros behind them up to `filled` rows."""
+    count = last - first
+
+    def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
+        rows, rest = slices[0], slices[1:]
+        held = slice(first + min(rows.start, count), first + min(rows.stop, count))
+        part = leaf.part((held, *rest), dtype) if isinstance(leaf, LazyArray) else leaf[(held, *rest)]
+        missing = (rows.stop - rows.start) - (held.stop - held.start)
+        part = np.asarray(part).astype(dtype, copy=False)
+        return part if not missing else np.pad(part, ((0, missing),) + ((0, 0),) * len(rest))
+
+    return LazyArray((filled, *leaf.shape[1:]), leaf.dtype, read, row_axis=0)
+
+
 def stacked(
     slices: Slices, depth: int, dtype: np.dtype, part: Callable[[tuple[int, ...], Slices], np.ndarray]
 ) -> np.ndarray:

@@ -1,5 +1,5 @@
 """A matrix transposed in memory, by blocks and threads: NumPy's own copy of a transposed view reads a column at a time
-(0.14 GB/s of 16-bit numbers where this makes 0.6 on one busy core)."""
+(`python -m benchmarks.loading --transpose` has both speeds)."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -91,10 +91,6 @@ class LoRAConfig:
             rank=self.rank, alpha=self.alpha, scaling=self.scaling, dora=self.dora, dropout=self.dropout
         )
 
-    @property
-    def scale(self) -> float:
-        return self.default.scale
-
     def adapter(self, name: str) -> AdapterConfig | None:
         """The adapter of the linear of this name, if it has one."""
         if not any(_names(target, name) for target in self.targets):

@@ -42,7 +42,7 @@ class Cosine:
         warm = _warm_steps(self.warmup, steps)
 
         def schedule(step):
-            done = jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+            done = _done(step, warm, steps)
             return peak * _warming(step, warm) * (self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
 
         return schedule
@@ -61,7 +61,7 @@ class Linear:
         warm = _warm_steps(self.warmup, steps)
 
         def schedule(step):
-            done = jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+            done = _done(step, warm, steps)
             return peak * _warming(step, warm) * (1 - (1 - self.final) * done)
 
         return schedule
@@ -148,6 +148,11 @@ Schedule = Constant | Cosine | Linear | InverseSqrt | WarmupStableDecay | Infini
 
 def _warm_steps(share: float, steps: int) -> int:
     return round(share * steps)
+
+
+def _done(step, warm: int, steps: int):
+    """0 at the end of the warm-up, 1 at the last step."""
+    return jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
 
 
 def _warming(step, warm: int):

@@ -217,10 +217,7 @@ def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
 
     reader = AutoTokenizer.from_pretrained(tokenizer.directory)
     turn = [{"role": "user", "content": prompt}]
-    try:
-        return str(reader.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    except ImportError as error:
-        raise UserError("--chat needs the package jinja2: pip install 'jinja2>=3.1.6'") from error
+    return str(reader.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def generate_text(

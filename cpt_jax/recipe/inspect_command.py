@@ -12,6 +12,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.linear import LINEARS
+from cpt_jax.recipe.report import text_table
 
 HEADER = ("weight", "shape", "type in files", "axes", "parameters", "MB")
 
@@ -82,15 +83,7 @@ def _table(weights: Sequence[dict], with_method: bool) -> str:
         )
         for row in weights
     ]
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    numbers = (4, 5)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (header, *rows)
-    )
+    return text_table([header, *rows])
 
 
 def method_named(name: str | None, rank: int, targets: Sequence[str]) -> Method | None:

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from cpt_jax.adapt import Expand, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf import load
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.lazy import LazyArray, Slices
+from cpt_jax.core.lazy import LazyArray, Slices, rows_of
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
@@ -96,7 +96,7 @@ class Model:
         for path, leaf in flat.items():
             if path.split("/")[0] in ("embed", "head"):
                 rows = config.table_rows[path.split("/")[1]]
-                flat[path] = np.pad(leaf[:rows], ((0, config.padded(rows) - rows), (0, 0)))
+                flat[path] = rows_of(leaf, 0, rows, config.padded(rows))
         return dataclasses.replace(self, config=config, weights=unflatten(flat))
 
     def on_device(self, precision: Precision) -> Tree:
@@ -127,7 +127,9 @@ def load_model(directory: Path, base_rows: int | None = None) -> Model:
         flat = flatten(weights)
         for table in ("embed", "head"):
             if (whole := flat.pop(f"{table}/base", None)) is not None:
-                flat[f"{table}/base"], flat[f"{table}/new"] = whole[:base_rows], whole[base_rows:]
+                new_rows = config.vocab_size - base_rows
+                flat[f"{table}/base"] = rows_of(whole, 0, base_rows, base_rows)
+                flat[f"{table}/new"] = rows_of(whole, base_rows, config.vocab_size, new_rows)
         weights = unflatten(flat)
         config = dataclasses.replace(config, vocab_size=base_rows, new_rows=config.vocab_size - base_rows)
     return Model(config=config, weights=weights, hf_config=hf_config)

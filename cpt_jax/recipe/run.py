@@ -9,28 +9,23 @@ from typing import Any
 
 import jax
 
-from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import Plan, clock, progress, quiet_libraries, say
-from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.core.progress import Plan, quiet_libraries, say
+from cpt_jax.core.storage import atomic_directory
 from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
-from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
-from cpt_jax.recipe.card import model_card
-from cpt_jax.recipe.export import export_adapter, export_model, sample_page
-from cpt_jax.recipe.grow import check_fits, grow_tokenizer
-from cpt_jax.recipe.lineage import Lineage
+from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
-from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
-from cpt_jax.recipe.report import domain_table, write_report
+from cpt_jax.recipe.recipe import Domain, Recipe, Stage
+from cpt_jax.recipe.report import domain_table
+from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.loop import Training, train
-from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None = None) -> None:
@@ -53,14 +48,8 @@ def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None
         print(f"\nmodel:  {workdir / 'export'}\nreport: {workdir / 'report.html'}")
 
 
-class Pipeline:
-    """The stations of one run. Each method makes sure that its station is done; fingerprints link those that depend
-    on each other."""
-
-    def __init__(self, recipe: Recipe, workdir: Workdir) -> None:
-        self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
-        self.marks: dict[str, str] = {}
-        self.plan: Plan | None = None
+class Pipeline(Results):
+    """The stations of one run, in order. Each method makes sure that its station is done."""
 
     def run(self, only: str | None) -> None:
         self.resolve()
@@ -81,41 +70,6 @@ class Pipeline:
             self.export()
             self.samples()
             self.report()
-
-    def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
-        def work() -> None:
-            if self.plan is not None:
-                self.plan.begin(name)
-            build()
-
-        self.marks[name] = self.workdir.station(name, inputs, outputs, work)
-        if self.plan is not None:
-            self.plan.end(name)
-            if self.workdir.was_done(name):
-                self.plan.skip(name)
-
-    # Inputs
-
-    def resolve(self) -> None:
-        """The base as a model directory, its configuration and its tokenizer checked."""
-        self.source = resolve_base(self.recipe.base, self.path / "source")
-        self.base_tokenizer = Tokenizer(self.source)
-        self.marks["base"] = json.dumps(identity(self.source))
-        self.lineage = Lineage(self.recipe, self.path, self.source, self.base_tokenizer.size)
-        model = self.lineage.after("base", "last")
-        if self.recipe.vocabulary is None:
-            check_fits(self.base_tokenizer, model.config.total_rows, self.source)
-        self.parameters = model.parameters
-        longest = max(
-            [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
-        )
-        if longest > model.config.max_position_embeddings:
-            raise UserError(
-                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
-            )
-
-    def _data(self, domain: Domain) -> Path:
-        return self.path / "data" / domain.name
 
     def hold_out(self, domain: Domain) -> None:
         out = self._data(domain)
@@ -139,7 +93,6 @@ class Pipeline:
             inputs = ["unchanged", self.marks["base"]]
             self._station("tokenizer", inputs, [tokenizer], lambda: _copy_tokenizer(self.source, tokenizer))
             self._station("base-model", inputs, [base], lambda: _link_directory(self.source, base))
-            self.tokenizer = Tokenizer(tokenizer)
             return
         vocabulary = recipe.vocabulary
         roles = {domain.name: domain.role for domain in recipe.domains}
@@ -169,7 +122,6 @@ class Pipeline:
                 self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")
             ),
         )
-        self.tokenizer = Tokenizer(tokenizer)
 
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
@@ -244,108 +196,6 @@ class Pipeline:
             retention=stage.retention,
             z_loss=stage.z_loss,
         )
-
-    # Results
-
-    def evaluate(self, stage_name: str, weights: str) -> None:
-        """Bits per byte on every domain, into evaluations/ and eval.json."""
-        name = f"evaluate-{stage_name}-{weights}"
-        out = self.path / "evaluations" / f"{stage_name}-{weights}.json"
-        stations = {"base": "base", "extended": "base-model", "export": "export"}
-        trained = stations.get(stage_name, f"stage-{stage_name}")
-        heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
-        inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout]
-        self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
-        self._collect()
-
-    def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
-        settings = self.recipe.evaluation
-        tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
-        model = self.lineage.after(stage_name, weights)
-        on_device = model.on_device(settings.precision)
-        packed = {
-            domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
-            for domain in self.recipe.domains
-        }
-        entries = []
-        with progress(name, sum(len(documents) for documents in packed.values()), "rows", self.plan) as shown:
-            for domain, documents in packed.items():
-                result = bits_per_byte(
-                    model.network,
-                    on_device,
-                    documents,
-                    batch_size=settings.batch_size,
-                    precision=settings.precision,
-                    on_progress=shown.advance,
-                )
-                entries.append(
-                    {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
-                )
-        return entries
-
-    def _collect(self) -> None:
-        """eval.json: what has been evaluated so far, in the run's order."""
-        order = ["base", "extended", *(stage.name for stage in self.recipe.stages), "export"]
-        files = [
-            self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")
-        ]
-        done = {f"evaluate-{file.stem}" for file in files if f"evaluate-{file.stem}" in self.marks}
-        entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
-        write_json_atomic(self.path / "eval.json", entries)
-
-    @property
-    def _last_stage(self) -> str:
-        return self.recipe.stages[-1].name if self.recipe.stages else "extended"
-
-    def export(self) -> None:
-        out, export, stage = self.path / "export", self.recipe.export, self._last_stage
-        inputs = [to_json(export), self.marks.get(f"stage-{stage}", self.marks["base-model"])]
-        self._station("export", inputs, [out], lambda: self.write_export(export, out))
-        if export.interpolate_base:
-            # What leaves the house is none of the models evaluated so far.
-            self.evaluate("export", "last")
-
-    def write_export(self, export: Export, out: Path) -> None:
-        """The result, checked on a held-out text of each domain, with its card."""
-        texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
-        manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
-        tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
-        card = model_card(self.recipe, export, json.loads((self.path / "eval.json").read_text()), tokens)
-        model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
-        if export.adapter:
-            base, paths = self.lineage.extended(), self.lineage.trained_paths()
-            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out, card=card)
-            return
-        if export.interpolate_base:
-            model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
-        export_model(model, tokenizer, texts, out, export, generation=self.source, card=card)
-
-    def samples(self) -> None:
-        out = self.path / "samples.md"
-        settings = self.recipe.samples
-
-        def write() -> None:
-            say("samples: continuing the prompts")
-            # An adapter is no model of its own.
-            whole = not self.recipe.export.adapter
-            result = self.lineage.after(
-                "export" if whole else self._last_stage, "last" if whole else self.recipe.export.weights
-            )
-            after = sample_page(result, self.tokenizer, settings)
-            before = sample_page(self.lineage.after("base", "last"), self.base_tokenizer, settings)
-            parts = ["# The same prompts, before and after\n"]
-            for prompt, old, new in zip(settings.prompts, before, after, strict=True):
-                parts.append(
-                    f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n"
-                )
-            write_text_atomic(out, "".join(parts))
-
-        self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
-
-    def report(self) -> None:
-        write_json_atomic(self.path / "timings.json", self.workdir.seconds)
-        write_report(self.path)
-        say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")
 
     def _plan(self) -> Plan:
         """Work in training tokens: an evaluated token costs half of one; the rest is given in seconds for a rate of

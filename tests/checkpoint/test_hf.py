@@ -127,6 +127,9 @@ def test_a_model_in_an_object_store_is_read_where_it_lies(tiny_model, tmp_path, 
     assert again == config
     for path, leaf in flatten(weights).items():
         np.testing.assert_array_equal(flatten(found)[path], leaf, err_msg=path)
+    before = {path: path.stat().st_mtime_ns for path in view.iterdir()}
+    resolve_base("memory://bucket/model", tmp_path / "cache")
+    assert {path: path.stat().st_mtime_ns for path in view.iterdir()} == before, "a run that continues finds its base"
     part = flatten(found)["layers/mlp/up/kernel"][1, 3:5, 7:9]
     np.testing.assert_array_equal(part, np.asarray(flatten(weights)["layers/mlp/up/kernel"])[1, 3:5, 7:9])
     with pytest.raises(UserError, match="memory://bucket/nothing cannot be read"):

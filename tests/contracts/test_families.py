@@ -10,7 +10,7 @@ import pytest
 from contracts.family_configs import CONFIGS, config_json
 from safetensors.numpy import load_file
 
-from cpt_jax.checkpoint.hf import _tensor, load, save
+from cpt_jax.checkpoint.hf import hf_tensor, load, save
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
@@ -121,7 +121,7 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
     names = family_for(raw).weight_names(ours.config)
     reference_gradients = gradients_by_tensor(reference)
     for tensor, gradient in reference_gradients.items():
-        found = _tensor(names[tensor], mine, ours.config, np.dtype(np.float32))
+        found = hf_tensor(names[tensor], mine, ours.config, np.dtype(np.float32))
         np.testing.assert_allclose(
             found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
         )

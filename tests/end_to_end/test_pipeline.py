@@ -3,6 +3,7 @@ is refused."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def again() -> Recipe:
 def no_recipe(needed) -> Recipe: ...
 """
 
+GENERATION = {"bos_token_id": 0, "eos_token_id": [0, 1], "temperature": 0.7, "do_sample": True}
+
 
 @pytest.fixture(scope="module")
 def place(tiny_model, tmp_path_factory):
@@ -66,7 +69,9 @@ def place(tiny_model, tmp_path_factory):
     write_jsonl(root / "zh.jsonl", chinese(400))
     write_jsonl(root / "en.jsonl", english(300))
     (root / "code.txt").write_text("\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(40)))
-    (root / "recipes.py").write_text(RECIPE.format(base=str(tiny_model)))
+    shutil.copytree(tiny_model, root / "base")
+    (root / "base" / "generation_config.json").write_text(json.dumps(GENERATION))
+    (root / "recipes.py").write_text(RECIPE.format(base=str(root / "base")))
     return root
 
 
@@ -134,14 +139,14 @@ def test_the_export_is_the_trained_model(finished, tiny_model, monkeypatch):
     ids = tokenizer("国务院应当 the city", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(text_logits(load_model(run / "export"), ids, FLOAT32) - expected).max() < 1e-4
+    assert np.abs(text_logits(load_model(run / "export"), [ids], FLOAT32)[0] - expected).max() < 1e-4
     recipe = from_json(Recipe, json.loads((run / "config.json").read_text()))
     monkeypatch.chdir(run.parent)
     with Workdir(run, recipe) as claimed:
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
         trained = pipeline.lineage.after("lora", "last")
-    assert np.abs(text_logits(trained, ids, FLOAT32) - expected).max() < 1e-4
+    assert np.abs(text_logits(trained, [ids], FLOAT32)[0] - expected).max() < 1e-4
     produced = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0, len(ids) :]
     weights = trained.on_device(Precision(compute="float32"))
     assert generate(trained.network, weights, [ids], new_tokens=20) == [produced.tolist()]
@@ -181,7 +186,8 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
     entries = json.loads((place / "run" / "eval.json").read_text())
     for entry in entries:
         assert f"{entry['bits_per_byte']:.3f}" in card
-    assert (place / "low" / "generation_config.json").exists() == (tiny_model / "generation_config.json").exists()
+    for export in ("low", "run/export", "run/base"):
+        assert json.loads((place / export / "generation_config.json").read_text()) == GENERATION
 
     cpt("export", "--run", "run", "--out", "mixed", "--interpolate-base", 0.3, cwd=place)
     mixed, trained, base = (

@@ -39,7 +39,7 @@ def with_loud_padding(model: Model) -> Model:
     """The padded model with padding that every token would be, were it one: ten times each row's size."""
     padded, flat = model.padded(MULTIPLE), {}
     for path, leaf in flatten(padded.weights).items():
-        flat[path] = leaf.copy()
+        flat[path] = np.array(leaf)
         if path.split("/")[0] in ("embed", "head"):
             rows = padded.config.table_rows[path.split("/")[1]]
             generator = np.random.default_rng(1)

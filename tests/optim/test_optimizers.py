@@ -1,4 +1,4 @@
-"""Each optimizer against a float64 computation or optax on plain leaves; groups, state, bad steps, configuration."""
+"""Each optimizer against a float64 computation or optax on plain leaves; groups, state, configuration."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from inputs import random_weights, tiny_config
+from optimizer_inputs import DECAYED, GRADIENTS, MULTIPLIERS, OPTIMIZERS, SHAPES, SIZE, WEIGHTS, schedule
 
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.train_state import Checkpoints
@@ -21,52 +22,12 @@ from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.optim.groups import group_of
 from cpt_jax.optim.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 from cpt_jax.optim.schedules import Cosine
-from cpt_jax.optim.skipping import skip_bad_steps, skipped
 from cpt_jax.recipe.find import apply_overrides
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.sharding.rules import shardings
 from cpt_jax.training.loop import _state_shardings
 from cpt_jax.training.state import initial_state
-
-SHAPES = {
-    "embed/base": (12, 6),
-    "embed/new": (5, 6),
-    "final_norm/scale": (6,),
-    "layers/attention/q/bias": (3, 8),
-    "layers/attention/q/kernel": (3, 6, 8),
-    "layers/attention/q/lora_a": (3, 6, 2),
-    "layers/attention/q/lora_b": (3, 2, 8),
-    "layers/attention/q/magnitude": (3, 8),
-    "layers/attention_norm/scale": (3, 6),
-    "layers/experts/gate/kernel": (3, 9, 6, 10),
-    "layers/experts/router": (3, 6, 4),
-}
-SIZE = {path: int(np.prod(shape)) for path, shape in SHAPES.items()}
-# Every setting that concerns a group is unlike the others'.
-GROUPS = dict(weight_decay=0.3, old_rows_multiplier=0.5, new_rows_multiplier=2.0, lora_b_multiplier=16.0)
-MULTIPLIERS = {"embed/base": 0.5, "embed/new": 2.0, "layers/attention/q/lora_b": 16.0}
-DECAYED = ("layers/attention/q/kernel", "layers/experts/gate/kernel")
-OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": AdamW(learning_rate=1e-2, **GROUPS),
-    "adafactor": Adafactor(learning_rate=1e-2, min_dim_size_to_factor=4, multiply_by_parameter_scale=True, **GROUPS),
-    "lion": Lion(learning_rate=1e-2, **GROUPS),
-    "muon": Muon(learning_rate=1e-2, **GROUPS),
-}
-
-
-def schedule(step):
-    return 0.01 / (1 + 0.1 * step)
-
-
-def draw(seed: int, size: float) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return {path: generator.normal(0, size, shape).astype(np.float32) for path, shape in SHAPES.items()}
-
-
-WEIGHTS = draw(0, 0.5)
-# The tenth step's gradient is large enough to be clipped.
-GRADIENTS = [draw(seed, 3.0 if seed == 10 else 0.01) for seed in range(1, 11)]
 
 
 def run(optimizer: Optimizer, gradients=GRADIENTS, weights=WEIGHTS) -> dict[str, np.ndarray]:
@@ -354,75 +315,6 @@ def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_on
     checkpoints.close()
     assert found is not None
     jax.tree.map(np.testing.assert_array_equal, found[0], eight)
-
-
-class TestBadSteps:
-    @staticmethod
-    @functools.cache
-    def build(name="adamw", **changes):
-        tree = unflatten({path: jnp.asarray(leaf) for path, leaf in WEIGHTS.items()})
-        transform = dataclasses.replace(OPTIMIZERS[name], **changes).build(schedule, tree)
-
-        @jax.jit
-        def step(tree, state, gradients):
-            updates, state = transform.update(gradients, state, tree)
-            return optax.apply_updates(tree, updates), state
-
-        return tree, transform.init(tree), step
-
-    def bad(self, value: float):
-        gradients = draw(99, 0.01)
-        gradients["layers/attention/q/kernel"][1, 2, 3] = value
-        return unflatten(gradients)
-
-    @pytest.mark.parametrize("name", OPTIMIZERS)
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self, name, value):
-        tree, state, step = self.build(name)
-        tree, state = step(tree, state, unflatten(GRADIENTS[0]))
-        for count in (1, 2):
-            after, state_after = step(tree, state, self.bad(value))
-            for before, now in zip(jax.tree.leaves(tree), jax.tree.leaves(after), strict=True):
-                assert np.asarray(before).tobytes() == np.asarray(now).tobytes()
-            old, new = state[0].inner_state, state_after[0].inner_state
-            for before, now in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-                assert np.asarray(before).tobytes() == np.asarray(now).tobytes()
-            assert skipped(state_after) == (count, count)
-            tree, state = after, state_after
-        tree, state = step(tree, state, unflatten(GRADIENTS[1]))
-        assert skipped(state) == (2, 0)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
-
-    def test_a_norm_far_above_the_usual_is_skipped_once_there_is_a_usual_one(self):
-        tree, state, step = self.build(skip_above=10.0)
-        small, large = unflatten(draw(3, 0.01)), unflatten(draw(4, 0.5))
-        tree, state = step(tree, state, large)
-        assert skipped(state) == (0, 0)
-        tree, state, _ = self.build(skip_above=10.0)
-        for _ in range(20):
-            tree, state = step(tree, state, small)
-        usual = float(state[0].usual_norm)
-        assert usual == pytest.approx(float(optax.tree.norm(small)), rel=1e-5)
-        after, state = step(tree, state, large)
-        assert skipped(state) == (1, 1)
-        assert float(state[0].usual_norm) == usual
-        np.testing.assert_array_equal(after["embed"]["base"], tree["embed"]["base"])
-        _, state = step(after, state, jax.tree.map(lambda leaf: leaf * 9, small))
-        assert skipped(state) == (1, 0)
-
-    @pytest.mark.parametrize("above", [None, 10.0])
-    def test_good_steps_are_bit_for_bit_those_without(self, above):
-        tree = unflatten({path: jnp.asarray(leaf) for path, leaf in WEIGHTS.items()})
-        inner = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-        results = []
-        for first in (inner, skip_bad_steps(inner, above)):
-            transform = optax.chain(first, optax.scale_by_learning_rate(schedule))
-            weights, state, update = tree, transform.init(tree), jax.jit(transform.update)
-            for each in GRADIENTS:
-                updates, state = update(unflatten(each), state, weights)
-                weights = optax.apply_updates(weights, updates)
-            results.append(weights)
-        jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def recipe(optimizer: Optimizer) -> Recipe:

@@ -11,7 +11,7 @@ import numpy as np
 from inputs import hf_config, random_weights, tiny_config
 
 from cpt_jax.checkpoint.hf import load, save
-from cpt_jax.core.lazy import LazyArray
+from cpt_jax.core.lazy import LazyArray, rows_of
 from cpt_jax.core.tree import flatten
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.sharding.placement import place
@@ -97,6 +97,23 @@ def test_one_process_reads_each_byte_once():
     assert array.dtype == np.float16
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+
+def test_rows_of_a_leaf_are_read_alone_and_filled_with_zeros():
+    whole, asked = np.arange(60, dtype=np.float32).reshape(12, 5), []
+
+    def read(slices, dtype):
+        asked.append(slices[0])
+        return whole[slices].astype(dtype)
+
+    for source in (LazyArray(whole.shape, np.float32, read), whole):
+        rows = rows_of(source, 3, 10, 16)
+        expected = np.concatenate([whole[3:10], np.zeros((9, 5), np.float32)])
+        np.testing.assert_array_equal(rows, expected)
+        for index in (slice(2, 5), slice(5, 11), slice(8, 16), (slice(6, 9), slice(1, 3)), 0, -1):
+            np.testing.assert_array_equal(rows[index], expected[index])
+    assert slice(5, 8) in asked
+    assert all(each.stop - each.start <= 7 for each in asked)
 
 
 def test_a_part_of_a_leaf_is_the_part_of_the_whole(tmp_path):

@@ -230,3 +230,24 @@ def standard_names(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
     for layer in range(config.num_layers):
         names |= attention_names(config, layer) | mlp_names(config, layer) | norm_names(layer, norms)
     return names
+
+
+def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mapping[str, str]) -> Names:
+    """The router and the experts of a layer, under the name of their block; `matrices`: ours -> Hugging Face's."""
+    assert config.experts is not None
+    prefix = f"model.layers.{layer}.{block}"
+    names: Names = {f"{prefix}.gate.weight": (Place("layers/mlp/router", (layer,), True),)}
+    for expert in range(config.experts.count):
+        for ours, hf in matrices.items():
+            place = Place(f"layers/mlp/{ours}/kernel", (layer, expert), True)
+            names[f"{prefix}.experts.{expert}.{hf}.weight"] = (place,)
+    return names
+
+
+def mixture_names(config: DecoderConfig, block: str, matrices: Mapping[str, str]) -> Names:
+    """The names of a family that is written as Llama is, but for experts in the place of each feed-forward."""
+    names = outer_names(config)
+    for layer in range(config.num_layers):
+        names |= attention_names(config, layer) | norm_names(layer, NORMS)
+        names |= experts_names(config, layer, block, matrices)
+    return names

@@ -1,23 +1,20 @@
-"""PEFT adapters: what we write, PEFT computes; what PEFT writes, we compute; and every way in which one can be wrong."""
+"""Adapters trained by PEFT, as we read them; and every way in which one can be wrong."""
 
 import dataclasses
 import json
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.family_configs import config_json
 from contracts.test_families import reference_model
+from peft_models import NEW_ROWS, ROWS, ours, saved, theirs, trained
 from safetensors.numpy import load_file, save_file
 
-from cpt_jax.adapt import LoRA
-from cpt_jax.checkpoint.peft import load_adapter, save_adapter
+from cpt_jax.checkpoint.peft import load_adapter
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.tree import flatten, unflatten
-from cpt_jax.models.decoder import abstract_decoder, apply, logits
-from cpt_jax.models.linear import LINEARS, LoRAConfig
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.recipe.model import load_model
 
 pytestmark = [
@@ -25,218 +22,6 @@ pytestmark = [
     # PEFT looks for the pattern among modules, not among the parameters that it does apply it to.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match.*(gate_up|down)_proj"),
 ]
-TOKENS = np.random.default_rng(0).integers(3, 64, (2, 40))
-# Of the 64 rows of every tiny model, those that an extension added.
-NEW_ROWS = 5
-ROWS = list(range(64 - NEW_ROWS, 64))
-FAMILIES = {
-    "llama, tied": ("llama", "tied, odd head dimension", LINEARS),
-    "llama, untied": ("llama", "untied, no grouping, biases", ("q", "v", "down")),
-    "qwen2": ("qwen2", "tied", LINEARS),
-    "gemma2": ("gemma2", "as released", LINEARS),
-    "phi3": ("phi3", "window", LINEARS),
-    "phi3, parts of fused layers": ("phi3", "partial, tied", ("q", "v", "up")),
-    "gpt_neox": ("gpt_neox", "as released", LINEARS),
-    "gpt_neox, keys alone": ("gpt_neox", "tied, no biases, linear", ("k", "o")),
-    "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),
-    "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
-    "mixtral, down alone": ("mixtral", "untied", ("down",)),
-}
-
-
-def theirs(directory, adapter=None) -> np.ndarray:
-    """transformers' logits, with an adapter as PEFT applies it."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.numpy()
-
-
-def ours(config, weights, lora=None) -> np.ndarray:
-    network = abstract_decoder(config, lora)
-
-    @jax.jit
-    def forward(weights, tokens):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden = apply(network, weights, tokens, positions, jnp.ones_like(tokens), compute_dtype="float32")
-        return logits(network, weights, hidden, compute_dtype="float32")
-
-    arrays = {path: jnp.asarray(np.asarray(leaf)) for path, leaf in flatten(weights).items()}
-    return np.asarray(forward(unflatten(arrays), jnp.asarray(TOKENS, jnp.int32)))
-
-
-def trained(model, lora, tables=("embed/new", "head/new")):
-    """(the model with random factors and tables, their paths)."""
-    generator, flat = np.random.default_rng(1), flatten(model.weights)
-    shapes = flatten(abstract_decoder(model.config, lora).shapes)
-    paths = [path for path in shapes if path.endswith(("/lora_a", "/lora_b")) or path in tables]
-    for path in paths:
-        spread = shapes[path].shape[-2] ** -0.5 if path.endswith("/lora_a") else 0.1
-        flat[path] = generator.normal(0, spread, shapes[path].shape).astype(np.float32)
-    return dataclasses.replace(model, weights=unflatten(flat), lora=lora), paths
-
-
-def saved(model, paths, directory, base, **changes):
-    return save_adapter(
-        directory, model.config, model.weights, model.hf_config, model.lora, base=str(base), trained=paths, **changes
-    )
-
-
-@pytest.mark.parametrize(("model_type", "name", "targets"), FAMILIES.values(), ids=FAMILIES)
-def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
-    reference_model(config_json(model_type, name), tmp_path / "base")
-    base = load_model(tmp_path / "base", 64 - NEW_ROWS)
-    model, paths = trained(base, LoRAConfig(rank=3, alpha=4.5, targets=targets))
-    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
-    assert set(held.values()) == {"rows"}
-    assert len(held) == 2 - model.config.tie_word_embeddings
-    expected = ours(model.config, model.weights, model.lora)
-    found = theirs(tmp_path / "base", tmp_path / "adapter")
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
-
-    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
-    assert again.lora == LoRAConfig(rank=3, alpha=4.5, targets=tuple(t for t in LINEARS if model_has(model, t)))
-    assert again.base == str(tmp_path / "base")
-    assert again.base_rows(64) == 64 - NEW_ROWS
-    after = flatten(again.over(base.config, base.weights))
-    for path, leaf in flatten(model.weights).items():
-        np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
-
-
-VARIANTS = {
-    "rank-stabilised": ("llama", "linear", dict(scaling="alpha/sqrt(rank)"), False),
-    "ranks and alphas": (
-        "qwen2",
-        "tied",
-        dict(rank_pattern=(("layers/mlp/*", 5),), alpha_pattern=(("q", 7.0),)),
-        False,
-    ),
-    "dora": ("llama", "untied, no grouping, biases", dict(dora=True), True),
-    "dora, parts of fused layers": ("phi3", "window", dict(dora=True, targets=("q", "v", "up")), False),
-    "scales within fused layers": (
-        "phi3",
-        "window",
-        dict(alpha_pattern=(("v", 1.0),), rank_pattern=(("q", 5),)),
-        False,
-    ),
-    "rank-stabilised fused layers": ("gpt_neox", "as released", dict(scaling="alpha/sqrt(rank)"), True),
-    "experts of other ranks": (
-        "qwen3_moe",
-        "renormalised",
-        dict(rank_pattern=(("layers/mlp/*", 2),), scaling="alpha/sqrt(rank)"),
-        True,
-    ),
-}
-
-
-@pytest.mark.parametrize(("model_type", "name", "changes", "norms"), VARIANTS.values(), ids=VARIANTS)
-def test_peft_computes_the_variants_too(model_type, name, changes, norms, tmp_path):
-    reference_model(config_json(model_type, name), tmp_path / "base")
-    base = load_model(tmp_path / "base")
-    method = LoRA(rank=3, alpha=4.5, norms=norms)
-    lora = LoRAConfig(**(dict(rank=3, alpha=4.5) | changes))
-    method = dataclasses.replace(
-        method, **{field: dict(value) if field.endswith("_pattern") else value for field, value in changes.items()}
-    )
-    assert method.lora_config() == lora
-    model, generator = base.adapted(method, 0), np.random.default_rng(1)
-    flat = flatten(model.weights)
-    paths = [path for path in flat if method.trains(path)]
-    for path in paths:
-        flat[path] = np.asarray(flat[path]) + generator.normal(0, 0.1, flat[path].shape).astype(np.float32)
-    model = model.overlaid({path: flat[path] for path in paths})
-    saved(model, paths, tmp_path / "adapter", tmp_path / "base")
-    expected = ours(model.config, model.weights, model.lora)
-    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
-    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
-
-    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
-    np.testing.assert_allclose(
-        ours(base.config, again.over(base.config, base.weights), again.lora), expected, atol=1e-4
-    )
-    assert again.lora is not None
-    if model_type in ("llama", "qwen2"):
-        names = ("q", "k", "v", "o", "gate", "up", "down")
-        assert [again.lora.adapter(each) for each in names] == [lora.adapter(each) for each in names]
-
-
-def model_has(model, target: str) -> bool:
-    return any(path.endswith(f"/{target}/lora_a") for path in flatten(model.weights))
-
-
-@pytest.mark.parametrize("name", ["tied, odd head dimension", "untied, no grouping, biases"])
-def test_rows_alone_take_their_own_bytes_and_no_table(tmp_path, name):
-    reference_model(config_json("llama", name), tmp_path / "base")
-    model, paths = trained(load_model(tmp_path / "base", 64 - NEW_ROWS), None)
-    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
-    assert held == dict.fromkeys(("embed_tokens", "lm_head")[: len(paths)], "rows")
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(tensor.nbytes for tensor in tensors.values()) == len(paths) * NEW_ROWS * model.config.hidden_size * 4
-    expected = ours(model.config, model.weights)
-    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
-    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
-    assert again.lora is None
-    assert again.base_rows(64) == 64 - NEW_ROWS
-
-
-def test_factors_alone_carry_no_table(tmp_path):
-    reference_model(config_json("llama", "linear"), tmp_path / "base")
-    model, paths = trained(load_model(tmp_path / "base", 60), LoRAConfig(rank=2, alpha=4.0, targets=("q",)), ())
-    assert saved(model, paths, tmp_path / "adapter", tmp_path / "base") == {}
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    assert sum(tensor.nbytes for tensor in load_file(file).values()) == 3 * 4 * (32 * 2 + 2 * 32)
-    assert file.stat().st_size < 5000
-    assert load_adapter(tmp_path / "adapter", model.config, model.hf_config).rows == {}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "name", "row_multiple"),
-    [("llama", "tied, odd head dimension", 16), ("llama", "linear", 1), ("gpt_neox", "as released", 16)],
-)
-def test_all_rows_go_along_whole(tmp_path, model_type, name, row_multiple):
-    reference_model(config_json(model_type, name), tmp_path / "base")
-    base = load_model(tmp_path / "base", 64 - NEW_ROWS).padded(row_multiple)
-    tables = ("embed/base", "embed/new", "head/base", "head/new")
-    model, paths = trained(base, LoRAConfig(rank=2, alpha=2.0), tables)
-    assert set(saved(model, paths, tmp_path / "adapter", tmp_path / "base").values()) == {"whole"}
-    expected = ours(model.config, model.weights, model.lora)
-    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
-    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
-    assert again.base_rows(64) is None
-    after = flatten(again.over(base.config, base.weights))
-    for path in paths:
-        count = base.config.table_rows.get(path.split("/")[1])
-        np.testing.assert_array_equal(after[path][:count], flatten(model.weights)[path][:count], err_msg=path)
-
-
-def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
-    reference_model(config_json("llama", "linear"), tmp_path / "base")
-    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
-    with pytest.raises(UserError, match=r"cannot hold 2 .* 'final_norm/scale' first: export the whole model"):
-        saved(model, [*paths, "layers/mlp/up/kernel", "final_norm/scale"], tmp_path / "adapter", tmp_path / "base")
-    with pytest.raises(UserError, match="nothing was trained"):
-        saved(dataclasses.replace(model, lora=None), [], tmp_path / "adapter", tmp_path / "base")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_the_tokenizer_goes_along(tmp_path):
-    from inputs import english, write_tokenizer
-    from transformers import AutoTokenizer
-
-    reference_model(config_json("llama", "linear"), tmp_path / "base")
-    write_tokenizer(tmp_path / "tokenizer", english(50))
-    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
-    saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer", card="# Card\n")
-    assert AutoTokenizer.from_pretrained(tmp_path / "a")("the city")["input_ids"]
-    assert (tmp_path / "a" / "README.md").read_text() == "# Card\n"
-
-
 QUERIES = ["q_proj", "v_proj"]
 ATTENTION = [*QUERIES, "k_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -345,7 +130,7 @@ def test_we_compute_what_peft_trained(model_type, name, settings, tmp_path):
     back = load_adapter(tmp_path / "again", base.config, base.hf_config)
     assert back.lora is not None
     assert (back.lora.rank, back.lora.targets) == (adapter.lora.rank, adapter.lora.targets)
-    assert back.lora.scale == pytest.approx(adapter.lora.scale, rel=1e-12)
+    assert back.lora.default.scale == pytest.approx(adapter.lora.default.scale, rel=1e-12)
     for path, leaf in flatten(back.over(base.config, base.weights)).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]), err_msg=path)
 
@@ -371,12 +156,12 @@ def test_an_adapter_of_single_experts(model_type, name, tmp_path):
         for tensor in [key for key in tensors if ".experts." in key]:
             del tensors[tensor]
         flat = flatten(model.weights)
-        for ours, theirs in zip(("gate", "up", "down"), matrices, strict=True):
-            for layer, expert in np.ndindex(flat[f"layers/mlp/{ours}/lora_a"].shape[:2]):
+        for mine, written in zip(("gate", "up", "down"), matrices, strict=True):
+            for layer, expert in np.ndindex(flat[f"layers/mlp/{mine}/lora_a"].shape[:2]):
                 block = "block_sparse_moe" if mixtral else "mlp"
-                prefix = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{theirs}"
+                prefix = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{written}"
                 for factor in "AB":
-                    matrix = flat[f"layers/mlp/{ours}/lora_{factor.lower()}"][layer, expert].T
+                    matrix = flat[f"layers/mlp/{mine}/lora_{factor.lower()}"][layer, expert].T
                     tensors[f"{prefix}.lora_{factor}.weight"] = np.ascontiguousarray(matrix)
 
     edit_tensors(tmp_path / "adapter", single)

@@ -1,0 +1,31 @@
+"""Qwen3-MoE: Qwen3 whose feed-forward is that of a few experts, chosen by a router."""
+
+from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.experts import ExpertsConfig
+from cpt_jax.models.families.schema import Names, config_of, mixture_names, read
+
+MODEL_TYPES = ("qwen3_moe",)
+UNSUPPORTED = {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}
+
+
+def config_from_hf(raw: dict) -> DecoderConfig:
+    hf = read(raw, UNSUPPORTED)
+    biased = bool(hf.attention_bias)
+    experts = ExpertsConfig(
+        count=hf.num_experts,
+        per_token=hf.num_experts_per_tok,
+        renormalise=bool(hf.norm_topk_prob),
+        balance_coefficient=float(hf.router_aux_loss_coef),
+    )
+    return config_of(
+        hf,
+        experts=experts,
+        intermediate_size=hf.moe_intermediate_size,
+        qk_norm="head",
+        qkv_bias=biased,
+        attention_out_bias=biased,
+    )
+
+
+def weight_names(config: DecoderConfig) -> Names:
+    return mixture_names(config, "mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})

@@ -1,0 +1,62 @@
+"""What the stations of a run share."""
+
+import functools
+import json
+from pathlib import Path
+
+from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import Plan
+from cpt_jax.recipe.grow import check_fits
+from cpt_jax.recipe.lineage import Lineage
+from cpt_jax.recipe.recipe import Domain, Recipe
+from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.vocab.tokenizer import Tokenizer
+
+
+class RunContext:
+    """One run while it is worked on: its recipe, its directory, its base, and the fingerprints of the stations that are
+    done, which link those that depend on each other."""
+
+    def __init__(self, recipe: Recipe, workdir: Workdir) -> None:
+        self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
+        self.marks: dict[str, str] = {}
+        self.plan: Plan | None = None
+
+    def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
+        def work() -> None:
+            if self.plan is not None:
+                self.plan.begin(name)
+            build()
+
+        self.marks[name] = self.workdir.station(name, inputs, outputs, work)
+        if self.plan is not None:
+            self.plan.end(name)
+            if self.workdir.was_done(name):
+                self.plan.skip(name)
+
+    def resolve(self) -> None:
+        """The base as a model directory, its configuration and its tokenizer checked."""
+        self.source = resolve_base(self.recipe.base, self.path / "source")
+        self.base_tokenizer = Tokenizer(self.source)
+        self.marks["base"] = json.dumps(identity(self.source))
+        self.lineage = Lineage(self.recipe, self.path, self.source, self.base_tokenizer.size)
+        model = self.lineage.after("base", "last")
+        if self.recipe.vocabulary is None:
+            check_fits(self.base_tokenizer, model.config.total_rows, self.source)
+        self.parameters = model.parameters
+        longest = max(
+            [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
+        )
+        if longest > model.config.max_position_embeddings:
+            raise UserError(
+                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
+            )
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, once its station is done."""
+        return Tokenizer(self.path / "tokenizer")
+
+    def _data(self, domain: Domain) -> Path:
+        return self.path / "data" / domain.name

@@ -1,0 +1,121 @@
+"""What comes of a run: evaluations, the export, samples, the report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from cpt_jax.core.config import to_json
+from cpt_jax.core.progress import clock, progress, say
+from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.data.holdout import read_heldout
+from cpt_jax.data.prepare import read_manifest
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
+from cpt_jax.recipe.card import model_card
+from cpt_jax.recipe.context import RunContext
+from cpt_jax.recipe.export import export_adapter, export_model, sample_page
+from cpt_jax.recipe.recipe import Export
+from cpt_jax.recipe.report import write_report
+
+
+class Results(RunContext):
+    """The stations whose outputs are looked at."""
+
+    def evaluate(self, stage_name: str, weights: str) -> None:
+        """Bits per byte on every domain, into evaluations/ and eval.json."""
+        name = f"evaluate-{stage_name}-{weights}"
+        out = self.path / "evaluations" / f"{stage_name}-{weights}.json"
+        stations = {"base": "base", "extended": "base-model", "export": "export"}
+        trained = stations.get(stage_name, f"stage-{stage_name}")
+        heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
+        inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout]
+        self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
+        self._collect()
+
+    def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
+        settings = self.recipe.evaluation
+        tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
+        model = self.lineage.after(stage_name, weights)
+        on_device = model.on_device(settings.precision)
+        packed = {
+            domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
+            for domain in self.recipe.domains
+        }
+        entries = []
+        with progress(name, sum(len(documents) for documents in packed.values()), "rows", self.plan) as shown:
+            for domain, documents in packed.items():
+                result = bits_per_byte(
+                    model.network,
+                    on_device,
+                    documents,
+                    batch_size=settings.batch_size,
+                    precision=settings.precision,
+                    on_progress=shown.advance,
+                )
+                entries.append(
+                    {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
+                )
+        return entries
+
+    def _collect(self) -> None:
+        """eval.json: what has been evaluated so far, in the run's order."""
+        order = ["base", "extended", *(stage.name for stage in self.recipe.stages), "export"]
+        files = [
+            self.path / "evaluations" / f"{stage}-{weights}.json" for stage in order for weights in ("last", "ema")
+        ]
+        done = {f"evaluate-{file.stem}" for file in files if f"evaluate-{file.stem}" in self.marks}
+        entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
+        write_json_atomic(self.path / "eval.json", entries)
+
+    @property
+    def _last_stage(self) -> str:
+        return self.recipe.stages[-1].name if self.recipe.stages else "extended"
+
+    def export(self) -> None:
+        out, export, stage = self.path / "export", self.recipe.export, self._last_stage
+        inputs = [to_json(export), self.marks.get(f"stage-{stage}", self.marks["base-model"])]
+        self._station("export", inputs, [out], lambda: self.write_export(export, out))
+        if export.interpolate_base:
+            # What leaves the house is none of the models evaluated so far.
+            self.evaluate("export", "last")
+
+    def write_export(self, export: Export, out: Path) -> None:
+        """The result, checked on a held-out text of each domain, with its card."""
+        texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
+        manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
+        tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
+        card = model_card(self.recipe, export, json.loads((self.path / "eval.json").read_text()), tokens)
+        model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
+        if export.adapter:
+            base, paths = self.lineage.extended(), self.lineage.trained_paths()
+            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out, card=card)
+            return
+        if export.interpolate_base:
+            model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
+        export_model(model, tokenizer, texts, out, export, generation=self.source, card=card)
+
+    def samples(self) -> None:
+        out = self.path / "samples.md"
+        settings = self.recipe.samples
+
+        def write() -> None:
+            say("samples: continuing the prompts")
+            # An adapter is no model of its own.
+            whole = not self.recipe.export.adapter
+            result = self.lineage.after(
+                "export" if whole else self._last_stage, "last" if whole else self.recipe.export.weights
+            )
+            after = sample_page(result, self.tokenizer, settings)
+            before = sample_page(self.lineage.after("base", "last"), self.base_tokenizer, settings)
+            parts = ["# The same prompts, before and after\n"]
+            for prompt, old, new in zip(settings.prompts, before, after, strict=True):
+                parts.append(
+                    f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n"
+                )
+            write_text_atomic(out, "".join(parts))
+
+        self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
+
+    def report(self) -> None:
+        write_json_atomic(self.path / "timings.json", self.workdir.seconds)
+        write_report(self.path)
+        say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")

@@ -1,0 +1,186 @@
+"""Adapters trained here, as PEFT reads them: it computes what we trained, and the file holds no more than that."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from contracts.family_configs import config_json
+from contracts.test_families import reference_model
+from peft_models import NEW_ROWS, ours, saved, theirs, trained
+from safetensors.numpy import load_file
+
+from cpt_jax.adapt import LoRA
+from cpt_jax.checkpoint.peft import load_adapter
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.linear import LINEARS, LoRAConfig
+from cpt_jax.recipe.model import load_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # PEFT looks for the pattern among modules, not among the parameters that it does apply it to.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match.*(gate_up|down)_proj"),
+]
+FAMILIES = {
+    "llama, tied": ("llama", "tied, odd head dimension", LINEARS),
+    "llama, untied": ("llama", "untied, no grouping, biases", ("q", "v", "down")),
+    "qwen2": ("qwen2", "tied", LINEARS),
+    "gemma2": ("gemma2", "as released", LINEARS),
+    "phi3": ("phi3", "window", LINEARS),
+    "phi3, parts of fused layers": ("phi3", "partial, tied", ("q", "v", "up")),
+    "gpt_neox": ("gpt_neox", "as released", LINEARS),
+    "gpt_neox, keys alone": ("gpt_neox", "tied, no biases, linear", ("k", "o")),
+    "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),
+    "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
+    "mixtral, down alone": ("mixtral", "untied", ("down",)),
+}
+
+
+@pytest.mark.parametrize(("model_type", "name", "targets"), FAMILIES.values(), ids=FAMILIES)
+def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base", 64 - NEW_ROWS)
+    model, paths = trained(base, LoRAConfig(rank=3, alpha=4.5, targets=targets))
+    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    assert set(held.values()) == {"rows"}
+    assert len(held) == 2 - model.config.tie_word_embeddings
+    expected = ours(model.config, model.weights, model.lora)
+    found = theirs(tmp_path / "base", tmp_path / "adapter")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
+
+    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    assert again.lora == LoRAConfig(rank=3, alpha=4.5, targets=tuple(t for t in LINEARS if model_has(model, t)))
+    assert again.base == str(tmp_path / "base")
+    assert again.base_rows(64) == 64 - NEW_ROWS
+    after = flatten(again.over(base.config, base.weights))
+    for path, leaf in flatten(model.weights).items():
+        np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
+
+
+VARIANTS = {
+    "rank-stabilised": ("llama", "linear", dict(scaling="alpha/sqrt(rank)"), False),
+    "ranks and alphas": (
+        "qwen2",
+        "tied",
+        dict(rank_pattern=(("layers/mlp/*", 5),), alpha_pattern=(("q", 7.0),)),
+        False,
+    ),
+    "dora": ("llama", "untied, no grouping, biases", dict(dora=True), True),
+    "dora, parts of fused layers": ("phi3", "window", dict(dora=True, targets=("q", "v", "up")), False),
+    "scales within fused layers": (
+        "phi3",
+        "window",
+        dict(alpha_pattern=(("v", 1.0),), rank_pattern=(("q", 5),)),
+        False,
+    ),
+    "rank-stabilised fused layers": ("gpt_neox", "as released", dict(scaling="alpha/sqrt(rank)"), True),
+    "experts of other ranks": (
+        "qwen3_moe",
+        "renormalised",
+        dict(rank_pattern=(("layers/mlp/*", 2),), scaling="alpha/sqrt(rank)"),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("model_type", "name", "changes", "norms"), VARIANTS.values(), ids=VARIANTS)
+def test_peft_computes_the_variants_too(model_type, name, changes, norms, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    method = LoRA(rank=3, alpha=4.5, norms=norms)
+    lora = LoRAConfig(**(dict(rank=3, alpha=4.5) | changes))
+    method = dataclasses.replace(
+        method, **{field: dict(value) if field.endswith("_pattern") else value for field, value in changes.items()}
+    )
+    assert method.lora_config() == lora
+    model, generator = base.adapted(method, 0), np.random.default_rng(1)
+    flat = flatten(model.weights)
+    paths = [path for path in flat if method.trains(path)]
+    for path in paths:
+        flat[path] = np.asarray(flat[path]) + generator.normal(0, 0.1, flat[path].shape).astype(np.float32)
+    model = model.overlaid({path: flat[path] for path in paths})
+    saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    expected = ours(model.config, model.weights, model.lora)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
+
+    again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
+    np.testing.assert_allclose(
+        ours(base.config, again.over(base.config, base.weights), again.lora), expected, atol=1e-4
+    )
+    assert again.lora is not None
+    if model_type in ("llama", "qwen2"):
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        assert [again.lora.adapter(each) for each in names] == [lora.adapter(each) for each in names]
+
+
+def model_has(model, target: str) -> bool:
+    return any(path.endswith(f"/{target}/lora_a") for path in flatten(model.weights))
+
+
+@pytest.mark.parametrize("name", ["tied, odd head dimension", "untied, no grouping, biases"])
+def test_rows_alone_take_their_own_bytes_and_no_table(tmp_path, name):
+    reference_model(config_json("llama", name), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base", 64 - NEW_ROWS), None)
+    held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
+    assert held == dict.fromkeys(("embed_tokens", "lm_head")[: len(paths)], "rows")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == len(paths) * NEW_ROWS * model.config.hidden_size * 4
+    expected = ours(model.config, model.weights)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
+    assert again.lora is None
+    assert again.base_rows(64) == 64 - NEW_ROWS
+
+
+def test_factors_alone_carry_no_table(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base", 60), LoRAConfig(rank=2, alpha=4.0, targets=("q",)), ())
+    assert saved(model, paths, tmp_path / "adapter", tmp_path / "base") == {}
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert sum(tensor.nbytes for tensor in load_file(file).values()) == 3 * 4 * (32 * 2 + 2 * 32)
+    assert file.stat().st_size < 5000
+    assert load_adapter(tmp_path / "adapter", model.config, model.hf_config).rows == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "row_multiple"),
+    [("llama", "tied, odd head dimension", 16), ("llama", "linear", 1), ("gpt_neox", "as released", 16)],
+)
+def test_all_rows_go_along_whole(tmp_path, model_type, name, row_multiple):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    base = load_model(tmp_path / "base", 64 - NEW_ROWS).padded(row_multiple)
+    tables = ("embed/base", "embed/new", "head/base", "head/new")
+    model, paths = trained(base, LoRAConfig(rank=2, alpha=2.0), tables)
+    assert set(saved(model, paths, tmp_path / "adapter", tmp_path / "base").values()) == {"whole"}
+    expected = ours(model.config, model.weights, model.lora)
+    np.testing.assert_allclose(theirs(tmp_path / "base", tmp_path / "adapter"), expected, atol=1e-4)
+    again = load_adapter(tmp_path / "adapter", model.config, model.hf_config)
+    assert again.base_rows(64) is None
+    after = flatten(again.over(base.config, base.weights))
+    for path in paths:
+        count = base.config.table_rows.get(path.split("/")[1])
+        np.testing.assert_array_equal(after[path][:count], flatten(model.weights)[path][:count], err_msg=path)
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
+    with pytest.raises(UserError, match=r"cannot hold 2 .* 'final_norm/scale' first: export the whole model"):
+        saved(model, [*paths, "layers/mlp/up/kernel", "final_norm/scale"], tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(UserError, match="nothing was trained"):
+        saved(dataclasses.replace(model, lora=None), [], tmp_path / "adapter", tmp_path / "base")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    from inputs import english, write_tokenizer
+    from transformers import AutoTokenizer
+
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    write_tokenizer(tmp_path / "tokenizer", english(50))
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
+    saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer", card="# Card\n")
+    assert AutoTokenizer.from_pretrained(tmp_path / "a")("the city")["input_ids"]
+    assert (tmp_path / "a" / "README.md").read_text() == "# Card\n"

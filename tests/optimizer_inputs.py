@@ -1,0 +1,44 @@
+"""Weights and gradients of every kind of leaf, and one optimizer of each kind."""
+
+import numpy as np
+
+from cpt_jax.optim.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
+
+SHAPES = {
+    "embed/base": (12, 6),
+    "embed/new": (5, 6),
+    "final_norm/scale": (6,),
+    "layers/attention/q/bias": (3, 8),
+    "layers/attention/q/kernel": (3, 6, 8),
+    "layers/attention/q/lora_a": (3, 6, 2),
+    "layers/attention/q/lora_b": (3, 2, 8),
+    "layers/attention/q/magnitude": (3, 8),
+    "layers/attention_norm/scale": (3, 6),
+    "layers/experts/gate/kernel": (3, 9, 6, 10),
+    "layers/experts/router": (3, 6, 4),
+}
+SIZE = {path: int(np.prod(shape)) for path, shape in SHAPES.items()}
+# Every setting that concerns a group is unlike the others'.
+GROUPS = dict(weight_decay=0.3, old_rows_multiplier=0.5, new_rows_multiplier=2.0, lora_b_multiplier=16.0)
+MULTIPLIERS = {"embed/base": 0.5, "embed/new": 2.0, "layers/attention/q/lora_b": 16.0}
+DECAYED = ("layers/attention/q/kernel", "layers/experts/gate/kernel")
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": AdamW(learning_rate=1e-2, **GROUPS),
+    "adafactor": Adafactor(learning_rate=1e-2, min_dim_size_to_factor=4, multiply_by_parameter_scale=True, **GROUPS),
+    "lion": Lion(learning_rate=1e-2, **GROUPS),
+    "muon": Muon(learning_rate=1e-2, **GROUPS),
+}
+
+
+def schedule(step):
+    return 0.01 / (1 + 0.1 * step)
+
+
+def draw(seed: int, size: float) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {path: generator.normal(0, size, shape).astype(np.float32) for path, shape in SHAPES.items()}
+
+
+WEIGHTS = draw(0, 0.5)
+# The tenth step's gradient is large enough to be clipped.
+GRADIENTS = [draw(seed, 3.0 if seed == 10 else 0.01) for seed in range(1, 11)]
