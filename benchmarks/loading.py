@@ -19,51 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shapes import GGUF, peak_resident
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 
 OUT = Path("benchmarks/results/loading.json")
-GGUF = Path(".cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf")
-LARGE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-}
-
-
-def write_large(directory: Path) -> None:
-    """A model of `LARGE`'s shape, with random numbers."""
-    from cpt_jax.checkpoint.hf import save
-    from cpt_jax.core.lazy import LazyArray
-    from cpt_jax.core.tree import flatten, unflatten
-    from cpt_jax.models.decoder import abstract_decoder
-    from cpt_jax.models.families import family_for
-
-    config = family_for(LARGE).config_from_hf(LARGE)
-    generator = np.random.default_rng(0)
-
-    def read(slices, dtype):
-        return (0.02 * generator.standard_normal([s.stop - s.start for s in slices], np.float32)).astype(dtype)
-
-    shapes = flatten(abstract_decoder(config).shapes)
-    weights = unflatten({path: LazyArray(leaf.shape, np.float32, read) for path, leaf in shapes.items()})
-    save(directory, config, weights, LARGE, directory, dtype="bfloat16", shard_bytes=1_500_000_000)
-
-
-def _peak() -> int:
-    """Bytes that this process had at most (`ru_maxrss` would begin with its parent's)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def measure(what: str, directory: Path, dtype: str) -> dict:
@@ -101,10 +61,10 @@ def measure(what: str, directory: Path, dtype: str) -> dict:
             loaded.save_pretrained(out)
 
     quiet_libraries()
-    before, seconds = _peak(), []
+    before, seconds = peak_resident(), []
     loaded = read() if "write" in what else None
     if loaded is not None:
-        before = _peak()
+        before = peak_resident()
     for _ in range(3):
         started = time.perf_counter()
         if loaded is None:
@@ -115,7 +75,7 @@ def measure(what: str, directory: Path, dtype: str) -> dict:
             shutil.rmtree(out.parent)
         seconds.append(time.perf_counter() - started)
         if len(seconds) == 1:
-            peak = _peak()
+            peak = peak_resident()
     return {"what": what, "dtype": dtype, "seconds": min(seconds), "peak_bytes": peak - before}
 
 
@@ -160,7 +120,7 @@ def main() -> None:
         import_gguf(GGUF, Path(root) / "small")
         if arguments.large:
             say("writing the large model")
-            write_large(Path(root) / "large")
+            write_random(Path(root) / "large", SHAPES["1b"])
             models["Llama 3.2 1B's shape, bfloat16 files"] = (Path(root) / "large", "bfloat16")
         for name, (directory, dtype) in models.items():
             size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))

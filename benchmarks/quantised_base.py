@@ -64,7 +64,7 @@ def size(weights: dict, model: Model) -> int:
 
 def trained(model: Model, kind: str, directory: Path, data: Path, tokenizer: Tokenizer) -> tuple[Model, float]:
     """The model with what LoRA learnt, and seconds a step."""
-    adapted = model.adapted(METHOD, seed=0).unrolled(jax.default_backend() == "cpu")
+    adapted = model.adapted(METHOD, seed=0).for_training(jax.default_backend())
     loader = Loader(
         {"statutes": 1.0},
         {"statutes": data},

@@ -1,147 +1,308 @@
-"""Tokens per second of a training step on SmolLM2-135M: ours, and transformers with PEFT on torch, same batch, one
-after the other.
+"""Training steps beside the transformers Trainer with PEFT: same model, same batches, same precision, in turn on one machine.
 
-    python -m benchmarks.train_step                        # CPU: 2 x 256 tokens
-    python -m benchmarks.train_step --batch 16 --sequence 2048 --unroll 0     # an accelerator
+    python -m benchmarks.train_step                                    # CPU: SmolLM2 and a 30M shape, 2 x 256 tokens, 5 minutes
+    python -m benchmarks.train_step --model smollm2 1b --sequence 2048 8192 --tokens 16384 --documents 8 --compute bfloat16   # a GPU
 
-Writes benchmarks/results/train_step-<device>.json. Each figure is the median of the steps after two for warming up.
+Prints a Markdown table and writes benchmarks/results/train_step-DEVICE.json. Each figure comes from a process of its own. Seconds are those of `--steps`
+steps after three, waited for at the end; to first step: from the weights' reading to the first step's end, imports apart; memory: what the process had at most
+on a CPU, what the allocator gave at most on a GPU. MFU: model FLOPs (causal attention halved, no gradient of frozen weights: cpt_jax/training/flops.py) over the device's peak;
+on a CPU over the bfloat16 product of 4,096 x 4,096 that was measured beside it. A row of `--sequence` tokens is packed of `--documents`; torch is given their positions.
 """
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-MODEL = Path(".cache/models/SmolLM2-135M-Instruct.Q4_1")
-GGUF = Path(".cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf")
+from benchmarks.shapes import MODELS, model_directory, peak_resident
+from cpt_jax.core.progress import quiet_libraries, say
+from cpt_jax.core.storage import write_json_atomic
+
 METHODS = ("full", "lora", "embeddings")
+OURS, WARM_UP = "cpt_jax", 3
+# transformers Trainer; on a GPU also compiled, with the attention that FlashAttention gives.
+THEIRS = ("torch", "torch compiled", "torch compiled, flash attention")
 
 
-def our_step(method: str, compute: str, batch: int, sequence: int, unroll: bool, steps: int) -> dict:
+def rows(arguments: argparse.Namespace, vocabulary: int) -> list[dict[str, np.ndarray]]:
+    """Batches of packed documents of random tokens."""
+    batch, length, generator = arguments.batch, arguments.length, np.random.default_rng(0)
+    place = np.arange(length, dtype=np.int32) * arguments.documents // length
+    starts = np.searchsorted(place, place)
+    found = []
+    for _ in range(4):
+        tokens = generator.integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
+        # The last token of a document has nothing to predict.
+        weights = np.append(place[1:] == place[:-1], True).astype(np.float32)
+        every = {
+            "positions": np.arange(length) - starts,
+            "segment_ids": place + 1,
+            "domains": 0 * place,
+            "weights": weights,
+        }
+        batches = {name: np.tile(row, (batch, 1)).astype(row.dtype) for name, row in every.items()}
+        batches["positions"] = batches["positions"].astype(np.int32)
+        found.append({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], **batches})
+    return found
+
+
+def our_run(arguments: argparse.Namespace) -> dict:
     import jax
-    import jax.numpy as jnp
 
     from cpt_jax.adapt import Embeddings, Full, LoRA
     from cpt_jax.core.precision import Precision
-    from cpt_jax.core.tree import flatten, partition, unflatten
+    from cpt_jax.core.tree import flatten
     from cpt_jax.optim.optimizer import AdamW
     from cpt_jax.recipe.model import load_model
-    from cpt_jax.training.loss import make_loss
-    from cpt_jax.training.state import initial_state
-    from cpt_jax.training.step import make_train_step
+    from cpt_jax.sharding.mesh import make_mesh
+    from cpt_jax.training.loop import place_weights
+    from cpt_jax.training.program import Settings
+    from cpt_jax.training.step import Controls
 
-    precision = Precision(compute=compute)
-    kind = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "embeddings": Embeddings(rows="all")}[method]
-    model = load_model(MODEL).adapted(kind, 0).unrolled(unroll)
-    trainable, frozen = partition(model.weights, kind.trains)
-    trainable = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), trainable)
-    frozen = unflatten(
-        {path: jnp.asarray(leaf).astype(precision.dtype_of(path)) for path, leaf in flatten(frozen).items()}
-    )
-    optimizer = AdamW(learning_rate=1e-5).build(lambda step: 1e-5, trainable)
-    loss = make_loss(model.network, precision.dtype, kind.trains, ("text",))
-    step = jax.jit(make_train_step(loss, optimizer, lambda step: 1e-5, None), donate_argnums=0)
-    tokens = np.random.default_rng(0).integers(0, 49152, (batch, sequence + 1)).astype(np.int32)
-    ones = np.ones((batch, sequence), np.int32)
-    rows = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.tile(np.arange(sequence, dtype=np.int32), (batch, 1)),
-        "segment_ids": ones,
-        "domains": 0 * ones,
-        "weights": ones.astype(np.float32),
-    }
-    state = initial_state(trainable, optimizer, False)
+    precision = Precision(compute=arguments.compute)
+    method = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "embeddings": Embeddings(rows="all")}[arguments.method]
     started = time.perf_counter()
-    compiled = step.lower(state, frozen, {}, rows).compile()
-    compile_seconds = time.perf_counter() - started
-    seconds = []
-    for _ in range(steps + 2):
+    model = load_model(model_directory(arguments.model)).adapted(method, 0).for_training(jax.default_backend())
+    mesh = make_mesh(jax.devices()[:1])
+    program = Settings(
+        network=model.network,
+        trains=frozenset(path for path in flatten(model.weights) if method.trains(path)),
+        names=("text",),
+        optimizer=AdamW(learning_rate=1e-5),
+        compute=arguments.compute,
+        mesh=mesh,
+    ).program()
+    trainable, frozen = place_weights(model.weights, method.trains, precision, program.where)
+    state = program.begin(trainable)
+    del trainable
+    batches, controls = rows(arguments, model.config.vocab_size), Controls(np.float32(1e-5))
+    with jax.set_mesh(mesh):
+        state, metrics = program.step(state, frozen, {}, batches[0], controls)
+        jax.block_until_ready(state)
+        first = time.perf_counter() - started
+        for number in range(1, WARM_UP):
+            state, metrics = program.step(state, frozen, {}, batches[number % 4], controls)
+        jax.block_until_ready(state)
         started = time.perf_counter()
-        state, metrics = compiled(state, frozen, {}, rows)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - started)
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return {
-        "seconds": statistics.median(seconds[2:]),
-        "compile_seconds": compile_seconds,
-        "temporaries_mib": temporaries / 2**20,
-    }
+        for number in range(arguments.steps):
+            state, metrics = program.step(state, frozen, {}, batches[number % 4], controls)
+        jax.block_until_ready(state)
+        seconds = (time.perf_counter() - started) / arguments.steps
+    statistics = jax.devices()[0].memory_stats()
+    peak = peak_resident() if statistics is None else statistics["peak_bytes_in_use"]
+    return {"seconds": seconds, "to_first_step": first, "peak_bytes": peak, "loss": float(metrics["loss"])}
 
 
-def torch_step(method: str, compute: str, batch: int, sequence: int, steps: int) -> dict:
+def torch_run(arguments: argparse.Namespace) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
-    if method == "lora":
-        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linears))
-    elif method == "embeddings":
+    gpu = torch.cuda.is_available()
+    started = time.perf_counter()
+    attention = "flash_attention_2" if "flash" in arguments.program else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_directory(arguments.model), dtype=torch.float32, attn_implementation=attention
+    )
+    if arguments.method == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    elif arguments.method == "embeddings":
         model.requires_grad_(False)
         model.get_input_embeddings().weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    tokens = torch.tensor(np.random.default_rng(0).integers(0, 49152, (batch, sequence)), device=device)
+    examples = []
+    for batch in rows(arguments, model.config.vocab_size):
+        for index in range(arguments.batch):
+            ids = torch.from_numpy(batch["inputs"][index]).long()
+            example = {"input_ids": ids, "labels": ids}
+            if arguments.documents > 1:
+                example["position_ids"] = torch.from_numpy(batch["positions"][index]).long()
+            examples.append(example)
+    times: list[float] = []
+    wanted = WARM_UP + arguments.steps
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            # Only where a time is read: a wait in every step would hold the GPU up.
+            if gpu and len(times) + 1 in (1, WARM_UP, wanted):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = TrainingArguments(
+            directory,
+            per_device_train_batch_size=arguments.batch,
+            max_steps=wanted,
+            learning_rate=1e-5,
+            bf16=arguments.compute == "bfloat16",
+            use_cpu=not gpu,
+            torch_compile="compiled" in arguments.program,
+            optim="adamw_torch_fused" if gpu else "adamw_torch",
+            logging_steps=wanted,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, settings, train_dataset=examples * (wanted // 4 + 1), callbacks=[Clock()])
+        result = trainer.train()
+    peak = torch.cuda.max_memory_allocated() if gpu else peak_resident()
+    return {
+        "seconds": (times[-1] - times[WARM_UP - 1]) / arguments.steps,
+        "to_first_step": times[0] - started,
+        "peak_bytes": peak,
+        "loss": result.training_loss,
+    }
+
+
+def flops_of(model: str, method: str, length: int) -> float:
+    """Model FLOPs a token."""
+    from cpt_jax.adapt import Embeddings, Full, LoRA
+    from cpt_jax.checkpoint.hf import read_config
+    from cpt_jax.models.decoder import abstract_decoder
+    from cpt_jax.models.families import family_for
+    from cpt_jax.training.flops import token_flops
+
+    kind = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "embeddings": Embeddings(rows="all")}[method]
+    hf_config = read_config(model_directory(model))
+    network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config), kind.lora_config())
+    return token_flops(network, kind.trains, length).total
+
+
+def peak_here() -> tuple[str, float]:
+    """(device, FLOP/s): of its data sheet, or of a large bfloat16 product that is measured now."""
+    import jax
+    import jax.numpy as jnp
+
+    from cpt_jax.sharding.hardware import peak_flops
+
+    kind = jax.devices()[0].device_kind
+    if (known := peak_flops(kind)) is not None:
+        return kind, known
+    matrix = jnp.ones((4096, 4096), jnp.bfloat16)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     seconds = []
-    for _ in range(steps + 2):
+    for _ in range(4):
         started = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=compute == "bfloat16"):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        product(matrix, matrix).block_until_ready()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds[2:])}
+    return kind, 2 * 4096**3 / min(seconds)
+
+
+def child(arguments: list[str]) -> dict | str:
+    """What one measurement printed, or why it failed. JAX must not take the whole GPU's memory from torch."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--one", *arguments]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+    return json.loads(lines[-1])
+
+
+def table(results: list[dict]) -> str:
+    header = [
+        "model",
+        "tokens",
+        "precision",
+        "method",
+        "program",
+        "tokens/s",
+        "MFU",
+        "GB",
+        "first step s",
+        "over torch",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    key = ("model", "sequence", "compute", "method")
+    for result in results:
+        shown = [result["model"], f"{result['batch']} x {result['sequence']}", result["compute"], result["method"]]
+        shown.append(result["program"])
+        if "error" in result:
+            lines.append("| " + " | ".join([*shown, result["error"], "", "", "", ""]) + " |")
+            continue
+        rivals = [
+            other["tokens_per_second"]
+            for other in results
+            if all(other[name] == result[name] for name in key) and other["program"] != OURS and "error" not in other
+        ]
+        ratio = f"{result['tokens_per_second'] / max(rivals):.2f}" if rivals else ""
+        shown += [f"{result['tokens_per_second']:,.0f}", f"{result['mfu']:.1%}", f"{result['peak_bytes'] / 1e9:.2f}"]
+        lines.append("| " + " | ".join([*shown, f"{result['to_first_step']:.1f}", ratio]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    import jax
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--unroll", type=int, default=1)
-    parser.add_argument("--compute", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--without-torch", action="store_true")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["smollm2", "30m"])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--compute", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--sequence", nargs="+", type=int, default=[256])
+    parser.add_argument("--tokens", type=int, default=512, help="in a batch")
+    parser.add_argument("--documents", type=int, default=1, help="packed into a row")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--programs", nargs="+", help="default: ours, and torch's that the machine can run")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not (MODEL / "config.json").exists():
-        from cpt_jax.checkpoint.gguf import import_gguf
-
-        import_gguf(GGUF, MODEL)
-    size = (arguments.batch, arguments.sequence)
+    quiet_libraries()
+    if arguments.one:
+        for name in ("model", "method", "compute"):
+            setattr(arguments, name, getattr(arguments, name)[0])
+        arguments.length, arguments.program = arguments.sequence[0], arguments.programs[0]
+        arguments.batch = arguments.tokens // arguments.length
+        print(json.dumps(our_run(arguments) if arguments.program == OURS else torch_run(arguments)))
+        return
+    device, peak = peak_here()
+    programs = arguments.programs or (OURS, *(THEIRS if "cpu" not in device.lower() else THEIRS[:1]))
     results = []
-    for compute in arguments.compute:
-        for method in METHODS:
-            runs = {"cpt_jax": our_step(method, compute, *size, bool(arguments.unroll), arguments.steps)}
-            if not arguments.without_torch:
-                runs["transformers + PEFT"] = torch_step(method, compute, *size, arguments.steps)
-            for name, run in runs.items():
-                rate = arguments.batch * arguments.sequence / run["seconds"]
-                results.append(
-                    {"program": name, "method": method, "compute": compute, "tokens_per_second": rate, **run}
-                )
-                print(f"{name:<22}{compute:<10}{method:<12}{rate:>9,.0f} tokens/s", flush=True)
-    device = jax.devices()[0].device_kind
-    out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
-    out.parent.mkdir(exist_ok=True)
+    for model in arguments.model:
+        for length in arguments.sequence:
+            for compute in arguments.compute:
+                for method in arguments.method:
+                    for program in programs:
+                        fixed = [
+                            "--tokens",
+                            arguments.tokens,
+                            "--documents",
+                            arguments.documents,
+                            "--steps",
+                            arguments.steps,
+                        ]
+                        case = {"model": model, "method": method, "compute": compute, "sequence": length}
+                        flags = [str(word) for name, value in case.items() for word in (f"--{name}", value)]
+                        found = child([*flags, "--programs", program, *map(str, fixed)])
+                        result = {**case, "program": program, "batch": arguments.tokens // length}
+                        if isinstance(found, str):
+                            result["error"] = found
+                        else:
+                            rate = arguments.tokens / found["seconds"]
+                            mfu = rate * flops_of(model, method, length) / peak
+                            result |= {"tokens_per_second": rate, "mfu": mfu, **found}
+                        results.append(result)
+                        say(table(results[-1:]).splitlines()[-1])
+    print(table(results))
+    import jax
+    import torch
+    import transformers
+
     machine = {
         "device": device,
-        "processor": platform.processor() or platform.machine(),
+        "peak_flops": peak,
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]),
     }
-    out.write_text(json.dumps({"machine": machine, "arguments": vars(arguments), "results": results}, indent=2) + "\n")
-    print(out)
+    out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
+    write_json_atomic(out, {"machine": machine, "results": results})
+    say(str(out))
 
 
 if __name__ == "__main__":

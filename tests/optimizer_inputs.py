@@ -1,6 +1,7 @@
 """Weights and gradients of every kind of leaf, and one optimizer of each kind."""
 
 import numpy as np
+import optax
 
 from cpt_jax.optim.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 
@@ -32,6 +33,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 def schedule(step):
     return 0.01 / (1 + 0.1 * step)
+
+
+def stepping(optimizer: Optimizer, tree) -> optax.GradientTransformation:
+    """What the training step makes of an optimizer: against its directions, by the learning rate."""
+    return optax.chain(optimizer.build(tree), optax.scale_by_learning_rate(schedule))
 
 
 def draw(seed: int, size: float) -> dict[str, np.ndarray]:

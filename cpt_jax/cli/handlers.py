@@ -35,7 +35,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     recipe, reasons = adapt_recipe(**_named(arguments, *names))
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
-    run(recipe, arguments.workdir, update=arguments.update)
+    run(recipe, arguments.workdir, update=arguments.update, profiled=_profiled(arguments))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -43,7 +43,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from cpt_jax.recipe.run import run
 
     recipe = _overridden(find_recipe(arguments.recipe), overrides)
-    run(recipe, arguments.workdir or Path("runs") / recipe.name, update=arguments.update, only=arguments.only)
+    workdir = arguments.workdir or Path("runs") / recipe.name
+    run(recipe, workdir, update=arguments.update, only=arguments.only, profiled=_profiled(arguments))
+
+
+def _profiled(arguments: argparse.Namespace):
+    from cpt_jax.training.profile import ProfiledSteps
+
+    return None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
 
 
 def _overridden(recipe, overrides: list[str]):

@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
     def json_out(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", type=Path, help="also write the figures to this file")
 
+    def profile(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--profile",
+            metavar="START:STOP",
+            help="trace these steps of each stage (from 1, without STOP) for XProf, TensorBoard and Perfetto",
+        )
+
     spec: dict[str, Any] = dict(type=_named_spec, nargs="+", metavar="NAME=SPEC")
     sub = command(
         commands,
@@ -105,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
+    profile(sub)
     text_field(sub)
 
     sub = command(
@@ -115,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
+    profile(sub)
     sub.set_defaults(only=None)
 
     sub = command(
@@ -129,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
+    profile(sub)
     sub.set_defaults(only="train")
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

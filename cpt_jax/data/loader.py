@@ -44,7 +44,7 @@ class Loader:
         check_mixture(mixture)
         if batch_size % process_count:
             raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
-        self.names = tuple(mixture)
+        self.names, self.sequence_length = tuple(mixture), sequence_length
         self.records: dict[str, int] = {}
         pieces = []
         for index, name in enumerate(self.names):

@@ -22,6 +22,7 @@ from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
+from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope, rotation
 from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
@@ -55,7 +56,7 @@ class DecoderConfig:
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
-    runs about a fifth faster on a CPU. `remat` recomputes each layer's activations in the backward pass.
+    runs about a fifth faster on a CPU. `remat`: what the backward pass recomputes (None: nothing).
     """
 
     vocab_size: int
@@ -89,7 +90,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     layer_groups: LayerGroups = ()
     layer_loop: Literal["scan", "unroll"] = "scan"
-    remat: bool = False
+    remat: Remat | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

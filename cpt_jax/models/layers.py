@@ -10,6 +10,7 @@ from cpt_jax.models.attention import Attention, Cache
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig
 from cpt_jax.models.norms import norm
+from cpt_jax.models.remat import named
 from cpt_jax.models.rope import Rotation
 from cpt_jax.sharding.rules import constrain
 
@@ -27,9 +28,10 @@ class FeedForward(nnx.Module):
         self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
 
     def __call__(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        up = named(self.up(x, dtype), "mlp_up")
         if self.gated:
-            return self.down(self.activation(self.gate(x, dtype)) * self.up(x, dtype), dtype)
-        return self.down(self.activation(self.up(x, dtype)), dtype)
+            return self.down(self.activation(named(self.gate(x, dtype), "mlp_gate")) * up, dtype)
+        return self.down(self.activation(up), dtype)
 
 
 class Block(nnx.Module):

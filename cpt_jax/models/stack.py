@@ -44,8 +44,11 @@ def run_blocks(
             weights, own = inputs
             return call(nnx.merge(graphdef, weights), x, own)
 
-        unroll = count if config.layer_loop == "unroll" else 1
-        return jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, (stacked, inputs), unroll=unroll)
+        unrolled = config.layer_loop == "unroll"
+        if config.remat is not None:
+            # In a loop nothing can be found to be the same as in the forward pass; unrolled, all of it could.
+            layer = jax.checkpoint(layer, prevent_cse=unrolled, policy=config.remat.policy())
+        return jax.lax.scan(layer, x, (stacked, inputs), unroll=count if unrolled else 1)
 
     if not config.layer_groups:
         return run(blocks, x, inputs, config.num_layers)

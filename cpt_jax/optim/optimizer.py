@@ -66,8 +66,8 @@ class Grouped:
         for field in fields:
             self._check(field, 0 <= getattr(self, field) < 1, "a number from 0 up to, not including, 1")
 
-    def build(self, schedule: optax.Schedule, trainable: Tree) -> optax.GradientTransformation:
-        """The transformation for a tree of trainable leaves; `schedule` gives the learning rate by step.
+    def build(self, trainable: Tree) -> optax.GradientTransformation:
+        """From gradients of a tree of trainable leaves to directions, which the learning rate is still to multiply.
 
         Its state keeps what belongs to a weight under the weight's path, behind names of groups.
         """
@@ -79,8 +79,7 @@ class Grouped:
             for group in sorted(set(groups.values()))
         }
         clipped = optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.partition(transforms, unflatten(groups)))
-        # The learning rate counts skipped steps too: the schedule ends where the run does.
-        return optax.chain(skip_bad_steps(clipped, self.skip_above), optax.scale_by_learning_rate(schedule))
+        return skip_bad_steps(clipped, self.skip_above)
 
     def _of_group(self, group: Group, leaves: dict[str, Any]) -> optax.GradientTransformation:
         decayed = group == "matrices" or (self.decay_adapters and group in ("lora_a", "lora_b"))

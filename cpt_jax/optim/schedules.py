@@ -2,11 +2,14 @@
 to the peak costs what it knew (Ibrahim et al. 2024, arXiv 2403.08763)."""
 
 import dataclasses
+from collections.abc import Callable
 
-import jax.numpy as jnp
-import optax
+import numpy as np
 
 from cpt_jax.core.errors import UserError
+
+# The learning rate of the step with a number (from 0): of the host, which gives it to the compiled step.
+Rate = Callable[[int], float]
 
 
 def _check_shares(schedule) -> None:
@@ -24,7 +27,7 @@ class Constant:
 
     __post_init__ = _check_shares
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm = _warm_steps(self.warmup, steps)
         return lambda step: peak * _warming(step, warm)
 
@@ -38,12 +41,12 @@ class Cosine:
 
     __post_init__ = _check_shares
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm = _warm_steps(self.warmup, steps)
 
         def schedule(step):
             done = _done(step, warm, steps)
-            return peak * _warming(step, warm) * (self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+            return peak * _warming(step, warm) * (self.final + (1 - self.final) * 0.5 * (1 + np.cos(np.pi * done)))
 
         return schedule
 
@@ -57,7 +60,7 @@ class Linear:
 
     __post_init__ = _check_shares
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm = _warm_steps(self.warmup, steps)
 
         def schedule(step):
@@ -76,9 +79,9 @@ class InverseSqrt:
 
     __post_init__ = _check_shares
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm = max(1, _warm_steps(self.warmup, steps))
-        return lambda step: peak * _warming(step, warm) * jnp.sqrt(jnp.minimum(1.0, warm / (step + 1)))
+        return lambda step: peak * _warming(step, warm) * np.sqrt(np.minimum(1.0, warm / (step + 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,11 +98,11 @@ class WarmupStableDecay:
         if self.warmup + self.decay > 1:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} are more than the whole run: lower one")
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm, decay = _warm_steps(self.warmup, steps), max(1, round(self.decay * steps))
 
         def schedule(step):
-            done = jnp.clip((step - (steps - decay)) / max(1, decay - 1), 0.0, 1.0)
+            done = np.clip((step - (steps - decay)) / max(1, decay - 1), 0.0, 1.0)
             return peak * _warming(step, warm) * (1 - (1 - self.final) * done)
 
         return schedule
@@ -130,14 +133,14 @@ class Infinite:
         if not 0 < self.final <= self.constant:
             raise UserError(f"final {self.final} is not above 0 and at most constant, {self.constant}: change one")
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: float, steps: int) -> Rate:
         warm = _warm_steps(self.warmup, steps)
         cooling, annealing = round(self.cooldown * steps), round(self.annealing * steps)
 
         def schedule(step):
-            cooled = jnp.clip((step - warm) / cooling, 0.0, 1.0) if cooling else 1.0
-            annealed = jnp.clip((step - (steps - 1 - annealing)) / annealing, 0.0, 1.0) if annealing else 0.0
-            level = self.constant + (1 - self.constant) * 0.5 * (1 + jnp.cos(jnp.pi * cooled))
+            cooled = np.clip((step - warm) / cooling, 0.0, 1.0) if cooling else 1.0
+            annealed = np.clip((step - (steps - 1 - annealing)) / annealing, 0.0, 1.0) if annealing else 0.0
+            level = self.constant + (1 - self.constant) * 0.5 * (1 + np.cos(np.pi * cooled))
             return peak * _warming(step, warm) * level * (self.final / self.constant) ** annealed
 
         return schedule
@@ -152,9 +155,9 @@ def _warm_steps(share: float, steps: int) -> int:
 
 def _done(step, warm: int, steps: int):
     """0 at the end of the warm-up, 1 at the last step."""
-    return jnp.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+    return np.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
 
 
 def _warming(step, warm: int):
     """1/warm at step 0, 1 from step warm-1 on: no step is wasted at a learning rate of zero."""
-    return jnp.minimum(1.0, (step + 1) / max(1, warm))
+    return np.minimum(1.0, (step + 1) / max(1, warm))

@@ -11,6 +11,7 @@ from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.training.profile import ProfiledSteps
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -22,6 +23,7 @@ class RunContext:
         self.recipe, self.workdir, self.path = recipe, workdir, workdir.path
         self.marks: dict[str, str] = {}
         self.plan: Plan | None = None
+        self.profiled: ProfiledSteps | None = None
 
     def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
         def work() -> None:

@@ -139,7 +139,7 @@ def logit_difference(first: Model, second: Model, tokenizer: Tokenizer, texts: S
 
 def sample_page(model: Model, tokenizer: Tokenizer, samples: Samples) -> list[str]:
     """Each prompt with its greedy continuation."""
-    merged = model.merged().unrolled(False)
+    merged = model.merged().looped()
     weights = merged.on_device(FLOAT32)
     prompts = [[tokenizer.start_id, *ids] for ids in tokenizer.encode_documents(list(samples.prompts))]
     produced = generate(merged.network, weights, prompts, new_tokens=samples.new_tokens, end_ids=(tokenizer.end_id,))

@@ -17,6 +17,7 @@ from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
+from cpt_jax.models.remat import Remat
 from cpt_jax.sharding.placement import place
 
 
@@ -83,11 +84,18 @@ class Model:
             weights = with_magnitudes(unflatten(attached), lora)
         return dataclasses.replace(model, config=config, weights=weights, hf_config=hf_config, lora=lora)
 
-    def unrolled(self, unroll: bool) -> "Model":
-        """This model with its layers compiled one by one, or as a loop."""
-        return dataclasses.replace(
-            self, config=dataclasses.replace(self.config, layer_loop="unroll" if unroll else "scan")
-        )
+    def for_training(self, backend: str, remat: Remat | None = None) -> "Model":
+        """This model compiled as it is fastest in training: on a CPU, layers one by one; elsewhere as a loop.
+
+        Args:
+          remat: what the backward pass recomputes.
+        """
+        config = dataclasses.replace(self.config, layer_loop="unroll" if backend == "cpu" else "scan", remat=remat)
+        return dataclasses.replace(self, config=config)
+
+    def looped(self) -> "Model":
+        """This model compiled as a loop over its layers, which is quickly done."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None))
 
     def padded(self, multiple: int) -> "Model":
         """This model with each vocabulary table padded with zeros to a multiple of so many rows."""

@@ -9,6 +9,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import check_mixture
 from cpt_jax.data.sources import Corpus
+from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Cosine, Schedule
@@ -54,7 +55,8 @@ class Stage:
 
     `retention` holds the model to what it knew, besides replay; `z_loss` keeps the logits' normaliser small.
     `mixture` gives each domain's share of the tokens. A step takes `batch_size` rows of `sequence_length` tokens; with
-    `accumulate` > 1 it computes them in that many parts, one after the other.
+    `accumulate` > 1 it computes them in that many parts, one after the other. `remat` saves memory: what the backward
+    pass computes again.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Stage:
     accumulate: int = 1
     retention: tuple[Retention, ...] = ()
     z_loss: float = 0.0
+    remat: Remat | None = None
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -198,6 +201,7 @@ __all__ = [
     "LoRA",
     "MeanTeacher",
     "Recipe",
+    "Remat",
     "Samples",
     "Stage",
     "Vocabulary",

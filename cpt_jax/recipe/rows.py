@@ -23,9 +23,9 @@ from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant
 from cpt_jax.recipe.model import Model
-from cpt_jax.training.loss import make_loss
-from cpt_jax.training.state import initial_state
-from cpt_jax.training.step import make_train_step
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.training.program import Settings
+from cpt_jax.training.step import Controls
 from cpt_jax.vocab.distil import FrozenModel
 from cpt_jax.vocab.extend import old_segmentation
 from cpt_jax.vocab.init_rows import InitRows, RowContext, Rows
@@ -166,15 +166,18 @@ class RowProbe:
         self.growth, self.probe = growth, probe
         self._heldout: PackedDocuments = pack_documents(growth.extended, heldout, probe.sequence_length)
         zeros = {name: np.zeros((len(growth.pieces), t.shape[1]), np.float32) for name, t in growth.tables.items()}
-        self._model = growth.model(zeros).unrolled(jax.default_backend() == "cpu")
+        self._model = growth.model(zeros).for_training(jax.default_backend())
         trains = Embeddings(rows="new").trains
         trainable, self._frozen = partition(self._model.on_device(probe.precision), trains)
-        schedule = Constant().build(probe.optimizer.learning_rate, max(probe.steps))
-        self._optimizer = probe.optimizer.build(schedule, trainable)
-        loss = make_loss(self._model.network, probe.precision.dtype, trains, ("probe",))
-        # Compiled, so that no two counters of the state are one buffer, which could not be donated twice.
-        self._begin = jax.jit(lambda trainable: initial_state(trainable, self._optimizer, False))
-        self._step = jax.jit(make_train_step(loss, self._optimizer, schedule, None), donate_argnums=0)
+        self._rate = Constant().build(probe.optimizer.learning_rate, max(probe.steps))
+        self._program = Settings(
+            network=self._model.network,
+            trains=frozenset(flatten(trainable)),
+            names=("probe",),
+            optimizer=probe.optimizer,
+            compute=probe.precision.compute,
+            mesh=make_mesh(jax.devices()[:1]),
+        ).program()
 
     def batches(self, seed: int) -> list[dict[str, np.ndarray]]:
         """The batches that every candidate sees."""
@@ -200,14 +203,15 @@ class RowProbe:
     def run(self, name: str, rows: NewRows, batches: Sequence[dict[str, np.ndarray]], seconds: float = 0.0) -> Probed:
         """Trains these rows on the batches and measures them."""
         trainable = unflatten({f"{table}/new": jnp.asarray(new, jnp.float32) for table, new in rows.items()})
-        state = self._begin(trainable)
+        state = self._program.begin(trainable)
         found: dict[int, float] = {}
         with progress(f"probe {name}", max(1, len(batches)), "steps") as shown:
             for number in range(len(batches) + 1):
                 if number in self.probe.steps:
                     found[number] = self._measured(state.trainable)
                 if number < len(batches):
-                    state, _ = self._step(state, self._frozen, {}, batches[number])
+                    controls = Controls(np.float32(self._rate(number)))
+                    state, _ = self._program.step(state, self._frozen, {}, batches[number], controls)
                     shown.advance(1)
         return Probed(name=name, bits_per_byte=found, seconds=seconds)
 

@@ -26,13 +26,22 @@ from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.loop import Training, train
+from cpt_jax.training.profile import ProfiledSteps
 
 
-def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None = None) -> None:
+def run(
+    recipe: Recipe,
+    workdir: Path,
+    *,
+    update: bool = False,
+    only: str | None = None,
+    profiled: ProfiledSteps | None = None,
+) -> None:
     """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
 
-    `only="train"` ends after the last stage's evaluation, without export, samples and report.
+    `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
+    each stage are traced into its directory.
 
     Raises:
       UserError: wrong input, told before anything is computed as far as it can be.
@@ -41,7 +50,9 @@ def run(recipe: Recipe, workdir: Path, *, update: bool = False, only: str | None
     for domain in recipe.domains:
         files_of(domain.corpus)
     with Workdir(workdir, recipe, update=update) as claimed:
-        Pipeline(recipe, claimed).run(only)
+        pipeline = Pipeline(recipe, claimed)
+        pipeline.profiled = profiled
+        pipeline.run(only)
     entries = json.loads((workdir / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
     if only is None:
@@ -143,16 +154,17 @@ class Pipeline(Results):
         upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
         data = [self.marks[f"data-{name}"] for name in stage.mixture]
         settings = to_json(stage)
-        # How often it is saved does not change what is computed.
-        settings.pop("checkpoint_seconds")
+        # How often it is saved, and what is computed twice, does not change what is computed.
+        for field in ("checkpoint_seconds", "remat"):
+            settings.pop(field)
 
         def build() -> None:
             seed = self.recipe.seed + index
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
-            model = model.unrolled(jax.default_backend() == "cpu")
+            model = model.for_training(jax.default_backend(), stage.remat)
             loader = self._loader(stage, seed)
             self.lineage.forget()
-            train(self._training(stage, model, loader, directory), self.plan)
+            train(self._training(stage, model, loader, directory, seed), self.plan)
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
         inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
@@ -177,7 +189,7 @@ class Pipeline(Results):
             process_count=jax.process_count(),
         )
 
-    def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path) -> Training:
+    def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path, seed: int) -> Training:
         return Training(
             name=f"stage-{stage.name}",
             network=model.network,
@@ -195,6 +207,8 @@ class Pipeline(Results):
             checkpoint_seconds=stage.checkpoint_seconds,
             retention=stage.retention,
             z_loss=stage.z_loss,
+            seed=seed,
+            profiled=self.profiled,
         )
 
     def _plan(self) -> Plan:

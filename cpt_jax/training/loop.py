@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.checkpoint.train_state import Checkpoints
@@ -21,13 +22,16 @@ from cpt_jax.models.quantised import quantise
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Schedule
+from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.sharding.placement import place as place_leaf
-from cpt_jax.sharding.rules import RULES, replicated, shardings
-from cpt_jax.training.loss import make_loss
-from cpt_jax.training.metrics import MetricsFile
-from cpt_jax.training.retention import Retention, start_of
-from cpt_jax.training.state import TrainState, initial_state
-from cpt_jax.training.step import make_train_step
+from cpt_jax.sharding.rules import RULES
+from cpt_jax.training.flops import token_flops
+from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
+from cpt_jax.training.profile import Profile, ProfiledSteps
+from cpt_jax.training.program import Program, Settings
+from cpt_jax.training.retention import Anchor, MeanTeacher, Retention, start_of, teacher_weight
+from cpt_jax.training.state import TrainState
+from cpt_jax.training.step import Controls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +54,57 @@ class Training:
     checkpoint_seconds: float
     retention: Sequence[Retention] = ()
     z_loss: float = 0.0
+    seed: int = 0
+    profiled: ProfiledSteps | None = None
+
+    def program(self) -> Program:
+        paths = frozenset(path for path in flatten(self.weights) if self.trains(path))
+        if not paths:
+            raise UserError(f"stage {self.name!r}: the method trains none of the model's weights")
+        settings = Settings(
+            network=self.network,
+            trains=paths,
+            names=self.loader.names,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            accumulate=self.accumulate,
+            compute=self.precision.compute,
+            retention=tuple(self.retention),
+            z_loss=self.z_loss,
+            mesh=self.mesh,
+        )
+        return settings.program()
+
+    def controls(self) -> Callable[[int], Controls]:
+        """What the step with a number (from 0) is given."""
+        rate, seed = self.schedule.build(self.optimizer.learning_rate, self.steps), np.uint32(self.seed)
+
+        def controls(step: int) -> Controls:
+            taught = teacher_weight(self.retention, step, self.steps)
+            return Controls(np.float32(rate(step)), np.float32(taught), seed)
+
+        return controls
+
+    def flops(self, sequence_length: int) -> float:
+        """Model FLOPs a token."""
+        taught = {MeanTeacher: "average", Anchor: "start"}
+        kinds = [taught[type(part)] for part in self.retention if type(part) in taught]
+        return token_flops(self.network, self.trains, sequence_length, teacher=kinds[0] if kinds else None).total
+
+    def peak_flops(self) -> float | None:
+        """Of all devices together, FLOP/s, where it is known for the type of the products."""
+        one = peak_flops(self.mesh.devices.flat[0].device_kind) if self.precision.compute == "bfloat16" else None
+        return None if one is None else one * self.mesh.size
 
 
-def _placed(training: Training) -> tuple[Tree, Tree, dict[str, NamedSharding]]:
-    """(trainable float32, frozen in the compute type, shardings by path), each leaf where the rules put it."""
-    network, mesh = training.network, training.mesh
-    where = flatten(shardings(network.logical_axes, network.shapes, mesh))
-    trainable, frozen = partition(training.weights, training.trains)
-    if not trainable:
-        raise UserError(f"stage {training.name!r}: the method trains none of the model's weights")
-
-    flat, precision = flatten(trainable), training.precision
-    placed = {path: place_leaf(leaf, jnp.float32, where[path]) for path, leaf in flat.items()}
-    kept = {path: _frozen(leaf, path, precision, where[path]) for path, leaf in flatten(frozen).items()}
-    return unflatten(placed), unflatten(kept), where
+def place_weights(
+    weights: Tree, trains: Callable[[str], bool], precision: Precision, where: dict[str, NamedSharding]
+) -> tuple[Tree, Tree]:
+    """(trainable float32, frozen in the compute type), each leaf where the rules put it."""
+    trainable, frozen = (flatten(part) for part in partition(weights, trains))
+    placed = {path: place_leaf(leaf, jnp.float32, where[path]) for path, leaf in trainable.items()}
+    kept = {path: _frozen(leaf, path, precision, where[path]) for path, leaf in frozen.items()}
+    return unflatten(placed), unflatten(kept)
 
 
 def _frozen(leaf: Any, path: str, precision: Precision, sharding: NamedSharding) -> Any:
@@ -74,46 +115,14 @@ def _frozen(leaf: Any, path: str, precision: Precision, sharding: NamedSharding)
     return jax.jit(quantise, static_argnums=1, donate_argnums=0)(placed, precision.frozen_kernels)
 
 
-def _state_shardings(state: TrainState, where: dict[str, NamedSharding], mesh: Mesh) -> TrainState:
-    """Optimizer moments and the average lie as the weights whose path and shape they have; counters and factored
-    moments, which are small, are everywhere."""
-    shapes = {path: leaf.shape for path, leaf in flatten(state.trainable).items()}
-
-    def place(keys, leaf):
-        path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
-        # optax.partition's own group names come first.
-        while path and path not in shapes:
-            path = path.partition("/")[2]
-        return where[path] if shapes.get(path) == leaf.shape else replicated(mesh)
-
-    return jax.tree_util.tree_map_with_path(place, state)
-
-
 def train(training: Training, plan: Plan | None = None) -> None:
     """Trains a stage to its end; a stage that was interrupted continues from its newest checkpoint, bit for bit.
 
     Writes `directory`/checkpoints and `directory`/metrics.jsonl.
     """
-    mesh = training.mesh
-    trainable, frozen, where = _placed(training)
-    schedule = training.schedule.build(training.optimizer.learning_rate, training.steps)
-    optimizer = training.optimizer.build(schedule, trainable)
-    loss = make_loss(
-        training.network,
-        training.precision.dtype,
-        training.trains,
-        training.loader.names,
-        retention=training.retention,
-        steps=training.steps,
-        z_loss=training.z_loss,
-    )
-    step = make_train_step(loss, optimizer, schedule, training.ema, training.accumulate)
-
-    def begin(trainable: Tree) -> TrainState:
-        return initial_state(trainable, optimizer, training.ema is not None)
-
-    placement = _state_shardings(jax.eval_shape(begin, trainable), where, mesh)
-    state = jax.jit(begin, out_shardings=placement)(trainable)
+    program = training.program()
+    trainable, frozen = place_weights(training.weights, training.trains, training.precision, program.where)
+    state = program.begin(trainable)
     start = start_of(trainable, training.retention)
     del trainable
     checkpoints = Checkpoints(training.directory / "checkpoints")
@@ -121,82 +130,65 @@ def train(training: Training, plan: Plan | None = None) -> None:
         state, loader_state = found
         training.loader.restore(loader_state)
     metrics_file = MetricsFile(training.directory / "metrics.jsonl", int(state.step))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
+    profile = Profile(training.profiled, training.directory / "profile")
     try:
-        with jax.set_mesh(mesh):
-            _steps(training, compiled, state, (frozen, start), checkpoints, metrics_file, plan)
+        with jax.set_mesh(training.mesh):
+            _steps(training, program, state, (frozen, start), checkpoints, metrics_file, profile, plan)
     finally:
+        profile.close()
         metrics_file.close()
         checkpoints.close()
 
 
 def _steps(
-    training,
-    compiled,
-    state,
+    training: Training,
+    program: Program,
+    state: TrainState,
     fixed: tuple[Tree, Tree],
     checkpoints: Checkpoints,
     metrics_file: MetricsFile,
+    profile: Profile,
     plan: Plan | None,
 ) -> None:
     batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"]))
-    first = int(state.step)
-    waiting: tuple[int, dict[str, jax.Array], int] | None = None
-    last_read = last_save = time.monotonic()
+    first, controls = int(state.step), training.controls()
+    waiting: tuple[int, dict[str, jax.Array]] | None = None
+    clock, last_save = StepClock(), time.monotonic()
     loader_state = training.loader.state()
+    flops, peak = training.flops(training.loader.sequence_length), training.peak_flops()
     with progress(training.name, training.steps, "steps", plan, first) as shown:
 
-        def read(step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
-            nonlocal last_read
+        def read(step: int, metrics: dict[str, jax.Array]) -> None:
             host = jax.device_get(metrics)
-            now = time.monotonic()
-            line = _line(step, host, training.loader.names, tokens, now - last_read)
-            last_read = now
+            line = metrics_line(step, host, training.loader.names, clock.lap(), flops, peak)
             metrics_file.write(line)
             if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
                 raise UserError(
                     f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {step}): lower the learning rate, or look at the data there"
                 )
-            shown.advance(1, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
+            rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
+            shown.advance(1, loss=line["loss"], **rates)
 
         for number in range(first + 1, training.steps + 1):
-            batch = next(training.loader)
-            loader_state = training.loader.state()
-            tokens = int(batch["weights"].sum())
-            placed = {name: jax.make_array_from_process_local_data(batches, array) for name, array in batch.items()}
-            state, metrics = compiled(state, *fixed, placed)
+            profile.before(number)
+            with clock.of("data"):
+                batch = next(training.loader)
+                loader_state = training.loader.state()
+                placed = {name: jax.make_array_from_process_local_data(batches, array) for name, array in batch.items()}
+            state, metrics = program.step(state, *fixed, placed, controls(number - 1))
+            profile.after(number, metrics)
             # The step just dispatched runs while the one before it is read and the next batch is made.
             if waiting is not None:
                 read(*waiting)
-            waiting = (number, metrics, tokens)
+            waiting = (number, metrics)
             if time.monotonic() - last_save > training.checkpoint_seconds:
                 # A checkpoint's own metrics are on disk before it is: a killed run loses no line.
                 read(*waiting)
                 waiting = None
-                checkpoints.save(state, loader_state)
+                with clock.of("checkpoint"):
+                    checkpoints.save(state, loader_state)
                 last_save = time.monotonic()
         if waiting is not None:
             read(*waiting)
     checkpoints.save(state, loader_state)
     checkpoints.wait()
-
-
-def _line(step: int, metrics: dict, names: tuple[str, ...], tokens: int, seconds: float) -> dict[str, float]:
-    by_domain = {
-        f"{kind}/{name}": float(value / count)
-        for kind in ("nats", "divergence")
-        for name, value, count in zip(names, metrics.get(kind, ()), metrics["tokens"], strict=False)
-        if count > 0
-    }
-    return {
-        "step": step,
-        "loss": float(metrics["loss"]),
-        **by_domain,
-        "learning_rate": float(metrics["learning_rate"]),
-        "gradient_norm": float(metrics["gradient_norm"]),
-        "skipped": int(metrics["skipped"]),
-        "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-    }

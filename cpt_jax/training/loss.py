@@ -31,7 +31,6 @@ def make_loss(
     names: Sequence[str],
     *,
     retention: Sequence[Retention] = (),
-    steps: int = 1,
     z_loss: float = 0.0,
 ) -> Callable[..., tuple[Float[Array, ""], dict[str, Array]]]:
     """`loss(weights, batch, key, held) -> (sum of losses, metrics)`: next-token losses over a packed batch.
@@ -42,9 +41,6 @@ def make_loss(
     load-balancing loss, `z_loss` and `retention` are in the sum.
 
     What adapters drop follows from the key; without one they drop nothing. `held` is what `retention` needs.
-
-    Args:
-      steps: of the whole stage.
     """
     table, rows, config = head_path(network.config), network.config.table_rows, network.config
     uses = tuple(TableUse(count, trains(f"{table}/{part}")) for part, count in rows.items())
@@ -60,7 +56,7 @@ def make_loss(
             wise, wise_weights, batch["inputs"], batch["positions"], batch["segment_ids"], compute_dtype=compute_dtype
         )
         parts = ("base",) if isinstance(taught, Anchor) else tuple(rows)
-        each = teacher_weights(taught, batch["weights"], batch["domains"], names, held.step, steps)
+        each = teacher_weights(taught, batch["weights"], batch["domains"], names, held.teacher_weight)
         tables = tuple(wise_weights[table][part] for part in parts)
         return Teacher(hidden.reshape(-1, hidden.shape[-1]), tables, each.reshape(-1))
 

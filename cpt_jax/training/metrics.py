@@ -1,8 +1,11 @@
 """metrics.jsonl: one object a step."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
 
@@ -29,3 +32,62 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class StepClock:
+    """Where a step's wall time goes: what the host waits for data and for checkpoints, and the rest, which is the
+    devices' (and in the first step, the compiler's)."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._parts = {"data": 0.0, "checkpoint": 0.0}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._parts[part] += time.monotonic() - started
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap, in all and by part."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        parts, self._parts = self._parts, dict.fromkeys(self._parts, 0.0)
+        compute = seconds - sum(parts.values())
+        return {"seconds": seconds, **{f"{name}_seconds": value for name, value in parts.items()}} | {
+            "compute_seconds": compute
+        }
+
+
+def metrics_line(
+    step: int, metrics: dict[str, Any], names: tuple[str, ...], lap: dict[str, float], flops: float, peak: float | None
+) -> dict[str, float]:
+    """A step's line: losses (nats a token, also by domain), rates and times.
+
+    Args:
+      metrics: what the step returned, on the host.
+      lap: a StepClock's.
+      flops: model FLOPs a token (`training.flops`).
+      peak: of all devices, FLOP/s; where it is not known there is no "mfu".
+    """
+    by_domain = {
+        f"{kind}/{name}": float(value / count)
+        for kind in ("nats", "divergence")
+        for name, value, count in zip(names, metrics.get(kind, ()), metrics["tokens"], strict=False)
+        if count > 0
+    }
+    rate = float(metrics["positions"]) / lap["seconds"]
+    return {
+        "step": step,
+        "loss": float(metrics["loss"]),
+        **by_domain,
+        "learning_rate": float(metrics["learning_rate"]),
+        "gradient_norm": float(metrics["gradient_norm"]),
+        "skipped": int(metrics["skipped"]),
+        "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
+        "tokens": int(metrics["tokens"].sum()),
+        "tokens_per_second": rate,
+        "model_flops_per_second": rate * flops,
+        **({} if peak is None else {"mfu": rate * flops / peak}),
+        **lap,
+    }

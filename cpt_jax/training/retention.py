@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
@@ -80,10 +81,10 @@ def check_retention(retention: Sequence[Retention], mixture: Sequence[str], has_
 
 
 class Held(NamedTuple):
-    """What the loss is given besides the weights: steps done, the moving average, and the start of what trains,
-    adapters apart (each empty where nothing needs it)."""
+    """What the loss is given besides the weights: how much the teacher counts, the moving average, and the start of
+    what trains, adapters apart (each empty where nothing needs it)."""
 
-    step: Int[Array, ""]
+    teacher_weight: Float[Array, ""] | np.float32
     average: Tree
     start: Tree
 
@@ -110,15 +111,28 @@ def teacher_weights(
     weights: Float[Array, "B S"],
     domains: Int[Array, "B S"],
     names: Sequence[str],
-    step: Int[Array, ""],
-    steps: int,
+    teacher_weight: Float[Array, ""] | np.float32,
 ) -> Float[Array, "B S"]:
-    """How much each token is held to the teacher in the step after `step` steps."""
-    risen = jnp.minimum(1.0, (step + 1) / max(1, round(part.warmup * steps)))
-    chosen = weights
+    """How much each token is held to the teacher: `teacher_weight`, where its domain is."""
     if part.domains is not None:
-        chosen = weights * jnp.isin(domains, jnp.array([names.index(name) for name in part.domains]))
-    return part.weight * risen * chosen
+        weights = weights * jnp.isin(domains, jnp.array([names.index(name) for name in part.domains]))
+    return teacher_weight * weights
+
+
+def teacher_weight(retention: Sequence[Retention], step: int, steps: int) -> float:
+    """How much the teacher counts in the step with number `step` (from 0) of `steps`: 0 without one."""
+    for part in retention:
+        if isinstance(part, MeanTeacher | Anchor):
+            return part.weight * min(1.0, (step + 1) / max(1, round(part.warmup * steps)))
+    return 0.0
+
+
+def without_weights(retention: Sequence[Retention]) -> tuple[Retention, ...]:
+    """The parts as far as they are compiled: what `teacher_weight` computes is left out."""
+    return tuple(
+        dataclasses.replace(part, weight=1.0, warmup=0.0) if isinstance(part, MeanTeacher | Anchor) else part
+        for part in retention
+    )
 
 
 def distance_to_start(part: L2ToStart, weights: Tree, start: Tree) -> Float[Array, ""]:

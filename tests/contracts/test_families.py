@@ -15,6 +15,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
 from cpt_jax.models.families import FAMILIES, family_for
+from cpt_jax.models.remat import Remat
 
 LENGTH = 40
 CASES = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
@@ -195,7 +196,7 @@ def test_layers_of_two_kinds_are_the_same_scanned_and_unrolled(tmp_path):
     ours = Ours(tmp_path)
     tokens = np.random.default_rng(0).integers(3, raw["vocab_size"], (2, LENGTH), dtype=np.int32)
     expected = ours.forward(ours.weights, *unpacked(tokens))
-    unrolled = abstract_decoder(dataclasses.replace(ours.config, layer_loop="unroll", remat=True))
+    unrolled = abstract_decoder(dataclasses.replace(ours.config, layer_loop="unroll", remat=Remat()))
     hidden = apply(unrolled, ours.weights, *map(jnp.asarray, unpacked(tokens)), compute_dtype="float32")
     found = logits(unrolled, ours.weights, hidden, compute_dtype="float32")
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -10,6 +10,7 @@ from cpt_jax.checkpoint.hf import save
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.models.linear import LoRAConfig, merge_lora
+from cpt_jax.models.remat import Remat
 
 CONFIGS = {
     "tied": {},
@@ -142,7 +143,7 @@ def test_scan_and_unroll_and_remat_are_the_same():
     weights = random_weights(tiny_config())
     tokens = np.random.default_rng(0).integers(0, 320, (2, 20))
     expected = run(tiny_config(), weights, tokens)
-    for changes in (dict(layer_loop="unroll"), dict(remat=True)):
+    for changes in (dict(layer_loop="unroll"), dict(remat=Remat())):
         np.testing.assert_allclose(run(tiny_config(**changes), weights, tokens), expected, atol=1e-5)
 
 

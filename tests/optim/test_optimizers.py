@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from inputs import random_weights, tiny_config
-from optimizer_inputs import DECAYED, GRADIENTS, MULTIPLIERS, OPTIMIZERS, SHAPES, SIZE, WEIGHTS, schedule
+from optimizer_inputs import DECAYED, GRADIENTS, MULTIPLIERS, OPTIMIZERS, SHAPES, SIZE, WEIGHTS, schedule, stepping
 
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.train_state import Checkpoints
@@ -26,13 +26,13 @@ from cpt_jax.recipe.find import apply_overrides
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.sharding.rules import shardings
-from cpt_jax.training.loop import _state_shardings
+from cpt_jax.training.program import _state_shardings
 from cpt_jax.training.state import initial_state
 
 
 def run(optimizer: Optimizer, gradients=GRADIENTS, weights=WEIGHTS) -> dict[str, np.ndarray]:
     tree = unflatten({path: jnp.asarray(leaf) for path, leaf in weights.items()})
-    transform = optimizer.build(schedule, tree)
+    transform = stepping(optimizer, tree)
     state, update = transform.init(tree), jax.jit(transform.update)
     for each in gradients:
         updates, state = update(unflatten({path: each[path] for path in weights}), state, tree)
@@ -222,7 +222,7 @@ def test_every_weight_is_in_one_group():
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of what belongs to weights: counters and optax's placeholders of one element a layer are left out."""
     tree = unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()})
-    state = jax.eval_shape(optimizer.build(schedule, tree).init, tree)
+    state = jax.eval_shape(optimizer.build(tree).init, tree)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.shape[-1] > 1)
 
 
@@ -253,7 +253,7 @@ def test_the_state_takes_the_memory_computed_on_paper():
 def test_frozen_leaves_have_no_state(name):
     config, method = tiny_config(new_rows=10), LoRA(rank=4, alpha=8)
     trainable, frozen = partition(random_weights(config, lora=method.lora_config()), method.trains)
-    state = jax.eval_shape(OPTIMIZERS[name].build(schedule, trainable).init, trainable)
+    state = jax.eval_shape(OPTIMIZERS[name].build(trainable).init, trainable)
     paths = set()
     for keys, _ in jax.tree_util.tree_leaves_with_path(state):
         paths.add("/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey)))
@@ -271,12 +271,12 @@ def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_on
     optimizer = (
         dataclasses.replace(OPTIMIZERS[name], min_dim_size_to_factor=16) if name == "adafactor" else OPTIMIZERS[name]
     )
-    transform = optimizer.build(schedule, weights)
+    transform = stepping(optimizer, weights)
 
     def begin(tree):
         return initial_state(tree, transform, with_average=True)
 
-    placement = _state_shardings(jax.eval_shape(begin, weights), where, mesh)
+    placement = _state_shardings(jax.eval_shape(begin, weights), where, mesh, None)
     placed = {path: jax.device_put(leaf, where[path]) for path, leaf in flatten(weights).items()}
     state = jax.jit(begin, out_shardings=placement)(unflatten(placed))
     seen = 0

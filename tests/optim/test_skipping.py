@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizer_inputs import GRADIENTS, OPTIMIZERS, WEIGHTS, draw, schedule
+from optimizer_inputs import GRADIENTS, OPTIMIZERS, WEIGHTS, draw, schedule, stepping
 
 from cpt_jax.core.tree import unflatten
 from cpt_jax.optim.skipping import skip_bad_steps, skipped
@@ -17,7 +17,7 @@ from cpt_jax.optim.skipping import skip_bad_steps, skipped
 @functools.cache
 def build(name="adamw", **changes):
     tree = unflatten({path: jnp.asarray(leaf) for path, leaf in WEIGHTS.items()})
-    transform = dataclasses.replace(OPTIMIZERS[name], **changes).build(schedule, tree)
+    transform = stepping(dataclasses.replace(OPTIMIZERS[name], **changes), tree)
 
     @jax.jit
     def step(tree, state, gradients):

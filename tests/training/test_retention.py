@@ -17,9 +17,17 @@ from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.recipe.model import Model
 from cpt_jax.training.loss import make_loss
-from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher, Retention, check_retention, start_of
+from cpt_jax.training.retention import (
+    Anchor,
+    L2ToStart,
+    MeanTeacher,
+    Retention,
+    check_retention,
+    start_of,
+    teacher_weight,
+)
 from cpt_jax.training.state import initial_state
-from cpt_jax.training.step import make_train_step
+from cpt_jax.training.step import Controls, make_train_step
 
 STEPS, RATE, DECAY = 10, 0.05, 0.5
 NAMES = ("new", "old")
@@ -114,13 +122,14 @@ def test_ten_steps_are_those_of_float64(method, part):
 
     network = abstract_decoder(config, method.lora_config())
     trainable, frozen = partition(jax.tree.map(jnp.asarray, weights), method.trains)
-    loss = make_loss(network, "float32", method.trains, NAMES, retention=(part,), steps=STEPS)
-    optimizer = optax.sgd(RATE)
-    step = jax.jit(make_train_step(loss, optimizer, lambda _: RATE, EMA(decay=DECAY)))
+    loss = make_loss(network, "float32", method.trains, NAMES, retention=(part,))
+    optimizer = optax.identity()
+    step = jax.jit(make_train_step(loss, optimizer, EMA(decay=DECAY)))
     start = start_of(trainable, (part,))
     state = initial_state(trainable, optimizer, True)
-    for _ in range(STEPS):
-        state, metrics = step(state, frozen, start, data)
+    for number in range(STEPS):
+        taught = np.float32(teacher_weight((part,), number, STEPS))
+        state, metrics = step(state, frozen, start, data, Controls(np.float32(RATE), taught))
     assert ("divergence" in metrics) == (not isinstance(part, L2ToStart))
     found = flatten(state.trainable) | {f"average/{path}": leaf for path, leaf in flatten(state.average).items()}
     for path, leaf in found.items():

@@ -1,7 +1,6 @@
 """The step and the loop: freezing, accumulation, averaging, the loss, and continuing bit for bit."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -9,27 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from inputs import hf_config, random_weights, tiny_config
+from training_inputs import losses, training
 
 from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA
 from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, partition
-from cpt_jax.data.loader import Loader
-from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import SkipCounts
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
-from cpt_jax.recipe.model import Model
-from cpt_jax.sharding.mesh import make_mesh
-from cpt_jax.training.loop import Training, train
+from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.state import initial_state
-from cpt_jax.training.step import make_train_step
+from cpt_jax.training.step import Controls, make_train_step
 
-FLOAT32 = Precision(compute="float32")
 METHODS = {
     "embeddings": Embeddings(rows="new"),
     "all rows": Embeddings(rows="all"),
@@ -43,57 +36,6 @@ METHODS = {
     "added block": Expand(blocks=1),
     "full": Full(),
 }
-
-
-class Numbers:
-    fingerprint = "numbers"
-
-    def encode_documents(self, texts):
-        return [[int(token) for token in text.split()] for text in texts]
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name in ("zh", "en"):
-        texts = [" ".join(map(str, generator.integers(2, 330, generator.integers(5, 40)))) for _ in range(120)]
-        prepare(name, iter(texts), SkipCounts(), Numbers(), root / name)
-    return {name: root / name for name in ("zh", "en")}
-
-
-def training(directories, directory, method, *, steps=8, devices=None, **changes) -> Training:
-    config = tiny_config(new_rows=10)
-    model = Model(config=config, weights=random_weights(config), hf_config=hf_config(config)).adapted(method, 0)
-    settings = dict(
-        name="stage",
-        network=model.network,
-        weights=model.weights,
-        trains=method.trains,
-        loader=Loader(
-            {"zh": 0.75, "en": 0.25},
-            directories,
-            sequence_length=32,
-            batch_size=8,
-            start_id=0,
-            end_id=1,
-            tokenizer="numbers",
-            seed=1,
-        ),
-        optimizer=AdamW(learning_rate=1e-2, weight_decay=0.1, new_rows_multiplier=2.0),
-        schedule=Cosine(),
-        ema=EMA(decay=0.9),
-        steps=steps,
-        accumulate=1,
-        precision=FLOAT32,
-        mesh=make_mesh(jax.devices()[: devices or 1]),
-        directory=directory,
-        checkpoint_seconds=1e9,
-    )
-    return Training(**(settings | changes))
-
-
-def losses(directory) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -123,7 +65,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
     draw = iter(interrupted.loader)
 
     class Dying:
-        names = interrupted.loader.names
+        names, sequence_length = interrupted.loader.names, interrupted.loader.sequence_length
         count = 0
 
         def __next__(self):
@@ -185,7 +127,7 @@ def test_the_optimizer_sees_only_what_trains(directories, tmp_path):
     method = LoRA(rank=4, alpha=8)
     run = training(directories, tmp_path, method)
     trainable, _ = partition(run.weights, method.trains)
-    state = run.optimizer.build(lambda step: 1e-3, trainable).init(trainable)
+    state = run.optimizer.build(trainable).init(trainable)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in flatten(trainable).values())
 
@@ -196,7 +138,7 @@ def test_the_average_is_that_of_float64():
     values = generator.normal(size=(11, 5)).astype(np.float32)
     average, expected = {"x": jnp.asarray(values[0])}, values[0].astype(np.float64)
     for step in range(10):
-        average = ema.update(average, {"x": jnp.asarray(values[step + 1])}, jnp.asarray(step))
+        average = ema.after(average, {"x": jnp.asarray(values[step + 1])}, jnp.asarray(step))
         decay = min(0.8, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * values[step + 1]
     np.testing.assert_allclose(average["x"], expected, rtol=1e-5)
@@ -205,7 +147,7 @@ def test_the_average_is_that_of_float64():
 def test_a_row_that_is_not_in_the_batch_hardly_moves():
     optimizer = AdamW(learning_rate=1e-2, new_rows_epsilon=1e-4)
     weights = {"embed": {"new": jnp.zeros((2, 4))}}
-    transform = optimizer.build(lambda step: 1e-2, weights)
+    transform = optax.chain(optimizer.build(weights), optax.scale_by_learning_rate(1e-2))
     gradients = {"embed": {"new": jnp.stack([jnp.full((4,), 2e-3), jnp.full((4,), 1e-7)])}}
     updates, _ = transform.update(gradients, transform.init(weights), weights)
     present, absent = np.abs(updates["embed"]["new"]).mean(1)
@@ -215,7 +157,7 @@ def test_a_row_that_is_not_in_the_batch_hardly_moves():
 
 @pytest.mark.parametrize("schedule", [Constant(), Cosine(), WarmupStableDecay()])
 def test_schedules_rewarm_reach_their_peak_and_end(schedule):
-    rates = np.array([schedule.build(2.0, 100)(jnp.asarray(step)) for step in range(100)])
+    rates = np.array([schedule.build(2.0, 100)(step) for step in range(100)])
     assert 0 < rates[0] < 0.5
     assert rates.max() == pytest.approx(2.0, rel=1e-3)
     assert (np.diff(rates[:5]) > 0).all()
@@ -274,8 +216,9 @@ def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp
     batch = jax.tree.map(jnp.asarray, next(run.loader))
     trainable = jax.tree.map(jnp.asarray, run.weights)
     loss = make_loss(run.network, "float32", run.trains, ("zh", "en"))
-    step = make_train_step(loss, optax.sgd(1.0), lambda _: 1.0, None)
-    state, metrics = jax.jit(step)(initial_state(trainable, optax.sgd(1.0), False), {}, {}, batch)
+    plain = optax.identity()
+    step = make_train_step(loss, plain, None)
+    state, metrics = jax.jit(step)(initial_state(trainable, plain, False), {}, {}, batch, Controls(np.float32(1)))
     assert metrics["tokens"].sum() == batch["weights"].sum()
     assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
     moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)

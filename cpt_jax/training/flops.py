@@ -1,0 +1,107 @@
+"""Model FLOPs of a training step: what its result takes, whatever the program does besides (recomputation, the other
+half of causal attention's scores)."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, head_path
+from cpt_jax.models.linear import ADAPTER_LEAVES
+
+
+class TokenFlops(NamedTuple):
+    """FLOPs a token, by what they are for: the forward pass, the gradient of activations and that of weights, and a
+    teacher's forward pass."""
+
+    forward: float
+    activations: float
+    weights: float
+    teacher: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def token_flops(
+    network: Network, trains: Callable[[str], bool], sequence_length: int, *, teacher: str | None = None
+) -> TokenFlops:
+    """Model FLOPs a token of a step on rows of `sequence_length`.
+
+    A product of [n, i] and [i, o] counts 2 n i o: once forward, once for the gradient of its input, if anything before
+    it trains, and once for that of its weight, if it trains. Attention counts the keys that a query may see in a row of
+    one document, on average (sequence_length + 1) / 2 without a window (causal attention, halved), times 2 products
+    forward and 4 backward. Experts count as many as a token goes through. Norms, rotations and softmax are not counted
+    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+
+    Args:
+      teacher: "average" runs the same network once more, "start" the one without adapters.
+    """
+    config = network.config
+    layers, head = _by_layer(network), _head_products(config)
+    attention = [4.0 * config.num_heads * config.head_dim * keys for keys in _visible_keys(config, sequence_length)]
+    paths = flatten(network.shapes)
+    begins = _first_to_train(network, trains)
+    forward = sum(sum(layer.values()) for layer in layers) + sum(attention) + sum(head.values())
+    # A layer below which, and in which, nothing trains has no backward pass.
+    activations = sum(
+        sum(layer.values()) + 2 * pairs
+        for number, (layer, pairs) in enumerate(zip(layers, attention, strict=True))
+        if number >= begins
+    )
+    if any(trains(path) for path in paths if not path.startswith(f"{head_path(config)}/")) or begins < len(layers):
+        activations += sum(head.values())
+    products = [head, *layers]
+    weights = sum(flops for layer in products for path, flops in layer.items() if trains(path))
+    taught = 0.0
+    if teacher is not None:
+        base = network if teacher == "average" else abstract_decoder(config)
+        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(attention) + sum(head.values())
+    return TokenFlops(forward, activations, weights, taught)
+
+
+def _by_layer(network: Network) -> list[dict[str, float]]:
+    """Of each layer, the FLOPs of one token's forward products by the weight's path."""
+    config = network.config
+    groups = [(f"layers/{name}/", count) for name, count in config.layer_groups] or [("layers/", config.num_layers)]
+    share = 1.0 if config.experts is None else config.experts.per_token / config.experts.count
+    found = []
+    for prefix, count in groups:
+        one = {}
+        for path, leaf in flatten(network.shapes).items():
+            if path.startswith(prefix) and path.endswith(("/kernel", "/router", *ADAPTER_LEAVES[:2])):
+                _, *shape = leaf.shape
+                one[path] = 2.0 * math.prod(shape) * (share if len(shape) == 3 else 1.0)
+        found += [one] * count
+    return found
+
+
+def _head_products(config: DecoderConfig) -> dict[str, float]:
+    return {f"{head_path(config)}/{name}": 2.0 * rows * config.hidden_size for name, rows in config.table_rows.items()}
+
+
+def _visible_keys(config: DecoderConfig, length: int) -> list[float]:
+    """Of each layer, how many keys a query sees on average."""
+    pattern = config.layer_pattern or (0,) * config.num_layers
+    found = []
+    for kind in pattern:
+        window = min(config.layer_kinds[kind].window or length, length)
+        # The first `window` queries see 1, 2, ... keys, the others `window`.
+        found.append((window * (window + 1) / 2 + (length - window) * window) / length)
+    return found
+
+
+def _first_to_train(network: Network, trains: Callable[[str], bool]) -> int:
+    """The number of the first layer that needs a backward pass: of the first that has a weight that trains, or 0 where
+    the input's table does."""
+    config, paths = network.config, list(flatten(network.shapes))
+    if any(trains(path) for path in paths if path.startswith("embed/")):
+        return 0
+    groups = [(f"layers/{name}/", count) for name, count in config.layer_groups] or [("layers/", config.num_layers)]
+    first = 0
+    for prefix, count in groups:
+        if any(trains(path) for path in paths if path.startswith(prefix)):
+            return first
+        first += count
+    return first
