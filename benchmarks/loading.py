@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.shapes import GGUF, peak_resident
+from benchmarks.shapes import GGUF, SHAPES, peak_resident, write_random
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 

@@ -1,5 +1,6 @@
 """Causal self-attention with grouped heads, within documents and within a window."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cpt_jax.models.linear import Linear, LoRAConfig
+from cpt_jax.models.linear import Linear, LoRAConfig, applied
 from cpt_jax.models.norms import RMSNorm
 from cpt_jax.models.products import contract
+from cpt_jax.models.remat import recomputed
 from cpt_jax.models.rope import Rotation, rotate
 
 
@@ -58,14 +60,14 @@ class Attention(nnx.Module):
         batch, length, _ = y.shape
         return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-    def _queries_and_keys(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
-        q, k = self.q(x, dtype), self.k(x, dtype)
+    def _projected(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
+        q, k, v = applied((self.q, self.k, self.v), x, dtype)
         if self.normed == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._split(q), self._split(k)
+        q, k, v = self._split(q), self._split(k), self._split(v)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles) * self.scale, rotate(k, angles)
+        return rotate(q, angles) * self.scale, rotate(k, angles), v
 
     def __call__(
         self,
@@ -75,11 +77,11 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         cache: Cache | None = None,
         index: Int[Array, ""] | None = None,
+        norm: Callable[[Array], Array] = lambda x: x,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Attends within `mask`; with a cache, this call's keys go into it at `index` and all of it is attended to."""
+        """Of the normalised input: what `norm` makes of x. Attends within `mask`; with a cache, this call's keys go into it at `index` and all of it is attended to."""
         batch, length, _ = x.shape
-        q, k = self._queries_and_keys(x, angles, dtype)
-        v = self._split(self.v(x, dtype))
+        q, k, v = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
         if cache is not None:
             assert index is not None
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), index, axis=2)

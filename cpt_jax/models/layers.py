@@ -1,5 +1,6 @@
 """The block: normalisation, attention, feed-forward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cpt_jax.models.attention import Attention, Cache
 from cpt_jax.models.experts import Balance, Experts
-from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig
+from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, applied
 from cpt_jax.models.norms import norm
-from cpt_jax.models.remat import named
+from cpt_jax.models.products import sum_type
+from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation
 from cpt_jax.sharding.rules import constrain
 
@@ -27,11 +29,21 @@ class FeedForward(nnx.Module):
         self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
         self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
 
-    def __call__(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
-        up = named(self.up(x, dtype), "mlp_up")
-        if self.gated:
-            return self.down(self.activation(named(self.gate(x, dtype), "mlp_gate")) * up, dtype)
-        return self.down(self.activation(up), dtype)
+    def __call__(
+        self, x: Float[Array, "B S D"], dtype: jnp.dtype, norm: Callable[[Array], Array] = lambda x: x
+    ) -> Float[Array, "B S D"]:
+        """Of the normalised input: what `norm` makes of x."""
+        linears = (self.up, self.gate) if self.gated else (self.up,)
+        # What is kept for the backward pass is kept rounded, as autocast does.
+        inner = recomputed(lambda x: [y.astype(dtype) for y in applied(linears, norm(x), dtype)])(x)
+        inner = [named(y, name) for y, name in zip(inner, ("mlp_up", "mlp_gate"), strict=False)]
+
+        def outer(up: Array, gate: Array | None = None) -> Array:
+            wide = sum_type(dtype)
+            product = self.activation(up.astype(wide)) if gate is None else self.activation(gate.astype(wide)) * up
+            return self.down(product, dtype)
+
+        return recomputed(outer)(*inner)
 
 
 class Block(nnx.Module):
@@ -58,18 +70,19 @@ class Block(nnx.Module):
         index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
-        attended, cache = self.attention(_normed(self.attention_norm, x), angles, mask, dtype, cache, index)
-        attended = _normed(self.attention_out_norm, attended)
+        attended, cache = self.attention(x, angles, mask, dtype, cache, index, norm=_norm(self.attention_norm))
+        attended = _norm(self.attention_out_norm)(attended)
         summed = constrain(x + attended, "batch", "sequence", "hidden")
-        inputs = _normed(self.mlp_norm, x if self.parallel else summed)
+        inputs, mlp_norm = x if self.parallel else summed, _norm(self.mlp_norm)
         balance = None
         if isinstance(self.mlp, Experts):
-            fed, balance = self.mlp(inputs, dtype, counted)
+            fed, balance = self.mlp(mlp_norm(inputs), dtype, counted)
         else:
-            fed = self.mlp(inputs, dtype)
-        fed = _normed(self.mlp_out_norm, fed)
+            fed = self.mlp(inputs, dtype, mlp_norm)
+        fed = _norm(self.mlp_out_norm)(fed)
         return constrain(summed + fed, "batch", "sequence", "hidden"), cache, balance
 
 
-def _normed(norm: Any, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    return x if norm is None else norm(x)
+def _norm(norm: Any) -> Callable[[Array], Array]:
+    """A norm of which nothing but its input is kept; nothing is done without one."""
+    return (lambda x: x) if norm is None else recomputed(norm)

@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.tree import Tree, flatten, match, unflatten
-from cpt_jax.models.products import matmul, sum_type
+from cpt_jax.models.products import matmul, matmuls, sum_type
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 PATHS = {name: f"layers/{'attention' if name in ('q', 'k', 'v', 'o') else 'mlp'}/{name}" for name in LINEARS}
@@ -134,10 +134,12 @@ class Linear(nnx.Module):
                 self.magnitude = Weight(norm, logical_axes=axes[1:])
 
     def __call__(self, x: Float[Array, "*rows i"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
-        y = matmul(x, self.kernel.get_value(), dtype)
-        if self.adapter is not None:
-            inputs = x if self.dropout_key is None else _dropped(x, self.adapter.dropout, self.dropout_key)
-            y += matmul(matmul(inputs, self.lora_a[...], dtype) * self.adapter.scale, self.lora_b[...], dtype)
+        return applied((self,), x, dtype)[0]
+
+    def _finished(self, y: Array, low_rank: Array | None, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
+        """Of the product with the kernel and that with A, what the layer gives."""
+        if self.adapter is not None and low_rank is not None:
+            y += matmul(low_rank * self.adapter.scale, self.lora_b[...], dtype)
             if self.adapter.dora:
                 y *= self._magnitude_factor(dtype).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.bias is not None:
@@ -161,6 +163,23 @@ class Linear(nnx.Module):
         # 1 + growth / |W|^2 is |W + scale A B|^2 / |W|^2; rounding may not take it to zero or below.
         ratio = jnp.sqrt(jnp.maximum(1 + growth / norm**2, 1e-12))
         return (1 + (self.magnitude[...].astype(wide) - norm) / norm) / ratio
+
+
+def applied(linears: Sequence[Linear], x: Float[Array, "*rows i"], dtype: jnp.dtype) -> list[Float[Array, "*rows o"]]:
+    """What each of the layers gives on the same input, of which only one copy is kept for the backward pass."""
+    weights: list[Any] = [linear.kernel.get_value() for linear in linears]
+    # An adapter that drops inputs drops others than its neighbours do.
+    sharing = [linear for linear in linears if linear.adapter is not None and linear.dropout_key is None]
+    outputs = matmuls(x, [*weights, *(linear.lora_a[...] for linear in sharing)], dtype)
+    low_rank = dict(zip(map(id, sharing), outputs[len(linears) :], strict=True))
+    for linear in linears:
+        if linear.adapter is not None and linear.dropout_key is not None:
+            kept = _dropped(x, linear.adapter.dropout, linear.dropout_key)
+            low_rank[id(linear)] = matmul(kept, linear.lora_a[...], dtype)
+    return [
+        linear._finished(y, low_rank.get(id(linear)), dtype)
+        for linear, y in zip(linears, outputs[: len(linears)], strict=True)
+    ]
 
 
 def drop_inputs(module: nnx.Module, key: Array) -> None:

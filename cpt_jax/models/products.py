@@ -8,6 +8,7 @@ A weight may be quantised: it is kept so for the backward pass, made dense a sec
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -25,33 +26,40 @@ def sum_type(dtype: jnp.dtype) -> jnp.dtype:
 
 def matmul(x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
     """`x @ weight` (weight [i, o], or quantised), inputs rounded to `dtype`, result float32."""
-    return cast(Array, _matmul(x, weight, dtype))
+    return matmuls(x, (weight,), dtype)[0]
+
+
+def matmuls(x: Float[Array, "*rows i"], weights: Sequence[Any], dtype: jnp.dtype) -> tuple[Array, ...]:
+    """`x @ weight` for each weight: of x one rounded copy is kept, and its gradient is summed in float32."""
+    return cast(tuple[Array, ...], _matmuls(x, tuple(weights), dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, weight, dtype):
-    return _matmul_forward(x, weight, dtype)[0]
+def _matmuls(x, weights, dtype):
+    return _matmuls_forward(x, weights, dtype)[0]
 
 
-def _matmul_forward(x, weight, dtype):
-    low = x.astype(dtype)
-    y = jnp.matmul(low, dense(weight, dtype), preferred_element_type=sum_type(dtype))
-    return y, (low, weight)
+def _matmuls_forward(x, weights, dtype):
+    low, wide = x.astype(dtype), sum_type(dtype)
+    return tuple(jnp.matmul(low, dense(w, dtype), preferred_element_type=wide) for w in weights), (low, weights)
 
 
-def _matmul_backward(dtype, residuals, cotangent):
-    x, weight = residuals
-    low = cotangent.astype(dtype)
-    dx = jnp.matmul(low, dense(weight, dtype).T, preferred_element_type=sum_type(dtype))
-    if is_quantised(weight):
-        return dx, None
-    rows = tuple(range(x.ndim - 1))
-    dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=sum_type(dtype))
+def _matmuls_backward(dtype, residuals, cotangents):
+    x, weights = residuals
+    dx, dweights, rows, wide = 0.0, [], tuple(range(x.ndim - 1)), sum_type(dtype)
+    for weight, cotangent in zip(weights, cotangents, strict=True):
+        low = cotangent.astype(dtype)
+        dx += jnp.matmul(low, dense(weight, dtype).T, preferred_element_type=wide)
+        if is_quantised(weight):
+            dweights.append(None)
+            continue
+        dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=wide)
+        dweights.append(dweight.astype(weight.dtype))
     # x reached the forward pass as float32: only its rounded copy was kept.
-    return dx, dweight.astype(weight.dtype)
+    return dx, tuple(dweights)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
 def contract(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
