@@ -30,6 +30,8 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "tokens",
         "replay_share",
         "text_field",
+        "chat",
+        "chat_template",
         "workdir",
     )
     recipe, reasons = adapt_recipe(**_named(arguments, *names))
@@ -128,13 +130,14 @@ def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
 def data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.commands import data_prepare
 
-    data_prepare(arguments.tokenizer, arguments.input, arguments.out, text_field=arguments.text_field)
+    names = ("tokenizer", "text_field", "chat", "chat_template", "out")
+    data_prepare(inputs=arguments.input, **_named(arguments, *names))
 
 
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.evaluate_command import evaluate_model
 
-    names = ("model", "against", "data", "choices", "text_field", "max_bytes")
+    names = ("model", "against", "data", "choices", "text_field", "chat", "chat_template", "max_bytes")
     evaluate_model(json_path=arguments.json, **_named(arguments, *names))
 
 

@@ -78,6 +78,14 @@ def parser() -> argparse.ArgumentParser:
     def text_field(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
 
+    def chat(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--chat", nargs="+", default=[], metavar="NAME", help="corpora that hold conversations: answers are learnt"
+        )
+        sub.add_argument(
+            "--chat-template", type=Path, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
+        )
+
     def json_out(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", type=Path, help="also write the figures to this file")
 
@@ -114,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     profile(sub)
     text_field(sub)
+    chat(sub)
 
     sub = command(
         commands, "run", handlers.run, "Runs a recipe; called again, it continues where it stopped.", overrides=True
@@ -216,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", required=True, **spec)
     sub.add_argument("--out", required=True, type=Path)
     text_field(sub)
+    chat(sub)
 
     sub = command(commands, "eval", handlers.evaluate, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)
@@ -231,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
     text_field(sub)
+    chat(sub)
     json_out(sub)
 
     command(

@@ -1,1 +1,1 @@
-"""Text in, packed batches out: sources, held-out documents, preparation, packing, mixture, loader."""
+"""Text in, packed batches out: sources, conversations, held-out documents, preparation, packing, mixture, loader."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.data.conversations import plain_text
 from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
 
 
@@ -53,7 +54,7 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     """
     hashes: set[bytes] = set()
     # The first max_bytes by hash, without keeping the rest: a heap with the largest hash on top.
-    chosen: list[tuple[float, str]] = []
+    chosen: list[tuple[float, str, Document]] = []
     size = 0
     for document in read(corpus, SkipCounts()):
         if not holdout.holds_out(document):
@@ -64,7 +65,7 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
             hashes.add(digest)
             continue
         hashes.add(digest)
-        heapq.heappush(chosen, (-_unit_hash(document.text), document.text))
+        heapq.heappush(chosen, (-_unit_hash(document.text), document.text, document))
         size += length
         while size > holdout.max_bytes and len(chosen) > 1:
             size -= len(heapq.heappop(chosen)[1].encode())
@@ -73,19 +74,40 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
             f"corpus {corpus.name}: no document of at most {holdout.max_document_bytes} bytes fell into the held-out share of "
             f"{holdout.share:g}: raise heldout.share (--heldout-share), or heldout.max_document_bytes"
         )
-    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(chosen, reverse=True)]
+    records = [
+        {"messages": document.messages} if document.messages else {"text": text}
+        for _, text, document in sorted(chosen, reverse=True)
+    ]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "heldout_hashes.bin").write_bytes(b"".join(sorted(hashes)))
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text_atomic(directory / "heldout.jsonl", "".join(lines))
+
+
+def heldout_documents(directory: Path) -> list[Document]:
+    """The documents to evaluate on."""
+    documents = []
+    for line in (directory / "heldout.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        record = json.loads(line)
+        messages = tuple(record.get("messages", ()))
+        text = plain_text(messages) if messages else record["text"]
+        documents.append(Document(text, text, messages))
+    return documents
 
 
 def read_heldout(directory: Path) -> list[str]:
     """The texts to evaluate on."""
-    return [json.loads(line)["text"] for line in (directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [document.text for document in heldout_documents(directory)]
 
 
 def training_documents(corpus: Corpus, holdout: Holdout, directory: Path, skipped: SkipCounts) -> Iterator[str]:
-    """The texts that may be learnt from: not held out, nor equal to one that is."""
+    """The texts of `learnable_documents`."""
+    for document in learnable_documents(corpus, holdout, directory, skipped):
+        yield document.text
+
+
+def learnable_documents(corpus: Corpus, holdout: Holdout, directory: Path, skipped: SkipCounts) -> Iterator[Document]:
+    """The documents that may be learnt from: not held out, nor equal to one that is."""
     packed = (directory / "heldout_hashes.bin").read_bytes()
     hashes = {packed[i : i + 16] for i in range(0, len(packed), 16)}
     for document in read(corpus, skipped):
@@ -94,7 +116,7 @@ def training_documents(corpus: Corpus, holdout: Holdout, directory: Path, skippe
         elif text_hash(document.text) in hashes:
             skipped["equal to a held-out text"] += 1
         else:
-            yield document.text
+            yield document
 
 
 class HeldApart:

@@ -20,7 +20,7 @@ class Loader:
     """Batches without end, each domain shuffled anew every epoch.
 
     A batch holds inputs, targets, positions, segment_ids, domains (int32 [batch_size, sequence_length]; domains
-    index the mixture's names) and weights (float32, 0 on padding). Every process builds the same global batches and
+    index the mixture's names) and weights (float32, 0 on padding and where nothing is to be learnt). Every process builds the same global batches and
     takes its own rows: the order of documents does not depend on how many there are.
 
     Raises:
@@ -49,8 +49,10 @@ class Loader:
         pieces = []
         for index, name in enumerate(self.names):
             source = _documents(directories[name], tokenizer, seed + index)
-            self.records[name] = read_manifest(directories[name]).records
-            split = SplitDocuments(sequence_length, start_id, end_id, index)
+            manifest = read_manifest(directories[name])
+            self.records[name] = manifest.records
+            frame = (start_id, end_id) if manifest.format == "text" else None
+            split = SplitDocuments(sequence_length, frame, index)
             pieces.append(grain.experimental.FlatMapIterDataset(source, split))
         rows = packed(TokenMix(pieces, tuple(mixture.values())), sequence_length, seed)
         self._iterator = iter(rows.batch(batch_size, drop_remainder=True))

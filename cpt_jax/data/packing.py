@@ -11,27 +11,37 @@ OPEN_ROWS = 64
 
 
 class SplitDocuments(grain.experimental.FlatMapTransform):
-    """Token ids of a document -> pieces of at most `sequence_length` predictions.
+    """Token ids [n] of a document, and which of them are to be learnt [n] -> pieces of at most `sequence_length`
+    predictions, each with the weight of its target.
 
     A document is framed by the start and the end token: inputs [start, t1 .. tn] predict targets [t1 .. tn, end]. A
     longer one continues in the next piece with the token that the piece before predicted last, so that every token
-    is predicted exactly once.
+    is predicted exactly once. Without a `frame` (a chat template has its own) inputs [t1 .. tn-1] predict targets
+    [t2 .. tn]. Pieces in which nothing is to be learnt are left out.
     """
 
-    def __init__(self, sequence_length: int, start_id: int, end_id: int, domain: int) -> None:
-        self.sequence_length, self.start_id, self.end_id, self.domain = sequence_length, start_id, end_id, domain
+    def __init__(self, sequence_length: int, frame: tuple[int, int] | None, domain: int) -> None:
+        self.sequence_length, self.frame, self.domain = sequence_length, frame, domain
 
-    def flat_map(self, tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
-        framed = np.concatenate([[self.start_id], tokens, [self.end_id]]).astype(np.int32)
-        pieces = []
-        for first in range(0, len(framed) - 1, self.sequence_length):
+    def flat_map(self, document: tuple[np.ndarray, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        framed, learnt = document
+        if self.frame is None:
+            learnt = learnt[1:]
+        else:
+            start_id, end_id = self.frame
+            framed = np.concatenate([[start_id], framed, [end_id]]).astype(np.int32)
+            learnt = np.concatenate([learnt, [True]])
+        weights, pieces = learnt.astype(np.float32), []
+        for first in range(0, len(weights), self.sequence_length):
             piece = framed[first : first + self.sequence_length + 1]
             length = len(piece) - 1
+            if not weights[first : first + length].any():
+                continue
             pieces.append(
                 {
                     "inputs": piece[:-1],
                     "targets": piece[1:],
-                    "weights": np.ones(length, np.float32),
+                    "weights": weights[first : first + length],
                     "domains": np.full(length, self.domain, np.int32),
                 }
             )

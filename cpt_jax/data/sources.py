@@ -9,14 +9,17 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data import conversations
+from cpt_jax.data.conversations import Message, Unusable, holds_conversation
 
 SUFFIXES = (".jsonl", ".txt", ".parquet", ".arrayrecord")
 COMPRESSIONS = (".gz", ".zst")
 
 SkipCounts = collections.Counter
+Format = Literal["text", "chat"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,15 @@ class Corpus:
     `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
 
     A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
-    held out together. In a .txt file, documents are separated by empty lines.
+    held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a
+    conversation instead (`conversations.conversation_of`), of which the assistant's part is learnt.
     """
 
     name: str
     spec: str
     text_field: str = "text"
     group_field: str | None = None
+    format: Format = "text"
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -40,10 +45,12 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, and what decides whether it is held out: its group, or the text itself."""
+    """A text, and what decides whether it is held out: its group, or the text itself. Of a conversation, the text is
+    what was said in it."""
 
     text: str
     key: str
+    messages: tuple[Message, ...] = ()
 
 
 def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
@@ -64,19 +71,48 @@ def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
 
 
 def _document(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | None:
-    text = record.get(corpus.text_field)
+    messages: list[Message] = []
+    if corpus.format == "chat":
+        try:
+            messages = conversations.conversation_of(record)
+        except Unusable as reason:
+            skipped[str(reason)] += 1
+            return None
+    text = conversations.plain_text(messages) if messages else record.get(corpus.text_field)
     if not isinstance(text, str):
-        skipped[f"no text field {corpus.text_field!r}"] += 1
+        skipped[f"no text field {corpus.text_field!r}{_chat_hint(corpus, record)}"] += 1
         return None
     if not text.strip():
         skipped["empty"] += 1
         return None
     if corpus.group_field is None:
-        return Document(text, text)
+        return Document(text, text, tuple(messages))
     if corpus.group_field not in record:
         skipped[f"no group field {corpus.group_field!r}"] += 1
         return None
-    return Document(text, str(record[corpus.group_field]))
+    return Document(text, str(record[corpus.group_field]), tuple(messages))
+
+
+def _chat_hint(corpus: Corpus, fields: Iterable[str]) -> str:
+    """What to do about records that are conversations."""
+    if not holds_conversation(fields):
+        return ""
+    return f' but a conversation: give --chat {corpus.name}, or format="chat" in a recipe'
+
+
+def named_corpora(specs: Sequence[tuple[str, str]], text_field: str, chat: Sequence[str]) -> list[Corpus]:
+    """Corpora by their names; those named in `chat` hold conversations.
+
+    Raises:
+      UserError: `chat` names another.
+    """
+    names = [name for name, _ in specs]
+    if unknown := [name for name in chat if name not in names]:
+        raise UserError(f"--chat names {unknown[0]!r}, but the corpora are {', '.join(names)}: give one of these")
+    return [
+        Corpus(name=name, spec=spec, text_field=text_field, format="chat" if name in chat else "text")
+        for name, spec in specs
+    ]
 
 
 def corpora_of(specs: Sequence[str], text_field: str) -> list[Corpus]:
@@ -199,9 +235,14 @@ def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[dict]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is truncated or no Parquet file ({error})") from error
-    wanted = [name for name in (corpus.text_field, corpus.group_field) if name in file.schema_arrow.names]
-    if corpus.text_field not in wanted:
-        raise UserError(f"{path} has no column {corpus.text_field!r}; it has: {', '.join(file.schema_arrow.names)}")
+    names, chat = file.schema_arrow.names, corpus.format == "chat"
+    fields = conversations.FIELDS if chat else (corpus.text_field,)
+    if chat and not holds_conversation(names):
+        raise UserError(f"{path} has no conversation ({conversations.KNOWN}); its columns: {', '.join(names)}")
+    if not chat and corpus.text_field not in names:
+        hint = _chat_hint(corpus, names)
+        raise UserError(f"{path} has no column {corpus.text_field!r}{hint}; it has: {', '.join(names)}")
+    wanted = [name for name in (*fields, corpus.group_field) if name in names]
     for batch in file.iter_batches(columns=wanted):
         yield from batch.to_pylist()
 

@@ -1,4 +1,5 @@
-"""Bits per byte of whole documents: every byte counted once, each document predicted from its start token alone."""
+"""Bits per byte of whole documents: every byte counted once, each document predicted from its start token alone; and
+of conversations, over the bytes of their answers."""
 
 import dataclasses
 import functools
@@ -9,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree
+from cpt_jax.data.chat import ChatEncoder
+from cpt_jax.data.sources import Document, SkipCounts
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -29,24 +33,28 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """A stretch of a document: `inputs` predict `targets`, of which the last `counted` count."""
+    """A stretch of a document: `inputs` predict `targets`, each of which counts (1) or does not (0)."""
 
     inputs: list[int]
     targets: list[int]
-    counted: int
+    weights: np.ndarray
 
 
-def _windows(tokens: list[int], start_id: int, length: int) -> list[_Window]:
-    """One window for a document of up to `length` tokens; a longer one goes on in windows that see half a window of
-    what came before."""
-    framed = [start_id, *tokens]
-    windows = [_Window(framed[:-1][:length], framed[1:][:length], min(len(tokens), length))]
+def _windows(framed: list[int], counted: np.ndarray, length: int) -> list[_Window]:
+    """One window for a document of up to `length` predictions; a longer one goes on in windows that see half a window
+    of what came before.
+
+    Args:
+      framed: tokens [n + 1], each of which predicts the next; counted: which of these n predictions count.
+    """
+    windows = [_Window(framed[:-1][:length], framed[1:][:length], counted[:length])]
     end = length
-    while end < len(tokens):
-        step = min(length // 2, len(tokens) - end)
+    while end < len(counted):
+        step = min(length // 2, len(counted) - end)
         end += step
-        windows.append(_Window(framed[end - length : end], framed[end - length + 1 : end + 1], step))
-    return windows
+        weights = np.concatenate([np.zeros(length - step), counted[end - step : end]])
+        windows.append(_Window(framed[end - length : end], framed[end - length + 1 : end + 1], weights))
+    return [window for window in windows if window.weights.any()]
 
 
 def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
@@ -75,7 +83,7 @@ def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
             arrays["targets"][number, place] = window.targets
             arrays["positions"][number, place] = np.arange(size)
             arrays["segment_ids"][number, place] = segment
-            arrays["weights"][number, first + size - window.counted : first + size] = 1
+            arrays["weights"][number, place] = window.weights
             first += size
     return arrays
 
@@ -119,12 +127,30 @@ def pack_documents(tokenizer: Tokenizer, documents: Sequence[str], sequence_leng
     """Packs documents (at least one) whole; one longer than `sequence_length` tokens is read in windows that overlap
     by half."""
     encoded = tokenizer.encode_documents(list(documents))
-    windows = [window for tokens in encoded for window in _windows(tokens, tokenizer.start_id, sequence_length)]
+    start = tokenizer.start_id
+    windows = [
+        window for tokens in encoded for window in _windows([start, *tokens], np.ones(len(tokens)), sequence_length)
+    ]
     return PackedDocuments(
         _rows(windows, sequence_length),
         sum(len(ids) for ids in encoded),
         sum(len(document.encode()) for document in documents),
     )
+
+
+def pack_conversations(encoder: ChatEncoder, documents: Sequence[Document], sequence_length: int) -> PackedDocuments:
+    """Packs conversations as `pack_documents` does documents: what is not an assistant's text is read and not counted.
+
+    Raises:
+      UserError: none of them can be used.
+    """
+    skipped = SkipCounts()
+    chats = encoder.measured(list(encoder.rendered(documents, skipped)))
+    if not any(chat.counted.any() for chat in chats):
+        raise UserError(f"none of {len(documents)} conversations to evaluate on can be used: {dict(skipped)}")
+    windows = [window for chat in chats for window in _windows(chat.tokens, chat.counted[1:], sequence_length)]
+    rows = _rows(windows, sequence_length)
+    return PackedDocuments(rows, int(rows["weights"].sum()), sum(chat.bytes for chat in chats))
 
 
 def bits_per_byte(

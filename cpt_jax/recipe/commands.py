@@ -8,9 +8,9 @@ from pathlib import Path
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import HeldApart, Holdout
-from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
+from cpt_jax.data.sources import SkipCounts, corpora_of, named_corpora, read, texts_of
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
@@ -72,18 +72,26 @@ def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> d
     return {name: known[name] for name in names}
 
 
-def data_prepare(tokenizer: Path, inputs: Sequence[tuple[str, str]], out: Path, *, text_field: str) -> None:
+def data_prepare(
+    *,
+    tokenizer: Path,
+    inputs: Sequence[tuple[str, str]],
+    text_field: str,
+    chat: Sequence[str],
+    chat_template: Path | None,
+    out: Path,
+) -> None:
     """`cpt data prepare`."""
     reader = Tokenizer(tokenizer)
-    for name, spec in inputs:
+    for corpus in named_corpora(inputs, text_field, chat):
 
-        def told(count: int, name: str = name) -> None:
+        def told(count: int, name: str = corpus.name) -> None:
             say(f"{name}: {count:,} documents")
 
-        skipped = SkipCounts()
-        texts = (document.text for document in read(Corpus(name=name, spec=spec, text_field=text_field), skipped))
-        manifest = prepare(name, texts, skipped, reader, out / name, told)
+        skipped, directory = SkipCounts(), out / corpus.name
+        manifest = prepare_corpus(corpus, read(corpus, skipped), skipped, reader, chat_template, directory, told)
         left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
+        learnt = f" ({manifest.trained_tokens:,} of them learnt)" if corpus.format == "chat" else ""
         print(
-            f"{out / name}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens; left out: {left_out}"
+            f"{directory}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens{learnt}; left out: {left_out}"
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan
+from cpt_jax.data.chat import ChatEncoder
+from cpt_jax.data.chat_template import ChatTemplate, read_template
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.recipe import Domain, Recipe
@@ -38,7 +40,7 @@ class RunContext:
                 self.plan.skip(name)
 
     def resolve(self) -> None:
-        """The base as a model directory, its configuration and its tokenizer checked."""
+        """The base as a model directory, its configuration, tokenizer and chat template checked."""
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
         self.marks["base"] = json.dumps(identity(self.source))
@@ -46,6 +48,8 @@ class RunContext:
         model = self.lineage.after("base", "last")
         if self.recipe.vocabulary is None:
             check_fits(self.base_tokenizer, model.config.total_rows, self.source)
+        if any(domain.corpus.format == "chat" for domain in self.recipe.domains):
+            self.chat_encoder(self.base_tokenizer)
         self.parameters = model.parameters
         longest = max(
             [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
@@ -59,6 +63,18 @@ class RunContext:
     def tokenizer(self) -> Tokenizer:
         """The run's own, once its station is done."""
         return Tokenizer(self.path / "tokenizer")
+
+    @property
+    def template_file(self) -> Path | None:
+        """The chat template that the recipe gives instead of the tokenizer's own."""
+        return None if self.recipe.chat_template is None else Path(self.recipe.chat_template)
+
+    def template_given(self) -> str | None:
+        """Its text, for the inputs of stations."""
+        return None if self.template_file is None else read_template(self.template_file)
+
+    def chat_encoder(self, tokenizer: Tokenizer) -> ChatEncoder:
+        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, self.template_file))
 
     def _data(self, domain: Domain) -> Path:
         return self.path / "data" / domain.name

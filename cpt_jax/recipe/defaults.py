@@ -13,7 +13,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.tree import flatten
-from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.data.sources import Corpus, SkipCounts, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
@@ -105,6 +105,8 @@ def adapt_recipe(
     tokens: int | None,
     replay_share: float,
     text_field: str,
+    chat: Sequence[str],
+    chat_template: Path | None,
     workdir: Path,
 ) -> tuple[Recipe, dict[str, str]]:
     """A recipe for the user's own model and text, and the reason for each default.
@@ -115,12 +117,10 @@ def adapt_recipe(
     if not 0 <= replay_share < 1:
         raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
     share = replay_share if replay else 0.0
-    roles: tuple[tuple[Role, Sequence[tuple[str, str]]], ...] = (("new", new), ("replay", replay), ("watch", watch))
-    domains = tuple(
-        Domain(corpus=Corpus(name=name, spec=spec, text_field=text_field), role=role)
-        for role, given in roles
-        for name, spec in given
-    )
+    given: dict[Role, Sequence[tuple[str, str]]] = {"new": new, "replay": replay, "watch": watch}
+    corpora = named_corpora([*new, *replay, *watch], text_field, chat)
+    roles: list[Role] = [role for role, specs in given.items() for _ in specs]
+    domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
@@ -172,6 +172,7 @@ def adapt_recipe(
         domains=domains,
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
         stages=tuple(stages),
+        chat_template=None if chat_template is None else str(chat_template),
         precision=default_precision(),
         samples=Samples(prompts=(sample.first[:40],)),
     )

@@ -9,8 +9,10 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import progress, quiet_libraries
 from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.data.sources import Corpus, texts_of
-from cpt_jax.evaluate.bits_per_byte import Result, bits_per_byte, pack_documents
+from cpt_jax.data.chat import ChatEncoder
+from cpt_jax.data.chat_template import ChatTemplate
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, named_corpora, read
+from cpt_jax.evaluate.bits_per_byte import PackedDocuments, Result, bits_per_byte, pack_conversations, pack_documents
 from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_questions, difference, read_questions
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
@@ -29,22 +31,37 @@ class _Figures:
     choices: dict[str, Outcomes]
 
 
-def _limited(corpus: Corpus, max_bytes: int) -> list[str]:
-    texts, size = [], 0
-    for text in texts_of([corpus]):
-        size += len(text.encode())
-        if texts and size > max_bytes:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Domain:
+    """The documents of a corpus to evaluate on, and, where they are conversations, by which template."""
+
+    documents: list[Document]
+    chat: bool
+    template: Path | None
+
+    def packed(self, tokenizer: Tokenizer, length: int) -> PackedDocuments:
+        if self.chat:
+            encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, self.template))
+            return pack_conversations(encoder, self.documents, length)
+        return pack_documents(tokenizer, [document.text for document in self.documents], length)
+
+
+def _limited(corpus: Corpus, max_bytes: int) -> list[Document]:
+    documents, size = [], 0
+    for document in read(corpus, SkipCounts()):
+        size += len(document.text.encode())
+        if documents and size > max_bytes:
             break
-        texts.append(text)
-    return texts
+        documents.append(document)
+    return documents
 
 
-def _evaluate(model: str, documents: dict[str, list[str]], questions: dict[str, list[Question]]) -> _Figures:
+def _evaluate(model: str, domains: dict[str, _Domain], questions: dict[str, list[Question]]) -> _Figures:
     directory = find_model(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
     length = min(SEQUENCE_LENGTH, loaded.config.max_position_embeddings)
-    packed = {name: pack_documents(tokenizer, texts, length) for name, texts in documents.items()}
+    packed = {name: domain.packed(tokenizer, length) for name, domain in domains.items()}
     network, weights = loaded.network, loaded.on_device(FLOAT32)
     bits, choices = {}, {}
     if packed:
@@ -124,6 +141,8 @@ def evaluate_model(
     data: Sequence[tuple[str, str]],
     choices: Sequence[tuple[str, str]],
     text_field: str,
+    chat: Sequence[str],
+    chat_template: Path | None,
     max_bytes: int,
     json_path: Path | None,
 ) -> None:
@@ -131,13 +150,18 @@ def evaluate_model(
     if not data and not choices:
         raise UserError("nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl")
     quiet_libraries()
-    documents = {name: _limited(Corpus(name=name, spec=spec, text_field=text_field), max_bytes) for name, spec in data}
+    domains = {
+        corpus.name: _Domain(
+            documents=_limited(corpus, max_bytes), chat=corpus.format == "chat", template=chat_template
+        )
+        for corpus in named_corpora(data, text_field, chat)
+    }
     questions = {name: read_questions(Path(file).expanduser()) for name, file in choices}
     models = [model] if against is None else [against, model]
-    figures = {name: _evaluate(name, documents, questions) for name in models}
+    figures = {name: _evaluate(name, domains, questions) for name in models}
     written: dict[str, list[dict]] = {"results": [], "choices": []}
-    if documents:
-        written["results"] = _bits_entries(figures, list(documents))
+    if domains:
+        written["results"] = _bits_entries(figures, list(domains))
     if questions:
         written["choices"], written["differences"] = _choices_entries(figures, list(questions))
     if json_path is not None:

@@ -141,6 +141,6 @@ def sample_page(model: Model, tokenizer: Tokenizer, samples: Samples) -> list[st
     """Each prompt with its greedy continuation."""
     merged = model.merged().looped()
     weights = merged.on_device(FLOAT32)
-    prompts = [[tokenizer.start_id, *ids] for ids in tokenizer.encode_documents(list(samples.prompts))]
+    prompts = [[tokenizer.start_id, *written.ids] for written in tokenizer.encode_marked(list(samples.prompts))]
     produced = generate(merged.network, weights, prompts, new_tokens=samples.new_tokens, end_ids=(tokenizer.end_id,))
     return [tokenizer.decode(ids[1:] + new) for ids, new in zip(prompts, produced, strict=True)]

@@ -11,6 +11,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.models.generate import Generation
 from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe.find import find_model
@@ -213,11 +214,7 @@ def chat_prompt(tokenizer: Tokenizer, prompt: str) -> str:
     """
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer in {tokenizer.directory} has no chat template: leave out --chat")
-    from transformers import AutoTokenizer
-
-    reader = AutoTokenizer.from_pretrained(tokenizer.directory)
-    turn = [{"role": "user", "content": prompt}]
-    return str(reader.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return ChatTemplate(tokenizer).render([{"role": "user", "content": prompt}], prompt=True)
 
 
 def generate_text(
@@ -243,10 +240,9 @@ def generate_text(
     directory = find_model(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
-    if chat:
-        ids = [tokenizer.encode(chat_prompt(tokenizer, prompt)) for prompt in prompts]
-    else:
-        ids = [[tokenizer.start_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    written = [chat_prompt(tokenizer, prompt) if chat else prompt for prompt in prompts]
+    start = [] if chat else [tokenizer.start_id]
+    ids = [[*start, *encoding.ids] for encoding in tokenizer.encode_marked(written)]
     generator = TextGenerator(
         tokenizer=tokenizer,
         model=loaded,

@@ -140,13 +140,18 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. `base` is a HF directory, a .gguf file or a hub id."""
+    """A whole run. `base` is a HF directory, a .gguf file or a hub id.
+
+    `chat_template`: a Jinja file that conversations are written by, and that is exported; by default the tokenizer's
+    own.
+    """
 
     name: str
     base: str
     domains: tuple[Domain, ...]
     stages: tuple[Stage, ...]
     vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
     precision: Precision = Precision(compute="bfloat16")
     evaluation: Evaluation = Evaluation()
     samples: Samples = Samples()

@@ -7,14 +7,15 @@ from pathlib import Path
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import clock, progress, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
-from cpt_jax.data.holdout import read_heldout
+from cpt_jax.data.holdout import heldout_documents, read_heldout
 from cpt_jax.data.prepare import read_manifest
-from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
+from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_conversations, pack_documents
 from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
-from cpt_jax.recipe.recipe import Export
+from cpt_jax.recipe.recipe import Domain, Export
 from cpt_jax.recipe.report import write_report
+from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 class Results(RunContext):
@@ -27,7 +28,7 @@ class Results(RunContext):
         stations = {"base": "base", "extended": "base-model", "export": "export"}
         trained = stations.get(stage_name, f"stage-{stage_name}")
         heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
-        inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout]
+        inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout, self.template_given()]
         self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
         self._collect()
 
@@ -37,8 +38,7 @@ class Results(RunContext):
         model = self.lineage.after(stage_name, weights)
         on_device = model.on_device(settings.precision)
         packed = {
-            domain.name: pack_documents(tokenizer, read_heldout(self._data(domain)), settings.sequence_length)
-            for domain in self.recipe.domains
+            domain.name: self._packed(domain, tokenizer, settings.sequence_length) for domain in self.recipe.domains
         }
         entries = []
         with progress(name, sum(len(documents) for documents in packed.values()), "rows", self.plan) as shown:
@@ -55,6 +55,12 @@ class Results(RunContext):
                     {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
                 )
         return entries
+
+    def _packed(self, domain: Domain, tokenizer: Tokenizer, sequence_length: int) -> PackedDocuments:
+        if domain.corpus.format == "chat":
+            conversations = heldout_documents(self._data(domain))
+            return pack_conversations(self.chat_encoder(tokenizer), conversations, sequence_length)
+        return pack_documents(tokenizer, read_heldout(self._data(domain)), sequence_length)
 
     def _collect(self) -> None:
         """eval.json: what has been evaluated so far, in the run's order."""

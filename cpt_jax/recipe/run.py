@@ -12,10 +12,11 @@ import jax
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.storage import atomic_directory
-from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
+from cpt_jax.core.storage import atomic_directory, write_text_atomic
+from cpt_jax.data.chat import prepare_corpus
+from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
-from cpt_jax.data.prepare import prepare, read_manifest
+from cpt_jax.data.prepare import read_manifest
 from cpt_jax.data.sources import SkipCounts, files_of
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
@@ -102,7 +103,12 @@ class Pipeline(Results):
         recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
         if recipe.vocabulary is None:
             inputs = ["unchanged", self.marks["base"]]
-            self._station("tokenizer", inputs, [tokenizer], lambda: _copy_tokenizer(self.source, tokenizer))
+
+            def copy() -> None:
+                _copy_tokenizer(self.source, tokenizer)
+                self._write_template(tokenizer)
+
+            self._station("tokenizer", [*inputs, self.template_given()], [tokenizer], copy)
             self._station("base-model", inputs, [base], lambda: _link_directory(self.source, base))
             return
         vocabulary = recipe.vocabulary
@@ -122,9 +128,11 @@ class Pipeline(Results):
                 tokenizer,
                 self.path / "fertility.json",
             )
+            self._write_template(tokenizer)
 
         outputs = [tokenizer, self.path / "fertility.json"]
-        self._station("tokenizer", [to_json(vocabulary), self.marks["base"], upstream], outputs, extend)
+        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given()]
+        self._station("tokenizer", inputs, outputs, extend)
         self._station(
             "base-model",
             [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
@@ -134,16 +142,20 @@ class Pipeline(Results):
             ),
         )
 
+    def _write_template(self, tokenizer: Path) -> None:
+        if (template := self.template_given()) is not None:
+            write_text_atomic(tokenizer / "chat_template.jinja", template)
+
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
 
         def tokenise() -> None:
             say(f"data: tokenising {domain.name}")
             skipped = SkipCounts()
-            texts = training_documents(domain.corpus, domain.heldout, out, skipped)
-            prepare(domain.name, texts, skipped, self.tokenizer, out)
+            documents = learnable_documents(domain.corpus, domain.heldout, out, skipped)
+            prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
 
-        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint]
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
         self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise)
 
     # Training

@@ -19,7 +19,7 @@ from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.recipe.recipe import Recipe
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 2
+FORMAT = 3
 
 
 def identity(path: Path) -> list:

@@ -43,6 +43,8 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:
             raise UserError(f"{path} cannot be read ({error}): fetch the tokenizer again") from error
+        # Text that speaks of a special token is text.
+        self._tokenizer.encode_special_tokens = True
 
     @functools.cached_property
     def document(self) -> dict:
@@ -74,7 +76,30 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The template of a chat, from its own file or tokenizer_config.json."""
         path = self.directory / "chat_template.jinja"
-        return path.read_text(encoding="utf-8") if path.exists() else self.settings.get("chat_template")
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        written = self.settings.get("chat_template")
+        if isinstance(written, list):
+            return {each["name"]: each["template"] for each in written}.get("default")
+        return written
+
+    @property
+    def named_special_tokens(self) -> dict[str, str]:
+        """The special tokens that have a name, as chat templates call them: bos_token, eos_token ..."""
+        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+        written = {name: self.settings.get(name) for name in names}
+        contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in written.items()}
+        return {name: content for name, content in contents.items() if content is not None}
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Tokens that are found in a text before anything else; the special ones among them only in a marked text."""
+        return [token["content"] for token in self.document["added_tokens"]]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Those of the added tokens that are no text."""
+        return [token["content"] for token in self.document["added_tokens"] if token["special"]]
 
     @functools.cached_property
     def size(self) -> int:
@@ -87,8 +112,17 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self.document, sort_keys=True).encode()).hexdigest()
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens around it."""
+        """Token ids of each text, without special tokens around or in it: their names are plain text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_marked(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Texts in which special tokens are meant as such (a chat template's); `ids`, and `offsets` in characters."""
+        return self._marked.encode_batch(texts, add_special_tokens=False)
+
+    @functools.cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        # What stands behind the model only adds special tokens, and trims spaces off the offsets.
+        return tokenizers.Tokenizer.from_str(json.dumps(self.document | {"post_processor": None}))
 
     def count(self, texts: Iterable[str]) -> collections.Counter[int]:
         """How often each token stands in the texts, a batch of them in memory at a time."""
@@ -111,8 +145,7 @@ class Tokenizer:
         return " " + text if inner and inner.startswith(SPACE) and not text.startswith(" ") else text
 
     def _special(self, name: str) -> int | None:
-        value = self.settings.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
+        content = self.named_special_tokens.get(name)
         return None if content is None else self._tokenizer.token_to_id(content)
 
     @functools.cached_property

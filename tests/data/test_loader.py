@@ -10,7 +10,7 @@ import pytest
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.packing import SplitDocuments
-from cpt_jax.data.prepare import prepare
+from cpt_jax.data.prepare import NOT_LEARNT, prepare
 from cpt_jax.data.sources import SkipCounts
 
 START, END = 0, 1
@@ -67,10 +67,22 @@ def test_a_target_is_the_next_token_of_the_same_document(directories):
 
 def test_a_long_document_is_split_and_every_token_predicted_once():
     tokens = np.arange(10, 60)
-    pieces = SplitDocuments(16, START, END, 0).flat_map(tokens)
+    pieces = SplitDocuments(16, (START, END), 0).flat_map((tokens, np.ones(50, bool)))
     assert max(len(piece["inputs"]) for piece in pieces) == 16
     np.testing.assert_array_equal(np.concatenate([piece["targets"] for piece in pieces]), [*tokens, END])
     np.testing.assert_array_equal(np.concatenate([piece["inputs"] for piece in pieces]), [START, *tokens])
+
+
+def test_weights_are_those_of_the_targets_and_follow_a_split():
+    """Of a conversation, framed by nothing but its template."""
+    learnt = np.zeros(50, bool)
+    learnt[20:23] = learnt[45:48] = True
+    pieces = SplitDocuments(16, None, 0).flat_map((np.arange(100, 150), learnt))
+    assert [piece["targets"].tolist()[0] for piece in pieces] == [117, 133], "the first piece teaches nothing"
+    for piece in pieces:
+        np.testing.assert_array_equal(piece["targets"], piece["inputs"] + 1)
+        np.testing.assert_array_equal(piece["weights"], learnt[piece["targets"] - 100])
+    assert sum(piece["weights"].sum() for piece in pieces) == learnt.sum()
 
 
 def test_two_epochs_lose_and_repeat_no_document(directories):
@@ -129,3 +141,42 @@ def test_the_seed_decides_the_order(directories):
 def test_wrong_mixtures_are_refused(directories, mixture, message):
     with pytest.raises(UserError, match=message):
         loader(directories, mixture, tokenizer="other" if "another" in message else "letters")
+
+
+class Numbered:
+    """Conversations as text: a token with a minus is a prompt's, and not learnt."""
+
+    fingerprint = "letters"
+
+    def encode_documents(self, texts):
+        return [[-int(t) | NOT_LEARNT if t.startswith("-") else int(t) for t in text.split()] for text in texts]
+
+
+def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories, tmp_path):
+    generator = random.Random(5)
+    chats = []
+    for number in range(9000, 9080):
+        turns = [f"-{number}"] * generator.randint(1, 200) + [str(number)] * generator.randint(1, 30)
+        chats.append(" ".join(turns * generator.randint(1, 2)))
+    manifest = prepare("chat", iter(chats), SkipCounts(), Numbered(), tmp_path, format="chat")
+    assert manifest.trained_tokens == sum(not token.startswith("-") for text in chats for token in text.split())
+    assert manifest.tokens == sum(len(text.split()) for text in chats)
+    mixture, places = {"zh": 0.5, "chat": 0.5}, directories | {"chat": tmp_path}
+    batches = loader(places, mixture)
+    first = [next(batches) for _ in range(30)]
+    state = json.dumps(batches.state())
+    expected = [next(batches) for _ in range(30)]
+    again = loader(places, mixture)
+    again.restore(json.loads(state))
+    for batch in expected:
+        other = next(again)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, other[name])
+    held = {name: np.concatenate([batch[name] for batch in first + expected]) for name in expected[0]}
+    chat = (held["domains"] == 1) & (held["segment_ids"] > 0)
+    # The mixture counts the tokens of the sequence, not those that are learnt.
+    assert abs(chat.sum() / (held["segment_ids"] > 0).sum() - 0.5) < 0.02
+    assert 0.05 < held["weights"][chat].mean() < 0.6
+    assert (held["weights"][(held["domains"] == 0) & (held["segment_ids"] > 0)] == 1).all()
+    assert not (held["inputs"][chat] < 9000).any(), "no start token before a conversation"
+    assert not (held["targets"][chat] < 9000).any(), "no end token behind it"

@@ -8,7 +8,7 @@ from inputs import english, write_jsonl
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
-from cpt_jax.data.prepare import decode_record, encode_record
+from cpt_jax.data.prepare import NOT_LEARNT, decode_record, encode_record, read_manifest
 from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
 
 TEXTS = ["first document", "второй", "第三 篇"]
@@ -103,4 +103,15 @@ def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):
 
 def test_records_come_back():
     for tokens in ([], [0], [1, 2**31 - 1, 5]):
-        assert decode_record(encode_record(tokens)).tolist() == tokens
+        ids, learnt = decode_record(encode_record(tokens))
+        assert ids.tolist() == tokens
+        assert learnt.all()
+        ids, learnt = decode_record(encode_record([token | NOT_LEARNT for token in tokens] + [7]))
+        assert ids.tolist() == [*tokens, 7]
+        assert learnt.tolist() == [False] * len(tokens) + [True]
+
+
+def test_an_older_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "zh", "tokens": 5}')
+    with pytest.raises(UserError, match="run `cpt data prepare` again"):
+        read_manifest(tmp_path)

@@ -11,6 +11,8 @@ from cpt_jax.cli import main
 from cpt_jax.cli.parser import ROWS
 from cpt_jax.vocab.init_rows import NAMED_ROWS
 
+CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -81,6 +83,26 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     assert cpt("generate", "--model", "grown", "--prompt", "the city", "--new-tokens", 3).startswith("the city")
 
 
+def test_conversations_are_prepared_and_evaluated(cpt, place, tiny_model):
+    talks = [
+        {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]}
+        for asked, answer in zip(english(40, seed=3), english(40, seed=4), strict=True)
+    ]
+    (place / "talk.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in [*talks, {"text": "the"}]))
+    (place / "chat.jinja").write_text(CHAT)
+    chat = ("--chat", "talk", "--chat-template", "chat.jinja")
+    inputs = ("talk=talk.jsonl", "en=en.jsonl")
+    out = cpt("data", "prepare", "--tokenizer", tiny_model, "--input", *inputs, *chat, "--out", "chats")
+    manifests = {name: json.loads((place / "chats" / name / "manifest.json").read_text()) for name in ("talk", "en")}
+    assert manifests["talk"]["records"] == 40
+    assert 0.3 < manifests["talk"]["trained_tokens"] / manifests["talk"]["tokens"] < 0.7
+    assert manifests["en"]["trained_tokens"] == manifests["en"]["tokens"]
+    assert "of them learnt); left out: 1 x no conversation" in out
+    cpt("eval", "--model", tiny_model, "--data", *inputs, *chat, "--json", "chat.json")
+    results = {result["domain"]: result for result in json.loads((place / "chat.json").read_text())["results"]}
+    assert results["talk"]["bytes"] == sum(len(answer.encode()) for answer in english(40, seed=4))
+
+
 def test_every_kind_of_rows_can_be_asked_for():
     assert set(ROWS) == {*NAMED_ROWS, "wechsel"}
 
@@ -131,6 +153,18 @@ WRONG = {
         ["model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--init", "wechsel", "--out", "x"],
         "give --vectors OLD.vec NEW.vec",
     ),
+    "chat as text": (
+        ["data", "prepare", "--tokenizer", "{model}", "--input", "talk=talk.jsonl", "--out", "refused"],
+        "no text field 'text' but a conversation: give --chat talk",
+    ),
+    "no chat template": (
+        ["data", "prepare", "--tokenizer", "{model}", "--input", "t=talk.jsonl", "--chat", "t", "--out", "refused"],
+        "has no chat template: give a Jinja file (--chat-template FILE)",
+    ),
+    "other chat": (
+        ["eval", "--model", "{model}", "--data", "t=talk.jsonl", "--chat", "talk"],
+        "--chat names 'talk', but the corpora are t",
+    ),
     "not named": (["eval", "--model", "{model}", "--data", "en.jsonl"], "is not NAME=SPEC"),
     "no run": (["export", "--run", "data", "--out", "x"], "no run's directory"),
 }
@@ -141,6 +175,8 @@ def test_wrong_input_exits_with_2(place, tiny_model, monkeypatch, capsys, argume
     import shutil
 
     monkeypatch.chdir(place)
+    talk = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "city"}]
+    (place / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     mixed = place / "mixed"
     if not mixed.exists():
         shutil.copytree(tiny_model, mixed)

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from inputs import english
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
-from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
+from cpt_jax.data.chat import ChatEncoder
+from cpt_jax.data.chat_template import ChatTemplate
+from cpt_jax.data.sources import Document
+from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_conversations, pack_documents
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 FLOAT32 = Precision(compute="float32")
+TEMPLATE = "{% for m in messages %}{{ m.role + ':\\n' + m.content + '<|im_end|>' }}{% endfor %}"
 
 
 def reference_nats(directory, tokenizer, documents) -> float:
@@ -53,6 +58,42 @@ def test_a_long_document_counts_every_token_once(tiny_model):
         # Half a window stands before every later one.
         assert packed.rows["positions"][counted].min() == 0
         assert np.count_nonzero(packed.rows["positions"][counted] < length // 2) == min(tokens, length // 2)
+
+
+def test_of_a_conversation_the_bytes_of_its_answers_are_counted(tiny_model, tmp_path):
+    """Against transformers, conversation by conversation; what ends a turn is not counted; long ones in windows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, model = Tokenizer(tiny_model), load_model(tiny_model)
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, tmp_path / "t.jinja"))
+    pairs = list(zip(english(6, seed=4), [*english(5, seed=5), " ".join(english(3, seed=6))], strict=True))
+    documents = [
+        Document("", "", ({"role": "user", "content": asked}, {"role": "assistant", "content": answer}))
+        for asked, answer in pairs
+    ]
+    unusable = Document("", "", ({"role": "assistant", "content": "the <|im_end|> city"},))
+    packed = pack_conversations(encoder, [*documents, unusable], 256)
+    result = bits_per_byte(model.network, model.on_device(FLOAT32), packed, batch_size=3, precision=FLOAT32)
+    reference, nats, count = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64), 0.0, 0
+    for asked, answer in pairs:
+        question, header = tokenizer.encode(f"user:\n{asked}"), tokenizer.encode("assistant:\n")
+        prompt = [*question, tokenizer.backend.token_to_id("<|im_end|>"), *header]
+        ids = [*prompt, *tokenizer.encode(answer)]
+        with torch.no_grad():
+            logits = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        places = range(len(prompt), len(ids))
+        nats -= sum(logits[place - 1, ids[place]].item() for place in places)
+        count += len(places)
+    size = sum(len(answer.encode()) for _, answer in pairs)
+    assert (result.bytes, result.tokens) == (size, count)
+    assert result.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    windows = pack_conversations(encoder, documents, 64)
+    assert windows.tokens == count
+    assert windows.bytes == size
+    with pytest.raises(UserError, match="none of 1 conversations to evaluate on can be used"):
+        pack_conversations(encoder, [unusable], 64)
 
 
 @pytest.mark.slow

@@ -343,7 +343,7 @@ def test_a_chat_and_the_end_of_its_turn(cpt, tmp_path):
     config = tiny_config()
     save(tmp_path / "model", config, random_weights(config), hf_config(config), tmp_path / "tokenizer")
     model, tokenizer = load_model(tmp_path / "model"), Tokenizer(tmp_path / "model")
-    ids = tokenizer.encode("<|im_start|>the city<|im_end|>")
+    [ids] = [encoding.ids for encoding in tokenizer.encode_marked(["<|im_start|>the city<|im_end|>"])]
     assert len(ids) == 2 + len(tokenizer.encode("the city"))
     [produced] = generate(model.network, model.on_device(FLOAT32), [ids], new_tokens=10)
     # The turn ends with what the model says at some time.
