@@ -4,10 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from cpt_jax.models.attention import Attention, Cache
 from cpt_jax.models.experts import Balance, Experts
+from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig
 from cpt_jax.models.norms import norm
 from cpt_jax.models.rope import Rotation
@@ -49,14 +50,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         angles: Rotation,
-        mask: Bool[Array, "B S K"],
+        visible: Visible,
         dtype: jnp.dtype,
         counted: Float[Array, "B S"],
         cache: Cache | None = None,
-        index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
-        attended, cache = self.attention(_normed(self.attention_norm, x), angles, mask, dtype, cache, index)
+        attended, cache = self.attention(_normed(self.attention_norm, x), angles, visible, dtype, cache)
         attended = _normed(self.attention_out_norm, attended)
         summed = constrain(x + attended, "batch", "sequence", "hidden")
         inputs = _normed(self.mlp_norm, x if self.parallel else summed)

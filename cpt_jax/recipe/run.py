@@ -150,6 +150,7 @@ class Pipeline(Results):
             seed = self.recipe.seed + index
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.unrolled(jax.default_backend() == "cpu")
+            model = model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
             loader = self._loader(stage, seed)
             self.lineage.forget()
             train(self._training(stage, model, loader, directory), self.plan)
