@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.attention import Cache, document_mask, within_window
+from cpt_jax.models.attention import Cache
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
+from cpt_jax.models.kernels.choice import AttentionChoice
+from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, drop_inputs
@@ -56,7 +58,8 @@ class DecoderConfig:
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
-    runs about a fifth faster on a CPU. `remat`: what the backward pass recomputes (None: nothing).
+    runs about a fifth faster on a CPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
+    names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type.
     """
 
     vocab_size: int
@@ -91,6 +94,7 @@ class DecoderConfig:
     layer_groups: LayerGroups = ()
     layer_loop: Literal["scan", "unroll"] = "scan"
     remat: Remat | None = None
+    attention: AttentionChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -145,43 +149,41 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S K"],
+        visible: Visible,
         dtype: jnp.dtype,
         *,
         lengths: Int[Array, "B S"] | None = None,
         counted: Float[Array, "B S"] | None = None,
         cache: Cache | None = None,
-        index: Int[Array, ""] | None = None,
         dropout_key: Array | None = None,
     ) -> Outputs:
         """Runs all layers.
 
         Args:
-          mask: which keys a query may see, windows apart.
+          visible: which keys a query may see; the layers' kinds are filled in here.
           lengths: of the tokens' documents, where rotations depend on it.
           counted: which tokens count for the experts' balance (default: all).
-          cache: of all layers; its keys begin at the row's beginning, this call's go in at `index`.
+          cache: of all layers; its keys begin at the row's beginning, this call's go in at `visible.index`.
           dropout_key: what adapters drop in training follows from it (default: they drop nothing).
         """
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
-        kinds = [
-            (rotation(positions, lengths, kind.rope), within_window(mask, kind.window, 0 if index is None else index))
-            for kind in config.layer_kinds
-        ]
+        rotations = [rotation(positions, lengths, kind.rope) for kind in config.layer_kinds]
         pattern = None
         if config.layer_pattern is not None:
             pattern = jnp.asarray(config.layer_pattern)
-            stacked_kinds = jax.tree.map(lambda *parts: jnp.stack(parts), *kinds)
+            stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
         def run(block: Block, x: Array, inputs: Any) -> tuple[Array, Any]:
             cache, kind, key = inputs
-            angles, mask = kinds[0] if kind is None else jax.tree.map(lambda each: each[kind], stacked_kinds)
+            angles, seen = rotations[0], visible
+            if kind is not None:
+                angles, seen = jax.tree.map(lambda each: each[kind], stacked), visible._replace(kind=kind)
             if key is not None:
                 drop_inputs(block, key)
-            x, cache, balance = block(x, angles, mask, dtype, counted, cache, index)
+            x, cache, balance = block(x, angles, seen, dtype, counted, cache)
             return x, (cache, balance)
 
         x, (cache, balance) = run_blocks(config, self.layers, x, (cache, pattern, keys), run)
@@ -248,12 +250,12 @@ def apply(
     weights: Tree,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None,
     *,
     compute_dtype: Any,
 ) -> Float[Array, "B S D"]:
     """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with
-    each."""
+    each. Without segments each row is one document, which some kernels compute faster."""
     return apply_with_balance(network, weights, tokens, positions, segment_ids, compute_dtype=compute_dtype)[0]
 
 
@@ -262,7 +264,7 @@ def apply_with_balance(
     weights: Tree,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None,
     counted: Float[Array, "B S"] | None = None,
     *,
     compute_dtype: Any,
@@ -272,15 +274,14 @@ def apply_with_balance(
 
     Only with a `dropout_key`, in training, adapters drop their inputs.
     """
-    mask = document_mask(segment_ids)
+    begins = None if segment_ids is None else document_begins(segment_ids)
     lengths = None
     if any(kind.rope.depends_on_length for kind in network.config.layer_kinds):
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        lengths = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+        lengths = document_lengths(jnp.zeros_like(positions) if begins is None else begins, positions)
     outputs = network.module(weights)(
         tokens,
         positions,
-        mask,
+        Visible(begins),
         jnp.dtype(compute_dtype),
         lengths=lengths,
         counted=counted,

@@ -14,6 +14,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.rope import DynamicNTK, LongRoPE
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
 
@@ -48,12 +49,12 @@ def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
         last: Int[Array, ""],
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads tokens into the places from `index` on; the logits are those after the one in place `last`."""
-        places, keys = index + jnp.arange(tokens.shape[1]), jnp.arange(cache.keys.shape[3])
+        places = index + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(places[None] - first[:, None], 0)
-        mask = (keys[None] <= places[:, None])[None] & (keys[None] >= first[:, None])[:, None]
+        visible = Visible(jnp.broadcast_to(first[:, None], tokens.shape), index=index)
         lengths = jnp.broadcast_to((last + 1 - first)[:, None], tokens.shape)
         module = network.module(weights)
-        outputs = module(tokens, positions, mask, dtype, lengths=lengths, cache=cache, index=index)
+        outputs = module(tokens, positions, visible, dtype, lengths=lengths, cache=cache)
         hidden = jax.lax.dynamic_index_in_dim(outputs.hidden, last - index, axis=1, keepdims=False)
         return module.logits(hidden, dtype), cast(Cache, outputs.cache)
 

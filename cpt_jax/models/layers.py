@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from cpt_jax.models.attention import Attention, Cache
 from cpt_jax.models.experts import Balance, Experts
+from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, applied
 from cpt_jax.models.norms import norm
 from cpt_jax.models.products import sum_type
@@ -63,14 +64,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         angles: Rotation,
-        mask: Bool[Array, "B S K"],
+        visible: Visible,
         dtype: jnp.dtype,
         counted: Float[Array, "B S"],
         cache: Cache | None = None,
-        index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
-        attended, cache = self.attention(x, angles, mask, dtype, cache, index, norm=_norm(self.attention_norm))
+        attended, cache = self.attention(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         attended = _norm(self.attention_out_norm)(attended)
         summed = constrain(x + attended, "batch", "sequence", "hidden")
         inputs, mlp_norm = x if self.parallel else summed, _norm(self.mlp_norm)

@@ -58,6 +58,8 @@ class RunContext:
             raise UserError(
                 f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
             )
+        for stage in self.recipe.stages:
+            model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

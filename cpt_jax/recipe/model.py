@@ -15,6 +15,7 @@ from cpt_jax.core.lazy import LazyArray, Slices, rows_of
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
+from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.models.remat import Remat
@@ -96,6 +97,23 @@ class Model:
     def looped(self) -> "Model":
         """This model compiled as a loop over its layers, which is quickly done."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None))
+
+    def attending(self, asked: AttentionChoice, length: int, dtype: Any) -> "Model":
+        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length`.
+
+        Raises:
+          UserError: the kernel cannot do it.
+        """
+        config = self.config
+        work = Work(
+            backend=jax.default_backend(),
+            length=length,
+            head_dim=config.head_dim,
+            windows=tuple(kind.window for kind in config.layer_kinds),
+            softcap=config.attention_softcap,
+            dtype=dtype,
+        )
+        return dataclasses.replace(self, config=dataclasses.replace(config, attention=kernel_for(asked, work)))
 
     def padded(self, multiple: int) -> "Model":
         """This model with each vocabulary table padded with zeros to a multiple of so many rows."""

@@ -9,6 +9,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import check_mixture
 from cpt_jax.data.sources import Corpus
+from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
@@ -157,6 +158,8 @@ class Recipe:
     samples: Samples = Samples()
     # In training, each vocabulary table is padded to a multiple of so many rows.
     pad_vocabulary_to: int = 128
+    # What computes attention in training; "auto" takes the best for the device, the rows and the type.
+    attention: AttentionChoice = "auto"
     export: Export = Export()
     seed: int = 0
 

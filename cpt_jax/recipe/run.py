@@ -174,6 +174,7 @@ class Pipeline(Results):
             seed = self.recipe.seed + index
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.for_training(jax.default_backend(), stage.remat)
+            model = model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
             loader = self._loader(stage, seed)
             self.lineage.forget()
             train(self._training(stage, model, loader, directory, seed), self.plan)

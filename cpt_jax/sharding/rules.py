@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.core.tree import Tree
 
@@ -25,7 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def partition_spec(logical_axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(logical_axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axes of an array; an axis whose size does not divide stays whole (9 heads over 8 chips)."""
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
@@ -57,4 +57,4 @@ def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, array.shape, mesh))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, array.shape, mesh))

@@ -1,0 +1,89 @@
+"""Which kernels can do a piece of attention, and which one is taken when none is named."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import jax.numpy as jnp
+
+from cpt_jax.core.errors import UserError
+
+Kernel = Literal["xla", "blocks", "cudnn", "triton", "splash"]
+AttentionChoice = Literal["auto", "xla", "blocks", "cudnn", "triton", "splash"]
+
+# In this order; where none of them can, the reference.
+PREFERRED: dict[str, tuple[Kernel, ...]] = {
+    "cpu": ("blocks",),
+    "gpu": ("triton", "cudnn", "blocks"),
+    "tpu": ("splash", "blocks"),
+}
+# From so many tokens a row on, blocks are taken unasked. On a CPU they make a step of SmolLM2's 30 layers a seventh faster
+# at 256 tokens, for 4 s more of compilation. On accelerators nothing was measured: memory decides.
+BLOCKS_FROM = {"cpu": 256, "gpu": 4096, "tpu": 4096}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a kernel is asked to do: rows of `length` tokens on a backend, layers with these windows."""
+
+    backend: str
+    length: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    softcap: float | None
+    dtype: jnp.dtype
+
+
+def within_rows(windows: tuple[int | None, ...], length: int) -> tuple[int | None, ...]:
+    """The windows without those that no row is longer than."""
+    return tuple(None if window is None or window >= length else window for window in windows)
+
+
+def _needs(kernel: Kernel, work: Work) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, what the kernel needs)."""
+    windowed = any(window is not None for window in within_rows(work.windows, work.length))
+    if kernel in ("cudnn", "triton"):
+        yield work.backend == "gpu", f"needs an NVIDIA GPU, this is a {work.backend}"
+        yield work.softcap is None, f"has no soft cap, the model's is {work.softcap}"
+    if kernel == "splash":
+        yield work.backend == "tpu", f"needs a TPU, this is a {work.backend}"
+    if kernel in ("cudnn", "triton", "splash"):
+        yield work.dtype == jnp.bfloat16, f"computes in bfloat16, not in {work.dtype.name}"
+    if kernel in ("triton", "splash"):
+        yield work.length % 128 == 0, f"wants rows of a multiple of 128 tokens, not {work.length}"
+    if kernel == "cudnn":
+        fits = work.head_dim % 8 == 0 and work.head_dim <= 128
+        yield fits, f"wants heads of a multiple of 8, up to 128, not {work.head_dim}"
+        yield work.length % 2 == 0, f"wants rows of an even number of tokens, not {work.length}"
+    if kernel == "triton":
+        yield 16 <= work.head_dim <= 128, f"wants heads of 16 to 128, not {work.head_dim}"
+        yield not windowed, f"has no windows, the model's are {work.windows}"
+
+
+def refusal(kernel: Kernel, work: Work) -> str | None:
+    """What the kernel needs and does not have here; None if it can do the work."""
+    return next((text for holds, text in _needs(kernel, work) if not holds), None)
+
+
+def kernel_for(asked: AttentionChoice, work: Work) -> Kernel:
+    """The kernel that is asked for, or with "auto" the one that `choose` names.
+
+    Raises:
+      UserError: the kernel that is asked for cannot do this.
+    """
+    if asked == "auto":
+        return choose(work)
+    if (why := refusal(asked, work)) is not None:
+        raise UserError(f"attention {asked!r} {why}: give 'auto', which takes {choose(work)!r} here")
+    return asked
+
+
+def choose(work: Work) -> Kernel:
+    """The kernel for this work. float64 is for checks, which go by the reference."""
+    if work.dtype == jnp.float64:
+        return "xla"
+    for kernel in PREFERRED.get(work.backend, ()):
+        unasked = kernel != "blocks" or work.length >= BLOCKS_FROM[work.backend]
+        if unasked and refusal(kernel, work) is None:
+            return kernel
+    return "xla"

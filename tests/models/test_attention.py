@@ -1,0 +1,231 @@
+"""Every kernel of attention against the reference: the result and each gradient, whatever rows hold."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inputs import random_weights, tiny_config
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.decoder import LayerKind, abstract_decoder, apply
+from cpt_jax.models.kernels import attend as attend_module
+from cpt_jax.models.kernels import gpu, tpu
+from cpt_jax.models.kernels.attend import attend
+from cpt_jax.models.kernels.blocks import CPU_BLOCK, blocks
+from cpt_jax.models.kernels.choice import PREFERRED, Work, choose, refusal
+from cpt_jax.models.kernels.reference import reference
+from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
+from cpt_jax.models.rope import Rope
+from cpt_jax.recipe.model import Model
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.placement import place
+from cpt_jax.sharding.rules import shardings
+
+LENGTH, HEAD = 256, 16
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+# (heads, key heads)
+HEADS = {"grouped": (4, 2), "one key head": (3, 1), "each its own": (2, 2)}
+# Documents that end within and at a block's edge, padding on the left, on the right, and one document.
+ROWS = np.stack(
+    [np.repeat([1, 2, 3, 4], [11, 117, 100, 28]), np.repeat([0, 1, 0], [130, 60, 66]), np.ones(LENGTH, np.int64)]
+)
+
+
+def inputs(heads: int, groups: int, length: int = LENGTH):
+    """(q, k, v, and what the result is multiplied with)."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = (heads, groups, groups, heads)
+    return [jax.random.normal(key, (3, size, length, HEAD)) for key, size in zip(keys, sizes, strict=True)]
+
+
+def result_and_gradients(function, q, k, v, w, visible: Visible):
+    def summed(q, k, v):
+        mixed = function(q, k, v, visible)
+        return (mixed * w).sum(), mixed
+
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return mixed, *gradients
+
+
+KERNELS = {
+    "blocks": lambda window, softcap, dtype: lambda *args: blocks(*args, (window,), softcap, dtype),
+    "splash": lambda window, softcap, dtype: functools.partial(
+        tpu.splash, window=window, softcap=softcap, dtype=dtype, interpret=True
+    ),
+    "triton": lambda window, softcap, dtype: functools.partial(gpu.triton, window=window, dtype=dtype, interpret=True),
+}
+# (kernel, heads, window, soft cap, packed rows)
+CASES = [
+    ("blocks", "grouped", None, None, True),
+    ("blocks", "grouped", 200, 2.0, False),
+    ("blocks", "one key head", 50, 2.0, True),
+    ("blocks", "each its own", None, None, False),
+    ("splash", "grouped", None, None, False),
+    ("splash", "grouped", 50, 2.0, True),
+    ("splash", "one key head", 200, None, True),
+    ("triton", "grouped", None, None, True),
+    ("triton", "one key head", None, None, False),
+]
+
+
+@pytest.mark.parametrize(("name", "heads", "window", "softcap", "packed"), CASES)
+def test_a_kernel_gives_the_reference_and_its_gradients(name, heads, window, softcap, packed):
+    visible = Visible(document_begins(jnp.asarray(ROWS)) if packed else None)
+    arrays = inputs(*HEADS[heads])
+    as_formula = lambda dtype: lambda *args: reference(*args, (window,), softcap, dtype)  # noqa: E731
+    exact = result_and_gradients(as_formula(FLOAT32), *arrays, visible)
+    found = result_and_gradients(KERNELS[name](window, softcap, FLOAT32), *arrays, visible)
+    for mine, expected in zip(found, exact, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    # In bfloat16 it is not further from float32 than the reference is, which rounds elsewhere.
+    rounded = result_and_gradients(as_formula(BFLOAT16), *arrays, visible)
+    found = result_and_gradients(KERNELS[name](window, softcap, BFLOAT16), *arrays, visible)
+    for mine, usual, expected in zip(found, rounded, exact, strict=True):
+        assert mine.dtype == FLOAT32
+        assert jnp.linalg.norm(mine - expected) < 1.5 * jnp.linalg.norm(usual - expected)
+
+
+@pytest.mark.parametrize("length", [40, CPU_BLOCK + 1])
+def test_blocks_take_rows_that_they_do_not_divide(length):
+    arrays, visible = inputs(4, 2, length), Visible(document_begins(jnp.asarray(ROWS[:, :length])))
+    expected = result_and_gradients(lambda *args: reference(*args, (None,), None, FLOAT32), *arrays, visible)
+    found = result_and_gradients(lambda *args: blocks(*args, (None,), None, FLOAT32), *arrays, visible)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_blocks_need_no_scores_of_a_whole_row():
+    q, k, v, _ = inputs(4, 2, 2048)
+
+    def temporaries(kernel: str) -> int:
+        call = functools.partial(attend, windows=(None,), softcap=None, dtype=BFLOAT16, kernel=kernel)
+        summed = jax.grad(lambda q, k, v: call(q, k, v, Visible(None)).sum(), argnums=(0, 1, 2))
+        return jax.jit(summed).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    one_head = 3 * 2048 * 2048 * 4
+    assert temporaries("blocks") < one_head < temporaries("xla")
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blocks"])
+def test_a_policy_that_keeps_the_result_by_name_saves_its_computation(kernel):
+    """Blocks: their loops run in the forward pass, and once in the backward pass, not twice."""
+    q, k, v, _ = inputs(4, 2)
+    call = functools.partial(attend, windows=(None,), softcap=None, dtype=FLOAT32, kernel=kernel)
+
+    def program(policy) -> str:
+        layer = jax.checkpoint(lambda q, k, v: jnp.sin(call(q, k, v, Visible(None))).sum(), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(layer, argnums=(0, 1, 2)))(q, k, v))
+
+    kept = program(jax.checkpoint_policies.save_only_these_names("attention_out"))
+    loops = {"xla": (0, 0), "blocks": (2, 3)}[kernel]
+    assert (kept.count("scan["), program(None).count("scan[")) == loops
+    assert "name=attention_out" in kept
+
+
+def test_documents_begin_and_end_where_their_ids_change():
+    begins = document_begins(jnp.array([[0, 0, 3, 3, 3, 1, 0, 0]]))
+    np.testing.assert_array_equal(begins, [[0, 0, 2, 2, 2, 5, 6, 6]])
+    lengths = document_lengths(begins, jnp.array([[0, 0, 0, 1, 2, 0, 0, 0]]))
+    np.testing.assert_array_equal(lengths, [[1, 1, 3, 3, 3, 1, 1, 1]])
+
+
+def windowed(**changes):
+    """A model of two kinds of layers, with what some kernels do not have."""
+    rope = Rope(theta=10_000.0, dim=8)
+    kinds = (LayerKind(rope=rope), LayerKind(rope=rope, window=50), LayerKind(rope=rope, window=5000))
+    sizes = dict(num_layers=3, layer_kinds=kinds, layer_pattern=(1, 2, 0), attention_softcap=3.0)
+    return tiny_config(**(sizes | changes))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [
+        ("blocks", dict(fsdp=2, tensor=2, replica=2)),
+        ("blocks", dict(fsdp=1, replica=2, tensor=4)),
+        ("splash", dict(fsdp=2, expert=2, tensor=2)),
+    ],
+    ids=str,
+)
+def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel, sizes, monkeypatch):
+    """Layers of several kinds under one scan; 2 key heads on 4 devices stay whole."""
+    splash = kernel == "splash"
+    if splash:
+        monkeypatch.setattr(attend_module.jax, "default_backend", lambda: "tpu")
+        run = lambda name, softcap, dtype: KERNELS[name](None, softcap, dtype)  # noqa: E731
+        monkeypatch.setattr(attend_module, "_static_kernel", run)
+    segments = jnp.asarray(np.concatenate([ROWS, ROWS[::-1], ROWS[:2]]))
+    tokens = jax.random.randint(jax.random.key(0), segments.shape, 3, 320)
+    positions = jnp.arange(LENGTH)[None] - document_begins(segments)
+    weights = random_weights(windowed())
+    mesh = make_mesh(**sizes)
+
+    def summed(network, weights):
+        dtype = "bfloat16" if splash else "float32"
+        hidden = apply(network, weights, tokens, positions, segments, compute_dtype=dtype)
+        return (hidden**2 * jnp.cos(jnp.arange(32.0))[None, None]).sum()
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(summed, abstract_decoder(windowed(attention="xla")))))(
+        jax.tree.map(jnp.asarray, weights)
+    )
+    network = abstract_decoder(windowed(attention=kernel))
+    where = shardings(network.logical_axes, network.shapes, mesh)
+    placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(functools.partial(summed, network)))(placed)
+    tolerance = 3e-2 if splash else 1e-4
+    np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
+    for path, leaf in flatten(found[1]).items():
+        reference_leaf = flatten(expected[1])[path]
+        atol = tolerance * float(jnp.abs(reference_leaf).max())
+        np.testing.assert_allclose(leaf, reference_leaf, atol=atol, err_msg=path)
+
+
+def work(**changes) -> Work:
+    usual = dict(backend="gpu", length=1024, head_dim=64, windows=(None,), softcap=None, dtype=BFLOAT16)
+    return Work(**(usual | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(backend="cpu"), "blocks"),
+        (dict(backend="cpu", length=128), "xla"),
+        (dict(backend="cpu", dtype=jnp.dtype("float64")), "xla"),
+        (dict(), "triton"),
+        (dict(windows=(None, 4096)), "triton"),
+        (dict(windows=(None, 512)), "cudnn"),
+        (dict(length=1000), "cudnn"),
+        (dict(softcap=50.0), "xla"),
+        (dict(softcap=50.0, length=8192), "blocks"),
+        (dict(dtype=FLOAT32), "xla"),
+        (dict(backend="tpu", softcap=50.0, windows=(512, None)), "splash"),
+        (dict(backend="tpu", length=1000), "xla"),
+        (dict(backend="another"), "xla"),
+    ],
+    ids=str,
+)
+def test_the_kernel_taken_unasked_can_do_the_work(changes, expected):
+    assert choose(work(**changes)) == expected
+    assert refusal(expected, work(**changes)) is None
+
+
+def test_a_run_takes_its_kernel_once():
+    config = tiny_config()
+    model = Model(config=config, weights=random_weights(config), hf_config={})
+    assert model.attending("auto", 1024, BFLOAT16).config.attention == "blocks"
+    assert model.attending("xla", 1024, BFLOAT16).config.attention == "xla"
+    with pytest.raises(UserError, match="attention 'splash' needs a TPU, this is a cpu"):
+        model.attending("splash", 1024, BFLOAT16)
+
+
+def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
+    q, k, v, _ = inputs(4, 2)
+    for kernel in {kernel for kernels in PREFERRED.values() for kernel in kernels} - {"blocks"}:
+        with pytest.raises(UserError, match=f"attention '{kernel}' needs an? .*, this is a cpu: give 'auto'"):
+            attend(q, k, v, Visible(None), windows=(None,), softcap=None, dtype=BFLOAT16, kernel=kernel)
+    assert refusal("triton", work(windows=(512,))) == "has no windows, the model's are (512,)"
+    assert refusal("cudnn", work(softcap=50.0)) == "has no soft cap, the model's is 50.0"
+    assert refusal("splash", work(backend="tpu", length=1000)) == "wants rows of a multiple of 128 tokens, not 1000"

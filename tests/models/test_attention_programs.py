@@ -1,0 +1,121 @@
+"""Kernels for devices that are not here: that they are in the program, and that a TPU's compiler takes it."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cpt_jax.models.kernels import attend as attend_module
+from cpt_jax.models.kernels.attend import attend
+from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.sharding.mesh import make_mesh
+
+BFLOAT16 = jnp.dtype("bfloat16")
+CASES = {
+    "cudnn, one document": ("cudnn", False, None, "__cudnn$fmhaSoftmax"),
+    "cudnn, window": ("cudnn", False, 50, "__cudnn$fmhaSoftmax"),
+    "cudnn, packed": ("cudnn", True, 50, "__cudnn$fmhaScaleBiasSoftmax"),
+    "triton, packed": ("triton", True, None, "__gpu$xla.gpu.triton"),
+}
+
+
+def gradient(kernel: str, window: int | None):
+    def summed(q, k, v, begins):
+        call = functools.partial(attend, windows=(window,), softcap=None, dtype=BFLOAT16, kernel=kernel)
+        return call(q, k, v, Visible(begins)).sum()
+
+    return jax.jit(jax.grad(summed, argnums=(0, 1, 2)))
+
+
+@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
+@pytest.mark.parametrize(("kernel", "packed", "window", "call"), CASES.values(), ids=CASES)
+def test_the_gpu_kernels_are_in_the_program(kernel, packed, window, call, meshed, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attend_module.jax, "default_backend", lambda: "gpu")
+    q, k = (jax.ShapeDtypeStruct((4, heads, 256, 64), jnp.float32) for heads in (4, 2))
+    begins = jax.ShapeDtypeStruct((4, 256), jnp.int32) if packed else None
+    with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2) if meshed else make_mesh(jax.devices()[:1])):
+        text = gradient(kernel, window).trace(q, k, k, begins).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(__[\w$.]+)", text)
+    assert call in calls
+    # Forward and backward: one call each for cuDNN; for Triton the sums before the backward pass too.
+    assert len(calls) == (3 if kernel == "triton" else 2), calls
+    assert window is None or packed or f"sliding_window_length\\22: {window}" in text
+    # Each device has its own rows and heads.
+    assert ("tensor<1x256x2x64xbf16>" if meshed else "tensor<4x256x4x64xbf16>") in text
+
+
+ON_TPU = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from cpt_jax.models.kernels.attend import attend
+from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.rules import partition_spec
+
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = make_mesh(topology.devices, fsdp=2, tensor=2)
+jax.default_backend = lambda: "tpu"
+cases = [((8, 2), 64, (None,), None), ((9, 3), 64, (None,), None), ((8, 4), 128, (512, None), 50.0), ((4, 2), 256, (None,), None)]
+for (heads, groups), head_dim, windows, softcap in cases:
+    def array(dtype, **named):
+        axes, shape = tuple(named), tuple(named.values())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes, shape, mesh)))
+    q, k = (array(jnp.float32, batch=4, heads=number, sequence=2048, hidden=head_dim) for number in (heads, groups))
+    begins, kind = array(jnp.int32, batch=4, sequence=2048), array(jnp.int32)
+    def summed(kernel, q, k, v, begins, kind):
+        options = dict(windows=windows, softcap=softcap, dtype=jnp.bfloat16, kernel=kernel)
+        return (attend(q, k, v, Visible(begins, kind), **options) ** 2).sum()
+    with jax.set_mesh(mesh):
+        sizes = {}
+        for kernel in ("splash", "xla"):
+            gradient = jax.jit(jax.grad(functools.partial(summed, kernel), argnums=(0, 1, 2)))
+            compiled = gradient.trace(q, k, k, begins, kind).lower(lowering_platforms=("tpu",)).compile()
+            sizes[kernel] = compiled.memory_analysis().temp_size_in_bytes
+            if kernel == "splash":
+                text = compiled.as_text()
+                for part in ("fwd", "dq", "dkv"):
+                    assert f"splash_mha_{part}_segmented" in text, part
+    print(heads, groups, head_dim, windows, {name: f"{size / 2**20:.0f} MiB" for name, size in sizes.items()})
+    assert sizes["splash"] < sizes["xla"] / 10
+"""
+
+
+@pytest.mark.slow
+def test_a_tpus_compiler_takes_splash_attention_on_a_mesh():
+    """For 2 x 2 chips that nobody has to have: libtpu compiles ahead of time (pip install "jax[tpu]")."""
+    libtpu = pytest.importorskip("libtpu")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
+    }
+    done = subprocess.run([sys.executable, "-c", ON_TPU], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("window", [[], ["--window", "50"]], ids=["no window", "window"])
+def test_on_a_gpu_its_kernels_are_as_near_to_float32_as_the_reference(window, tmp_path):
+    """In a process of its own: the tests' devices are fake CPUs."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "benchmarks.attention", "--lengths", "256", "--batch", "2", "--repeats", "1"]
+    command += ["--compute", "bfloat16", "--out", str(tmp_path / "out.json"), *window]
+    subprocess.run(command, env=environment, check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    done = {(row["kernel"], row["packed"]): row["distance_from_float32"] for row in rows if "refused" not in row}
+    assert {"cudnn"} | (set() if window else {"triton"}) <= {kernel for kernel, _ in done}
+    for (kernel, packed), distance in done.items():
+        assert distance < 1.5 * done["xla", packed], (kernel, packed)
