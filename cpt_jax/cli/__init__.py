@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from cpt_jax.cli.parser import parser
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> None:
         commands.error(f"unrecognized arguments: {' '.join(rest)}")
     # Libraries' own logging would tear the progress display.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # JAX's variable: programs that took more than a second to compile are kept for the next run.
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "cpt_jax" / "compiled"))
     try:
         arguments.function(arguments, rest)
     except UserError as error:

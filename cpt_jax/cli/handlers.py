@@ -27,6 +27,9 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "watch",
         "new_tokens",
         "method",
+        "optimizer",
+        "anchor",
+        "mean_teacher",
         "tokens",
         "replay_share",
         "text_field",
@@ -113,7 +116,8 @@ def model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.inspect_command import method_named, model_inspect
 
     method = method_named(arguments.method, arguments.rank, arguments.targets)
-    model_inspect(find_model(arguments.model), method=method, new_tokens=arguments.new_tokens, json_path=arguments.json)
+    settings = _named(arguments, "optimizer", "new_tokens")
+    model_inspect(find_model(arguments.model), method=method, json_path=arguments.json, **settings)
 
 
 def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -20,6 +20,9 @@ ROWS = (
     "distilled",
 )
 
+# Optimizers (`optim.optimizer.OPTIMIZERS`), named here for the same reason.
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+
 
 def _named_spec(text: str) -> tuple[str, str]:
     name, separator, spec = text.partition("=")
@@ -112,7 +115,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)"
     )
-    sub.add_argument("--method", choices=("lora", "full", "embeddings"), default="lora")
+    sub.add_argument("--method", choices=("lora", "dora", "full", "embeddings", "expand"), default="lora")
+    sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
+    sub.add_argument("--mean-teacher", type=float, metavar="WEIGHT", help="of staying near the moving average's")
     sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
     sub.add_argument(
         "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
@@ -214,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--model", required=True)
     sub.add_argument("--method", choices=("lora", "full", "embeddings", "all-embeddings"), help="show what it trains")
+    sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="whose state is counted")
     sub.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
     sub.add_argument("--targets", nargs="+", default=[], metavar="LINEAR", help="of LoRA (default: all)")
     sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")

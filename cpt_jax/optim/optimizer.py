@@ -242,3 +242,5 @@ class Muon(Grouped):
 
 
 Optimizer = AdamW | Adafactor | Lion | Muon
+# By the names that the command line has for them.
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adafactor": Adafactor, "lion": Lion, "muon": Muon}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
@@ -17,9 +17,10 @@ from cpt_jax.data.sources import Corpus, SkipCounts, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
-from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.recipe import Domain, Recipe, Role, Samples, Stage, Vocabulary
+from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -86,12 +87,30 @@ def _training_tokens(sample: TextSample, new_share: float, given: int | None, on
     return limit, f"a limit for {'a CPU' if on_cpu else 'this accelerator'}: more is better, give --tokens"
 
 
-def _method(name: str, grows: bool) -> Method:
-    if name == "lora":
-        return LoRA(rank=16, alpha=32, new_rows=grows)
-    if name == "full":
-        return Full()
-    return Embeddings(rows="new" if grows else "all")
+def _method(name: str, grows: bool, layers: int) -> Method:
+    if name in ("lora", "dora"):
+        return LoRA(rank=16, alpha=32, new_rows=grows, dora=name == "dora")
+    if name == "expand":
+        # LLaMA Pro adds 8 blocks to 32.
+        return Expand(blocks=max(1, layers // 4))
+    return Full() if name == "full" else Embeddings(rows="new" if grows else "all")
+
+
+def _optimizer(name: str, method: str, size: int) -> Optimizer:
+    # LoRA's rate falls with size: 2e-3 was found best at 135M; 2e-4 is what others use at 7B, and for added blocks.
+    adapters = 2e-3 if size < 5e8 else 5e-4 if size < 3e9 else 2e-4
+    peak = {"lora": adapters, "dora": adapters, "full": 5e-5, "embeddings": 5e-3, "expand": 2e-4}[method]
+    rows = 2.5 if method in ("lora", "dora") else 1.0
+    # Lion's steps are whole ones; the new rows get AdamW in any case.
+    slower = 5 if name == "lion" else 1
+    return OPTIMIZERS[name](learning_rate=peak / slower, new_rows_multiplier=rows * slower)
+
+
+def _retention(anchor: float | None, mean_teacher: float | None, replayed: Sequence[str]) -> tuple[Retention, ...]:
+    """Teachers, over the replayed text where there is any."""
+    domains = tuple(replayed) or None
+    given = ((Anchor, anchor), (MeanTeacher, mean_teacher))
+    return tuple(kind(weight=weight, domains=domains) for kind, weight in given if weight is not None)
 
 
 def adapt_recipe(
@@ -102,6 +121,9 @@ def adapt_recipe(
     watch: Sequence[tuple[str, str]],
     new_tokens: int | None,
     method: str,
+    optimizer: str,
+    anchor: float | None,
+    mean_teacher: float | None,
     tokens: int | None,
     replay_share: float,
     text_field: str,
@@ -138,9 +160,6 @@ def adapt_recipe(
         if on_cpu
         else dict(batch_size=8 * jax.device_count(), sequence_length=2048)
     )
-    main_method = _method(method, pieces > 0)
-    # LoRA's rate falls with size: 2e-3 was found best at 135M; 2e-4 is what others use at 7B.
-    peak = {"lora": 2e-3 if size < 5e8 else 5e-4 if size < 3e9 else 2e-4, "full": 5e-5, "embeddings": 5e-3}[method]
     stages = []
     if pieces and method != "embeddings":
         only_new = {name: 1 / len(new) for name, _ in new}
@@ -157,12 +176,13 @@ def adapt_recipe(
     stages.append(
         Stage(
             name=method,
-            method=main_method,
+            method=_method(method, pieces > 0, network.config.num_layers),
             mixture=mixture,
             tokens=total - sum(stage.tokens for stage in stages),
-            optimizer=AdamW(learning_rate=peak, new_rows_multiplier=2.5 if method == "lora" else 1.0),
+            optimizer=_optimizer(optimizer, method, size),
             schedule=Cosine(),
             ema=EMA(decay=0.98 if on_cpu else 0.999),
+            retention=_retention(anchor, mean_teacher, [name for name, _ in replay if share]),
             **shape,
         )
     )

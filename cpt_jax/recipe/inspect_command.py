@@ -12,16 +12,21 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.linear import LINEARS
+from cpt_jax.optim.optimizer import OPTIMIZERS
 from cpt_jax.recipe.report import text_table
+from cpt_jax.training.memory import stage_memory
 
 HEADER = ("weight", "shape", "type in files", "axes", "parameters", "MB")
 
 
-def model_inspect(directory: Path, *, method: Method | None, new_tokens: int, json_path: Path | None) -> None:
+def model_inspect(
+    directory: Path, *, method: Method | None, optimizer: str, new_tokens: int, json_path: Path | None
+) -> None:
     """Prints the configuration and the table of parameters, from config.json and the files' headers alone.
 
     Args:
       method: shows which weights it trains, and adds its adapters to the table.
+      optimizer: whose state is counted, by its name in `OPTIMIZERS`.
       new_tokens: rows that the vocabulary would gain.
     """
     hf_config = read_config(directory)
@@ -55,10 +60,15 @@ def model_inspect(directory: Path, *, method: Method | None, new_tokens: int, js
     print(_table(weights, method is not None))
     memory = sum(row["bytes"] for row in weights)
     print(f"in memory: {memory / 1e6:,.1f} MB of weights", end="")
-    # Adam's two moments and the gradient, float32.
-    print("" if method is None else f", {12 * trained / 1e6:,.1f} MB of gradients and AdamW's moments")
+    summary = {"model_type": hf_config["model_type"], "parameters": total, "trained": trained, "bytes": memory}
+    if method is not None:
+        settings = OPTIMIZERS[optimizer](learning_rate=1.0)
+        stage = stage_memory(network, method.trains, settings, precision=default_precision())
+        print(f", {stage.gradients / 1e6:,.1f} MB of gradients, {stage.optimizer / 1e6:,.1f} MB of {optimizer}'s state")
+        summary |= {"gradient_bytes": stage.gradients, "optimizer_bytes": stage.optimizer}
+    else:
+        print()
     if json_path is not None:
-        summary = {"model_type": hf_config["model_type"], "parameters": total, "trained": trained, "bytes": memory}
         write_json_atomic(json_path, summary | {"weights": weights})
 
 

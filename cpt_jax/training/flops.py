@@ -42,7 +42,7 @@ def token_flops(
     layers, head = _by_layer(network), _head_products(config)
     attention = [4.0 * config.num_heads * config.head_dim * keys for keys in _visible_keys(config, sequence_length)]
     paths = flatten(network.shapes)
-    begins = _first_to_train(network, trains)
+    begins = first_to_train(network, trains)
     forward = sum(sum(layer.values()) for layer in layers) + sum(attention) + sum(head.values())
     # A layer below which, and in which, nothing trains has no backward pass.
     activations = sum(
@@ -92,7 +92,7 @@ def _visible_keys(config: DecoderConfig, length: int) -> list[float]:
     return found
 
 
-def _first_to_train(network: Network, trains: Callable[[str], bool]) -> int:
+def first_to_train(network: Network, trains: Callable[[str], bool]) -> int:
     """The number of the first layer that needs a backward pass: of the first that has a weight that trains, or 0 where
     the input's table does."""
     config, paths = network.config, list(flatten(network.shapes))

@@ -40,7 +40,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_does_not_train_is_bit_identical_and_the_rest_moves(directories, tmp_path, method):
-    run = training(directories, tmp_path, method, steps=3)
+    run = training(directories, tmp_path, method, steps=20)
     before = jax.tree.map(np.copy, run.weights)
     train(run)
     trained = flatten(read_trained(tmp_path / "checkpoints")["last"])

@@ -1,0 +1,104 @@
+"""What a stage takes in memory, on paper: before anything is placed or compiled."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.tree import Tree, flatten, partition, unflatten
+from cpt_jax.models.cross_entropy import CHUNK_TOKENS
+from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import Optimizer
+from cpt_jax.training.flops import first_to_train
+
+
+class StageMemory(NamedTuple):
+    """Bytes, of all devices together.
+
+    weights: what trains in float32, the rest in the compute type; optimizer: its state; average: the EMA's; gradients:
+    of what trains, float32; activations: what the layers keep for the backward pass; logits: of one chunk of tokens,
+    with their gradient.
+    """
+
+    weights: int
+    optimizer: int
+    average: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def held(self) -> int:
+        """Between steps."""
+        return self.weights + self.optimizer + self.average
+
+    @property
+    def temporary(self) -> int:
+        """At most, within a step: all activations are there before the first gradient is, and the logits go first."""
+        return self.activations + max(self.gradients, self.logits)
+
+
+def stage_memory(
+    network: Network,
+    trains: Callable[[str], bool],
+    optimizer: Optimizer,
+    *,
+    ema: EMA | None = None,
+    precision: Precision,
+    rows: int = 0,
+    sequence_length: int = 0,
+    scores: bool = False,
+) -> StageMemory:
+    """The memory of a stage whose step, or part of a step, takes `rows` rows of `sequence_length` tokens.
+
+    Args:
+      scores: the reference attention keeps all weights of its softmax; kernels keep a number a query.
+    """
+    trainable, frozen = partition(network.shapes, trains)
+    weights = sum(4 * leaf.size for leaf in flatten(trainable).values())
+    weights += sum(precision.dtype_of(path).itemsize * leaf.size for path, leaf in flatten(frozen).items())
+    size = sum(leaf.size for leaf in flatten(trainable).values())
+    state = jax.eval_shape(optimizer.build(trainable).init, _in_float32(trainable))
+    tokens, kept = rows * sequence_length, network.config.num_layers - first_to_train(network, trains)
+    a_token = _layer_bytes(network, precision.dtype.itemsize, sequence_length if scores else 0)
+    return StageMemory(
+        weights=weights,
+        optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        average=0 if ema is None else 4 * size,
+        gradients=4 * size,
+        activations=tokens * kept * a_token,
+        logits=min(tokens, CHUNK_TOKENS) * _logit_bytes(network.config, precision.dtype.itemsize),
+    )
+
+
+def _in_float32(trainable: Tree) -> Tree:
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in flatten(trainable).items()}
+    return unflatten(shapes)
+
+
+def _layer_bytes(network: Network, item: int, keys: int) -> int:
+    """What one layer keeps of a token without rematerialisation: see `models.remat.recomputed`."""
+    config = network.config
+    queries, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    # The residual stream before attention and feed-forward, float32.
+    kept = 4 * config.hidden_size * (1 if config.parallel_residual else 2)
+    # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
+    kept += item * (queries + 2 * groups + queries)
+    kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
+    if config.qk_norm is not None:
+        kept += 4 * (queries + groups)
+    if config.norm_placement in ("after", "both"):
+        kept += 8 * config.hidden_size
+    inner = config.intermediate_size * (1 if config.experts is None else config.experts.per_token)
+    kept += item * inner * (2 if config.gated else 1)
+    # Adapters: the products with A, float32, and rounded.
+    ranks = [leaf.shape[-1] for path, leaf in flatten(network.shapes).items() if path.endswith("/lora_a")]
+    return kept + (4 + item) * sum(ranks) // max(1, len(config.layer_groups))
+
+
+def _logit_bytes(config: DecoderConfig, item: int) -> int:
+    """Of a token: its logits, their exponentials, and their gradient."""
+    return (8 + item) * sum(config.padded(rows) for rows in config.table_rows.values())

@@ -1,0 +1,79 @@
+"""Memory on paper against what the program keeps."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from inputs import tiny_config
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
+from cpt_jax.core.precision import Precision
+from cpt_jax.core.tree import combine, flatten, partition
+from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.training.loss import make_loss
+from cpt_jax.training.memory import stage_memory
+
+ROWS, LENGTH = 2, 256
+SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
+
+
+def kept_by_layers(config, method, compute) -> int:
+    """Bytes that the layers' loops hand on to their backward passes."""
+    network = abstract_decoder(config, method.lora_config())
+    trainable, frozen = partition(network.shapes, method.trains)
+    rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    names = ("inputs", "targets", "positions", "segment_ids", "domains")
+    batch = dict.fromkeys(names, rows) | {"weights": jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32)}
+    loss = make_loss(network, compute, method.trains, ("text",))
+
+    def objective(trainable, frozen, batch):
+        return loss(combine(trainable, frozen), batch)[0]
+
+    traced = jax.make_jaxpr(jax.grad(objective))(trainable, frozen, batch).jaxpr
+    program = dce_jaxpr(traced, [True] * len(traced.outvars))[0]
+    kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
+    for loop in loops:
+        of_layers = loop.params["length"] in (config.num_layers, *dict(config.layer_groups).values())
+        if of_layers and not loop.params["reverse"]:
+            stacked = loop.outvars[loop.params["num_carry"] :]
+            kept += sum(each.aval.size * each.aval.dtype.itemsize for each in stacked)
+    return kept
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["xla", "blocks"])
+@pytest.mark.parametrize(
+    "method",
+    [Full(), LoRA(rank=4, alpha=8), Embeddings(rows="all"), ByPath(patterns=("layers/*",), layers=(4, 6))],
+    ids=["full", "lora", "rows", "the last layers"],
+)
+def test_layers_keep_what_is_on_paper(method, attention, compute):
+    config = method.layout(tiny_config(**SIZES, attention=attention))
+    paper = stage_memory(
+        abstract_decoder(config, method.lora_config()),
+        method.trains,
+        AdamW(learning_rate=1.0),
+        precision=Precision(compute=compute),
+        rows=ROWS,
+        sequence_length=LENGTH,
+        scores=attention == "xla",
+    )
+    assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
+
+
+def test_what_is_held_between_steps():
+    config, method = tiny_config(**SIZES, new_rows=8), LoRA(rank=4, alpha=8)
+    network = abstract_decoder(config, method.lora_config())
+    trained = sum(leaf.size for path, leaf in flatten(network.shapes).items() if method.trains(path))
+    norms = sum(leaf.size for path, leaf in flatten(network.shapes).items() if path.endswith("/scale"))
+    total = sum(leaf.size for leaf in flatten(network.shapes).values())
+    paper = stage_memory(
+        network, method.trains, AdamW(learning_rate=1.0), ema=EMA(), precision=Precision(compute="bfloat16")
+    )
+    assert paper.weights == 4 * trained + 4 * norms + 2 * (total - trained - norms)
+    assert paper.average == paper.gradients == 4 * trained
+    assert paper.optimizer == pytest.approx(8 * trained, abs=64)
+    assert paper.held == paper.weights + paper.optimizer + paper.average
+    assert paper.temporary == paper.gradients
