@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--width", type=int, default=576)
     arguments = parser.parse_args()
-    results, lines = [], ["| vocabulary | precision | loss | seconds | MB | error of loss | of gradients |", "|" + "---|" * 7]
+    results, lines = (
+        [],
+        ["| vocabulary | precision | loss | seconds | MB | error of loss | of gradients |", "|" + "---|" * 7],
+    )
     for vocabulary in VOCABULARIES:
         generator = np.random.default_rng(0)
         hidden = generator.standard_normal((arguments.tokens, arguments.width), np.float32)
@@ -99,7 +102,11 @@ def main() -> None:
                 name = function.__name__
                 results.append({"vocabulary": vocabulary, "compute": dtype, "loss": name, **found})
                 shown = [f"{vocabulary:,}", dtype, name, f"{found['seconds']:.2f}", f"{found['bytes'] / 1e6:,.0f}"]
-                shown += [f"{found['loss_error']:.0e}", ", ".join(f"{e:.0e}" for e in found["gradient_errors"])] if dtype == "float32" else ["", ""]
+                shown += (
+                    [f"{found['loss_error']:.0e}", ", ".join(f"{e:.0e}" for e in found["gradient_errors"])]
+                    if dtype == "float32"
+                    else ["", ""]
+                )
                 lines.append("| " + " | ".join(shown) + " |")
                 say(lines[-1])
     print("\n".join(lines))

@@ -111,7 +111,17 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.batch = arguments.tokens // arguments.length
     quiet_libraries()
-    header = ("layers", "method", "s a step", "of full", "FLOPs of full", "held MB", "on paper", "temporaries MB", "on paper")
+    header = (
+        "layers",
+        "method",
+        "s a step",
+        "of full",
+        "FLOPs of full",
+        "held MB",
+        "on paper",
+        "temporaries MB",
+        "on paper",
+    )
     lines, results = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)], []
     for loop in ("unroll", "scan"):
         full = None

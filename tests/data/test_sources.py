@@ -25,7 +25,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     from array_record.python.array_record_module import ArrayRecordWriter
 
     plain = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     pyarrow.parquet.write_table(pa.table({"text": TEXTS, "other": [1, 2, 3]}), tmp_path / "a.parquet")
@@ -60,7 +60,7 @@ def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
         ("empty.jsonl", b"", "it is empty"),
         ("bad.jsonl", b'{"body": "x"}\n', "1 x no text field 'text'"),
         ("data.csv", b"a,b\n", "no known format"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100)[:-20], "truncated"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-20], "truncated"),
         ("cut.parquet", b"PAR1xxxx", "no Parquet file"),
     ],
 )
