@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from cpt_jax.checkpoint.train_state import read_trained
-from cpt_jax.core.tree import flatten
+from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.linear import ADAPTER_LEAVES
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
 
 
 class Lineage:
-    """The models of one run. The last one asked for is kept: the next station often needs it again.
+    """The models of one run. The last one asked for is kept: the next station often needs it again; and what the last
+    stage trained, which needs not be read from its checkpoint then.
 
     Args:
       source: the base as it came.
@@ -20,14 +21,19 @@ class Lineage:
     def __init__(self, recipe: Recipe, path: Path, source: Path, base_rows: int) -> None:
         self.recipe, self.path, self.source, self.base_rows = recipe, path, source, base_rows
         self._kept: tuple[str, Model] | None = None
+        self._trained: dict[str, dict[str, Tree]] = {}
 
     def directory(self, index: int, stage: Stage) -> Path:
         """Where a stage writes."""
         return self.path / "stages" / f"{index + 1}-{stage.name}"
 
+    def remember(self, stage: Stage, trained: dict[str, Tree]) -> None:
+        """What a stage trained, as `read_trained` would read it."""
+        self._trained = {stage.name: trained}
+
     def forget(self) -> None:
-        """Gives the kept model's memory back."""
-        self._kept = None
+        """Gives the memory back."""
+        self._kept, self._trained = None, {}
 
     def extended(self) -> Model:
         """The base as the stages begin with it; rows for new pieces are leaves of their own."""
@@ -53,7 +59,7 @@ class Lineage:
         index = names.index(stage_name)
         stage = self.recipe.stages[index]
         before = self.after(names[index - 1] if index else "extended", "last")
-        trained = read_trained(self.directory(index, stage) / "checkpoints")
+        trained = self._trained.get(stage_name) or read_trained(self.directory(index, stage) / "checkpoints")
         return before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
 
     def trained_paths(self) -> set[str]:

@@ -177,7 +177,8 @@ class Pipeline(Results):
             model = model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
             loader = self._loader(stage, seed)
             self.lineage.forget()
-            train(self._training(stage, model, loader, directory, seed), self.plan)
+            trained = train(self._training(stage, model, loader, directory, seed), self.plan)
+            self.lineage.remember(stage, trained)
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
         inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]

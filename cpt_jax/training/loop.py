@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cpt_jax.checkpoint.train_state import Checkpoints
+from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import Plan, progress
@@ -115,10 +115,10 @@ def _frozen(leaf: Any, path: str, precision: Precision, sharding: NamedSharding)
     return jax.jit(quantise, static_argnums=1, donate_argnums=0)(placed, precision.frozen_kernels)
 
 
-def train(training: Training, plan: Plan | None = None) -> None:
+def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     """Trains a stage to its end; a stage that was interrupted continues from its newest checkpoint, bit for bit.
 
-    Writes `directory`/checkpoints and `directory`/metrics.jsonl.
+    Writes `directory`/checkpoints and `directory`/metrics.jsonl, and returns what `read_trained` would read there.
     """
     program = training.program()
     trainable, frozen = place_weights(training.weights, training.trains, training.precision, program.where)
@@ -133,11 +133,15 @@ def train(training: Training, plan: Plan | None = None) -> None:
     profile = Profile(training.profiled, training.directory / "profile")
     try:
         with jax.set_mesh(training.mesh):
-            _steps(training, program, state, (frozen, start), checkpoints, metrics_file, profile, plan)
+            state = _steps(training, program, state, (frozen, start), checkpoints, metrics_file, profile, plan)
     finally:
         profile.close()
         metrics_file.close()
         checkpoints.close()
+    if jax.process_count() > 1:
+        return read_trained(training.directory / "checkpoints")
+    trained = {"last": state.trainable} | ({} if state.average is None else {"ema": state.average})
+    return jax.tree.map(np.asarray, trained)
 
 
 def _steps(
@@ -149,7 +153,7 @@ def _steps(
     metrics_file: MetricsFile,
     profile: Profile,
     plan: Plan | None,
-) -> None:
+) -> TrainState:
     batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"]))
     first, controls = int(state.step), training.controls()
     waiting: tuple[int, dict[str, jax.Array]] | None = None
@@ -192,3 +196,4 @@ def _steps(
             read(*waiting)
     checkpoints.save(state, loader_state)
     checkpoints.wait()
+    return state

@@ -42,8 +42,9 @@ METHODS = {
 def test_what_does_not_train_is_bit_identical_and_the_rest_moves(directories, tmp_path, method):
     run = training(directories, tmp_path, method, steps=20)
     before = jax.tree.map(np.copy, run.weights)
-    train(run)
+    returned = train(run)
     trained = flatten(read_trained(tmp_path / "checkpoints")["last"])
+    jax.tree.map(np.testing.assert_array_equal, returned, read_trained(tmp_path / "checkpoints"))
     expected, frozen = partition(before, method.trains)
     assert trained.keys() == flatten(expected).keys()
     for path, leaf in trained.items():
