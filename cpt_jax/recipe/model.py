@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -85,14 +85,17 @@ class Model:
             weights = with_magnitudes(unflatten(attached), lora)
         return dataclasses.replace(model, config=config, weights=weights, hf_config=hf_config, lora=lora)
 
-    def for_training(self, backend: str, remat: Remat | None = None) -> "Model":
-        """This model compiled as it is fastest in training: on a CPU, layers one by one; elsewhere as a loop.
+    def for_training(
+        self, backend: str, remat: Remat | None = None, layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    ) -> "Model":
+        """This model as it is compiled for training.
 
         Args:
           remat: what the backward pass recomputes.
+          layer_loop: "auto" compiles layers one by one on a CPU, elsewhere as a loop.
         """
-        config = dataclasses.replace(self.config, layer_loop="unroll" if backend == "cpu" else "scan", remat=remat)
-        return dataclasses.replace(self, config=config)
+        loop = layer_loop if layer_loop != "auto" else "unroll" if backend == "cpu" else "scan"
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop=loop, remat=remat))
 
     def looped(self) -> "Model":
         """This model compiled as a loop over its layers, which is quickly done."""

@@ -173,7 +173,7 @@ class Pipeline(Results):
         def build() -> None:
             seed = self.recipe.seed + index
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
-            model = model.for_training(jax.default_backend(), stage.remat)
+            model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
             model = model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
             loader = self._loader(stage, seed)
             self.lineage.forget()

@@ -18,6 +18,7 @@ from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
+from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.state import initial_state
@@ -107,6 +108,13 @@ def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
     for devices in (1, 8):
         train(training(directories, tmp_path / str(devices), method, devices=devices))
     np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(replica=2, fsdp=2, tensor=2)], ids=str)
+def test_vocabulary_and_heads_cut_over_devices_give_the_losses_of_one(directories, tmp_path, sizes):
+    for name, mesh in (("one", make_mesh(jax.devices()[:1])), ("cut", make_mesh(jax.devices(), **sizes))):
+        train(training(directories, tmp_path / name, Full(), mesh=mesh, steps=4))
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def test_accumulation_is_the_same_step(directories, tmp_path):
