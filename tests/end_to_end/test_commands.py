@@ -133,7 +133,7 @@ def test_a_probe_takes_the_rows_that_learn_best(cpt, place, tiny_model):
 WRONG = {
     "tokenizer too large": (["eval", "--model", "{mixed}", "--data", "en=en.jsonl"], "run `cpt model extend`"),
     "no tokenizer": (
-        ["tokenizer", "report", "--base", "data", "--tokenizer", "data", "--corpus", "en.jsonl"],
+        ["tokenizer", "report", "--base", "{empty}", "--tokenizer", "{empty}", "--corpus", "en.jsonl"],
         "no tokenizer.json",
     ),
     "no pieces": (
@@ -183,7 +183,9 @@ def test_wrong_input_exits_with_2(place, tiny_model, monkeypatch, capsys, argume
         document = json.loads((mixed / "tokenizer.json").read_text())
         document["added_tokens"].append({**document["added_tokens"][0], "id": 320, "content": "<extra>"})
         (mixed / "tokenizer.json").write_text(json.dumps(document))
+    empty = place / "empty"
+    empty.mkdir(exist_ok=True)
     with pytest.raises(SystemExit) as stop:
-        main([argument.format(model=tiny_model, mixed=mixed) for argument in arguments])
+        main([argument.format(model=tiny_model, mixed=mixed, empty=empty) for argument in arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
