@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# All that is measured on one GPU (an H100 with 80 GB: about 40 minutes), in one command, from the repository's root:
+# All that is measured on one GPU, in one command, from the repository's root:
 #
 #     bash benchmarks/on_a_gpu.sh
 #
 # Results go to benchmarks/results/, each with the machine, the versions and its own command. `make inputs` first, where there is a network.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
-"$python" -m pip install --quiet "jax[cuda12]"
-"$python" -c 'import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX"; print(jax.devices())'
+gpu='import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX"; print(jax.devices())'
+"$python" -c "$gpu" 2>/dev/null || "$python" -m pip install --quiet "jax[cuda12]"
+"$python" -c "$gpu"
 # Kernels first: the order in models/kernels/choice.py follows from these figures.
 "$python" -m pytest -q tests/models/test_attention.py
 "$python" -m benchmarks.attention

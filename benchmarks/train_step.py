@@ -1,6 +1,6 @@
 """Training steps beside the transformers Trainer with PEFT: same model, same batches, same precision, in turn on one machine.
 
-    python -m benchmarks.train_step                                    # CPU: SmolLM2 and a 30M shape, 2 x 256 tokens, 5 minutes
+    python -m benchmarks.train_step                                    # CPU: SmolLM2 and a 30M shape, 2 x 256 tokens, 11 minutes
     python -m benchmarks.train_step --model smollm2 1b --sequence 2048 8192 --tokens 16384 --documents 8 --compute bfloat16   # a GPU
 
 Prints a Markdown table and writes benchmarks/results/train_step-DEVICE.json. Each figure comes from a process of its own. Seconds are those of `--steps`

@@ -6,7 +6,7 @@ import re
 # first pattern that is found in `device_kind` counts.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"B200", 2250e12),
-    (r"H200|H100 80GB HBM3|H100 SXM|GH200", 989.4e12),
+    (r"H200|H100 80GB HBM3|GH200", 989.4e12),
     (r"H100 NVL", 835e12),
     (r"H100", 756e12),
     (r"A100", 312e12),

@@ -3,7 +3,7 @@ half of causal attention's scores)."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, head_path
@@ -25,7 +25,11 @@ class TokenFlops(NamedTuple):
 
 
 def token_flops(
-    network: Network, trains: Callable[[str], bool], sequence_length: int, *, teacher: str | None = None
+    network: Network,
+    trains: Callable[[str], bool],
+    sequence_length: int,
+    *,
+    teacher: Literal["average", "start"] | None = None,
 ) -> TokenFlops:
     """Model FLOPs a token of a step on rows of `sequence_length`.
 

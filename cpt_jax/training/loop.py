@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +87,10 @@ class Training:
 
     def flops(self, sequence_length: int) -> float:
         """Model FLOPs a token."""
-        taught = {MeanTeacher: "average", Anchor: "start"}
-        kinds = [taught[type(part)] for part in self.retention if type(part) in taught]
-        return token_flops(self.network, self.trains, sequence_length, teacher=kinds[0] if kinds else None).total
+        teacher: Literal["average", "start"] | None = None
+        if any(isinstance(part, MeanTeacher | Anchor) for part in self.retention):
+            teacher = "average" if any(isinstance(part, MeanTeacher) for part in self.retention) else "start"
+        return token_flops(self.network, self.trains, sequence_length, teacher=teacher).total
 
     def peak_flops(self) -> float | None:
         """Of all devices together, FLOP/s, where it is known for the type of the products."""

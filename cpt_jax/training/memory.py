@@ -96,7 +96,7 @@ def _layer_bytes(network: Network, item: int, keys: int) -> int:
     kept += item * inner * (2 if config.gated else 1)
     # Adapters: the products with A, float32, and rounded.
     ranks = [leaf.shape[-1] for path, leaf in flatten(network.shapes).items() if path.endswith("/lora_a")]
-    return kept + (4 + item) * sum(ranks) // max(1, len(config.layer_groups))
+    return kept + (4 + item) * sum(ranks)
 
 
 def _logit_bytes(config: DecoderConfig, item: int) -> int:

@@ -55,6 +55,20 @@ def test_loss_and_gradients_are_the_same_and_less_is_kept(loop):
         assert needed["all"] < needed["named"] < needed["products"] < memory
 
 
+def test_what_is_offloaded_goes_to_the_host():
+    rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    names = ("inputs", "targets", "positions", "segment_ids", "domains")
+    batch = dict.fromkeys(names, rows) | {"weights": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
+    on_host = []
+    for remat in (Remat(keep=("mlp_up",)), Remat(offload=("mlp_up",))):
+        network = abstract_decoder(tiny_config(num_layers=2, remat=remat))
+        loss = make_loss(network, "float32", lambda path: True, ("text",))
+        program = jax.make_jaxpr(jax.grad(lambda weights, batch, loss=loss: loss(weights, batch)[0]))
+        on_host.append(str(program(network.shapes, batch)).count("<host>"))
+    kept, offloaded = on_host
+    assert kept == 0 < offloaded
+
+
 def test_settings_are_checked_and_saved():
     with pytest.raises(UserError, match="'mlp'; there are: queries"):
         Remat(keep=("mlp",))

@@ -11,7 +11,7 @@ from training_inputs import losses, training
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.tree import flatten
+from cpt_jax.core.tree import flatten, partition
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant
@@ -111,6 +111,10 @@ def test_an_average_on_the_host_is_that_on_the_devices_and_teaches_the_same(dire
             retention=(MeanTeacher(weight=0.5),),
             devices=8,
         )
+        trainable, _ = partition(run.weights, run.trains)
+        average = run.program().begin(trainable).average
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)}
+        assert kinds == {"pinned_host" if on_host else "device"}
         train(run)
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
     averages = [flatten(read_trained(tmp_path / str(kind) / "checkpoints")["ema"]) for kind in (False, True)]
