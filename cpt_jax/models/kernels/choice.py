@@ -18,7 +18,8 @@ PREFERRED: dict[str, tuple[Kernel, ...]] = {
     "tpu": ("splash", "blocks"),
 }
 # From so many tokens a row on, blocks are taken unasked. On two CPU cores, SmolLM2 with LoRA makes 310 tokens a second
-# with them and 333 without in rows of 256, 307 and 324 in rows of 512; of 1,024, they take half the time. On accelerators
+# with them and 333 without in rows of 256, 307 and 324 in rows of 512; in rows of 1,024 they took half the time, measured
+# when the reference kept three times as much of its softmax (LOG.md). On accelerators
 # nothing was measured: memory decides.
 BLOCKS_FROM = {"cpu": 1024, "gpu": 4096, "tpu": 4096}
 
