@@ -28,7 +28,9 @@ from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.choice import Kernel, Work, choose, refusal
 from cpt_jax.models.kernels.visible import Visible
 
-KERNELS: tuple[Kernel, ...] = ("xla", "blocks", "cudnn", "triton", "splash")
+KERNELS: tuple[Kernel, ...] = ("xla", "blocks", "cudnn", "tokamax", "splash")
+# No row of these has more.
+DOCUMENTS = 16
 
 
 def begins_of(batch: int, length: int) -> np.ndarray:
@@ -41,7 +43,8 @@ def begins_of(batch: int, length: int) -> np.ndarray:
 
 def measure(kernel: Kernel, arrays, visible: Visible, work: Work, repeats: int) -> tuple[dict, list]:
     """(figures, result and gradients)."""
-    call = functools.partial(attend, windows=work.windows, softcap=work.softcap, dtype=work.dtype, kernel=kernel)
+    options = dict(windows=work.windows, softcap=work.softcap, dtype=work.dtype, kernel=kernel)
+    call = functools.partial(attend, **options, documents=DOCUMENTS)
 
     def summed(q, k, v, w, begins):
         mixed = call(q, k, v, Visible(begins))

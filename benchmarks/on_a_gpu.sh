@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# All that is measured on one GPU, in one command, from the repository's root:
+# All that is measured on one NVIDIA GPU, in one command, from the repository's root:
 #
 #     bash benchmarks/on_a_gpu.sh
 #
-# Results go to benchmarks/results/, each with the machine, the versions and its own command. `make inputs` first, where there is a network.
+# Wants Python 3.12 or newer with jax[cuda13], tokamax, torch, transformers, peft and liger-kernel (`PYTHON=...`); no network
+# once `make inputs` has been called. Results go to benchmarks/results/, each with the machine, the versions and its own
+# command, and each figure as soon as it is there. About 25 minutes on an H200.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
-gpu='import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX"; print(jax.devices())'
-"$python" -c "$gpu" 2>/dev/null || "$python" -m pip install --quiet "jax[cuda12]"
-"$python" -c "$gpu"
+"$python" -c 'import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX: pip install jax[cuda13]"; print(jax.devices())'
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Kernels first: the order in models/kernels/choice.py follows from these figures.
-"$python" -m pytest -q tests/models/test_attention.py
-"$python" -m benchmarks.attention
-"$python" -m benchmarks.train_step --model smollm2 1b --sequence 2048 8192 --tokens 16384 --documents 8 --compute bfloat16
+"$python" -m pytest -q tests/models/test_attention_programs.py
+"$python" -m benchmarks.attention --heads 32 8 --lengths 8192 2048 --compute bfloat16
+"$python" -m benchmarks.train_step --model 1b smollm2 --sequence 8192 2048 --tokens 16384 --documents 8 --compute bfloat16
 "$python" -m benchmarks.cross_entropy --tokens 8192 --width 2048
 "$python" -m benchmarks.methods --sequence 2048 --tokens 16384

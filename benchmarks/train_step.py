@@ -10,9 +10,12 @@ on a CPU over the bfloat16 product of 4,096 x 4,096 that was measured beside it.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,8 +30,11 @@ from cpt_jax.core.storage import write_json_atomic
 
 METHODS = ("full", "lora", "embeddings")
 OURS, WARM_UP = "cpt_jax", 3
-# transformers Trainer; on a GPU also compiled, with the attention that FlashAttention gives.
-THEIRS = ("torch", "torch compiled", "torch compiled, flash attention")
+# transformers Trainer; on a GPU also compiled, with Liger's kernels, and with the attentions that know documents.
+THEIRS = ("torch", "torch compiled", "torch compiled, flex attention", "torch Liger, flex attention")
+if importlib.util.find_spec("flash_attn") is not None:
+    THEIRS += ("torch compiled, flash attention", "torch Liger, flash attention")
+ATTENTIONS = {"flash": "flash_attention_2", "flex": "flex_attention"}
 
 
 def rows(arguments: argparse.Namespace, vocabulary: int) -> list[dict[str, np.ndarray]]:
@@ -59,6 +65,7 @@ def our_run(arguments: argparse.Namespace) -> dict:
     from cpt_jax.adapt import Embeddings, Full, LoRA
     from cpt_jax.core.precision import Precision
     from cpt_jax.core.tree import flatten
+    from cpt_jax.data.packing import documents_in_a_row
     from cpt_jax.optim.optimizer import AdamW
     from cpt_jax.recipe.model import load_model
     from cpt_jax.sharding.mesh import make_mesh
@@ -70,6 +77,8 @@ def our_run(arguments: argparse.Namespace) -> dict:
     method = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "embeddings": Embeddings(rows="all")}[arguments.method]
     started = time.perf_counter()
     model = load_model(model_directory(arguments.model)).adapted(method, 0).for_training(jax.default_backend())
+    documents = documents_in_a_row(arguments.length, arguments.documents / arguments.length)
+    model = model.attending("auto", arguments.length, precision.dtype, documents)
     mesh = make_mesh(jax.devices()[:1])
     program = Settings(
         network=model.network,
@@ -107,7 +116,7 @@ def torch_run(arguments: argparse.Namespace) -> dict:
 
     gpu = torch.cuda.is_available()
     started = time.perf_counter()
-    attention = "flash_attention_2" if "flash" in arguments.program else "sdpa"
+    attention = next((name for word, name in ATTENTIONS.items() if word in arguments.program), "sdpa")
     model = AutoModelForCausalLM.from_pretrained(
         model_directory(arguments.model), dtype=torch.float32, attn_implementation=attention
     )
@@ -143,6 +152,7 @@ def torch_run(arguments: argparse.Namespace) -> dict:
             bf16=arguments.compute == "bfloat16",
             use_cpu=not gpu,
             torch_compile="compiled" in arguments.program,
+            use_liger_kernel="Liger" in arguments.program,
             optim="adamw_torch_fused" if gpu else "adamw_torch",
             logging_steps=wanted,
             save_strategy="no",
@@ -195,10 +205,9 @@ def peak_here() -> tuple[str, float]:
 
 
 def child(arguments: list[str]) -> dict | str:
-    """What one measurement printed, or why it failed. JAX must not take the whole GPU's memory from torch."""
+    """What one measurement printed, or why it failed."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--one", *arguments]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
@@ -257,7 +266,14 @@ def main() -> None:
         arguments.batch = arguments.tokens // arguments.length
         print(json.dumps(our_run(arguments) if arguments.program == OURS else torch_run(arguments)))
         return
+    # JAX must not take the whole GPU's memory from torch.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     device, peak = peak_here()
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "peft")}
+    command = "python -m benchmarks.train_step " + shlex.join(sys.argv[1:])
+    machine = {"device": device, "peak_flops": peak, "cores": os.cpu_count(), "python": platform.python_version()}
+    machine |= {**versions, "command": command}
+    out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
     programs = arguments.programs or (OURS, *(THEIRS if "cpu" not in device.lower() else THEIRS[:1]))
     results = []
     for model in arguments.model:
@@ -285,23 +301,8 @@ def main() -> None:
                             result |= {"tokens_per_second": rate, "mfu": mfu, **found}
                         results.append(result)
                         say(table(results[-1:]).splitlines()[-1])
+                        write_json_atomic(out, {"machine": machine, "results": results})
     print(table(results))
-    import jax
-    import torch
-    import transformers
-
-    machine = {
-        "device": device,
-        "peak_flops": peak,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:]),
-    }
-    out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
-    write_json_atomic(out, {"machine": machine, "results": results})
     say(str(out))
 
 

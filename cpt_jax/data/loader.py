@@ -10,7 +10,7 @@ import numpy as np
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.mixture import TokenMix, check_mixture
-from cpt_jax.data.packing import SplitDocuments, packed
+from cpt_jax.data.packing import SplitDocuments, documents_in_a_row, packed
 from cpt_jax.data.prepare import decode_record, read_manifest
 
 Batch = dict[str, np.ndarray]
@@ -21,7 +21,8 @@ class Loader:
 
     A batch holds inputs, targets, positions, segment_ids, domains (int32 [batch_size, sequence_length]; domains
     index the mixture's names) and weights (float32, 0 on padding and where nothing is to be learnt). Every process builds the same global batches and
-    takes its own rows: the order of documents does not depend on how many there are.
+    takes its own rows: the order of documents does not depend on how many there are. No row has more than `documents`, its
+    padding counted.
 
     Raises:
       UserError: shares that are no mixture, or a domain that is not prepared, or was prepared with another tokenizer.
@@ -46,15 +47,17 @@ class Loader:
             raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
         self.names, self.sequence_length = tuple(mixture), sequence_length
         self.records: dict[str, int] = {}
-        pieces = []
+        pieces, documents_a_token = [], 0.0
         for index, name in enumerate(self.names):
             source = _documents(directories[name], tokenizer, seed + index)
             manifest = read_manifest(directories[name])
             self.records[name] = manifest.records
+            documents_a_token += mixture[name] * manifest.records / max(manifest.tokens, 1)
             frame = (start_id, end_id) if manifest.format == "text" else None
             split = SplitDocuments(sequence_length, frame, index)
             pieces.append(grain.experimental.FlatMapIterDataset(source, split))
-        rows = packed(TokenMix(pieces, tuple(mixture.values())), sequence_length, seed)
+        self.documents = documents_in_a_row(sequence_length, documents_a_token / sum(mixture.values()))
+        rows = packed(TokenMix(pieces, tuple(mixture.values())), sequence_length, self.documents, seed)
         self._iterator = iter(rows.batch(batch_size, drop_remainder=True))
         share = batch_size // process_count
         self._rows = slice(process_index * share, (process_index + 1) * share)

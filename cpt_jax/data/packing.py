@@ -1,5 +1,6 @@
 """Documents into rows: each keeps its own segment and its own positions, and predicts only its own next tokens."""
 
+import math
 from typing import Any
 
 import grain
@@ -48,9 +49,16 @@ class SplitDocuments(grain.experimental.FlatMapTransform):
         return pieces
 
 
-def packed(pieces: Any, sequence_length: int, seed: int) -> grain.IterDataset:
-    """Rows [sequence_length] of whole pieces, first fit, as dicts with inputs, targets, positions, segment_ids,
-    domains and weights."""
+def documents_in_a_row(sequence_length: int, documents_a_token: float) -> int:
+    """How many may be packed into one, the padding behind them counted: a power of two, at least 16 and twice as many
+    as a usual row has."""
+    usual = max(sequence_length * documents_a_token, 1)
+    return max(2 ** math.ceil(math.log2(2 * usual)), 16)
+
+
+def packed(pieces: Any, sequence_length: int, documents: int, seed: int) -> grain.IterDataset:
+    """Rows [sequence_length] of whole pieces, fewer than `documents`, first fit, as dicts with inputs, targets, positions,
+    segment_ids, domains and weights."""
     fields = ("inputs", "targets", "weights", "domains")
     rows = grain.experimental.FirstFitPackIterDataset(
         pieces,
@@ -58,6 +66,7 @@ def packed(pieces: Any, sequence_length: int, seed: int) -> grain.IterDataset:
         num_packing_bins=OPEN_ROWS,
         seed=seed,
         shuffle_bins=True,
+        max_sequences_per_bin=max(documents - 1, 1),
     )
     return rows.map(_row)
 

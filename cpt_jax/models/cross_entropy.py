@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_TOKENS = 512
+# On a CPU more than this gains nothing. An accelerator adds each chunk's gradient to the whole table's in memory: fewer,
+# larger chunks, whose float32 logits still take no more than this.
+CHUNK_TOKENS, CHUNK_BYTES = 512, 2**31
 
 
 class TableUse(NamedTuple):
@@ -158,9 +160,16 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
     return (total, *dtables), (nats, divergence, dhidden)
 
 
-def _chunks(count: int, rows: Any) -> Any:
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens a chunk has at most, on this machine."""
+    if jax.default_backend() == "cpu":
+        return CHUNK_TOKENS
+    return CHUNK_TOKENS * max(CHUNK_BYTES // (4 * vocabulary * CHUNK_TOKENS), 1)
+
+
+def _chunks(count: int, vocabulary: int, rows: Any) -> Any:
     """Arrays [N, ...] as [chunks, size, ...], the last chunk filled up with zeros."""
-    size = min(CHUNK_TOKENS, count)
+    size = min(chunk_tokens(vocabulary), count)
     missing = -count % size
 
     def cut(array: Array) -> Array:
@@ -168,6 +177,10 @@ def _chunks(count: int, rows: Any) -> Any:
         return filled.reshape(-1, size, *array.shape[1:])
 
     return jax.tree.map(cut, rows)
+
+
+def _height(tables: tuple[Array, ...]) -> int:
+    return sum(table.shape[0] for table in tables)
 
 
 def _low(teacher: Teacher | None, dtype: Any) -> Teacher | None:
@@ -195,7 +208,7 @@ def _token_losses(hidden, tables, targets, weights, teacher, static: _Static):
         found = _chunk_losses(rows.astype(dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
         return found[0], found[1], found[2].log_normaliser
 
-    found = jax.lax.map(chunk, _chunks(count, (hidden, targets, _by_token(teacher))))
+    found = jax.lax.map(chunk, _chunks(count, _height(tables), (hidden, targets, _by_token(teacher))))
     nats, divergence, log_normaliser = (part.reshape(-1)[:count] for part in found)
     total = jnp.sum(weights * (nats + static.z_loss * jnp.square(log_normaliser)))
     if teacher is not None:
@@ -215,7 +228,7 @@ def _forward(hidden, tables, targets, weights, teacher, static: _Static):
 
     trained = [table for table, use in zip(tables, static.uses, strict=True) if use.trains]
     zeros = (jnp.zeros(()), *(jnp.zeros(table.shape, jnp.float32) for table in trained))
-    rows = _chunks(count, (hidden, targets, weights, _by_token(low_teacher)))
+    rows = _chunks(count, _height(tables), (hidden, targets, weights, _by_token(low_teacher)))
     (total, *sums), (nats, divergence, dhidden) = jax.lax.scan(chunk, zeros, rows)
     nats, divergence = nats.reshape(-1)[:count], divergence.reshape(-1)[:count]
     dhidden = dhidden.reshape(-1, hidden.shape[1])[:count]

@@ -58,8 +58,9 @@ class DecoderConfig:
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
-    runs about a fifth faster on a CPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
-    names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type.
+    runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
+    names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type. `documents`:
+    at most so many are packed into a row (None: not known).
     """
 
     vocab_size: int
@@ -95,6 +96,7 @@ class DecoderConfig:
     layer_loop: Literal["scan", "unroll"] = "scan"
     remat: Remat | None = None
     attention: AttentionChoice = "auto"
+    documents: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

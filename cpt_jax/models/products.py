@@ -8,7 +8,7 @@ A weight may be quantised: it is kept so for the backward pass, made dense a sec
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -22,6 +22,13 @@ def sum_type(dtype: jnp.dtype) -> jnp.dtype:
     """What products of inputs of `dtype` are summed in: float32, but float64 for the exact mode in which exports are
     checked."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _product(multiply: Callable[..., Array], *operands: Array, dtype: jnp.dtype) -> Array:
+    """A product that other layers read: in the type of the sums; accelerators write and read back the half of it, in
+    the inputs' type, as everybody does there."""
+    written = sum_type(dtype) if jax.default_backend() == "cpu" else dtype
+    return multiply(*operands, preferred_element_type=written).astype(sum_type(dtype))
 
 
 def matmul(x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
@@ -40,20 +47,21 @@ def _matmuls(x, weights, dtype):
 
 
 def _matmuls_forward(x, weights, dtype):
-    low, wide = x.astype(dtype), sum_type(dtype)
-    return tuple(jnp.matmul(low, dense(w, dtype), preferred_element_type=wide) for w in weights), (low, weights)
+    low = x.astype(dtype)
+    return tuple(_product(jnp.matmul, low, dense(w, dtype), dtype=dtype) for w in weights), (low, weights)
 
 
 def _matmuls_backward(dtype, residuals, cotangents):
     x, weights = residuals
-    dx, dweights, rows, wide = 0.0, [], tuple(range(x.ndim - 1)), sum_type(dtype)
+    dx, dweights, rows = 0.0, [], tuple(range(x.ndim - 1))
     for weight, cotangent in zip(weights, cotangents, strict=True):
         low = cotangent.astype(dtype)
-        dx += jnp.matmul(low, dense(weight, dtype).T, preferred_element_type=wide)
+        dx += _product(jnp.matmul, low, dense(weight, dtype).T, dtype=dtype)
         if is_quantised(weight):
             dweights.append(None)
             continue
-        dweight = jax.lax.dot_general(x, low, ((rows, rows), ((), ())), preferred_element_type=wide)
+        contracted = ((rows, rows), ((), ()))
+        dweight = jax.lax.dot_general(x, low, contracted, preferred_element_type=sum_type(dtype))
         dweights.append(dweight.astype(weight.dtype))
     # x reached the forward pass as float32: only its rounded copy was kept.
     return dx, tuple(dweights)

@@ -92,17 +92,20 @@ class Model:
 
         Args:
           remat: what the backward pass recomputes.
-          layer_loop: "auto" compiles layers one by one on a CPU, elsewhere as a loop.
+          layer_loop: "auto" compiles layers one by one on CPUs and GPUs, on TPUs as a loop.
         """
-        loop = layer_loop if layer_loop != "auto" else "unroll" if backend == "cpu" else "scan"
+        loop = layer_loop if layer_loop != "auto" else "scan" if backend == "tpu" else "unroll"
         return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop=loop, remat=remat))
 
     def looped(self) -> "Model":
         """This model compiled as a loop over its layers, which is quickly done."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None))
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None, documents=None)
+        )
 
-    def attending(self, asked: AttentionChoice, length: int, dtype: Any) -> "Model":
-        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length`.
+    def attending(self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None) -> "Model":
+        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length` tokens and
+        at most so many documents.
 
         Raises:
           UserError: the kernel cannot do it.
@@ -116,7 +119,9 @@ class Model:
             softcap=config.attention_softcap,
             dtype=dtype,
         )
-        return dataclasses.replace(self, config=dataclasses.replace(config, attention=kernel_for(asked, work)))
+        return dataclasses.replace(
+            self, config=dataclasses.replace(config, attention=kernel_for(asked, work), documents=documents)
+        )
 
     def padded(self, multiple: int) -> "Model":
         """This model with each vocabulary table padded with zeros to a multiple of so many rows."""

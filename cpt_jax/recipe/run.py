@@ -174,8 +174,8 @@ class Pipeline(Results):
             seed = self.recipe.seed + index
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
-            model = model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
-            loader = self._loader(stage, seed)
+            loader, length = self._loader(stage, seed), stage.sequence_length
+            model = model.attending(self.recipe.attention, length, self.recipe.precision.dtype, loader.documents)
             self.lineage.forget()
             trained = train(self._training(stage, model, loader, directory, seed), self.plan)
             self.lineage.remember(stage, trained)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
-from cpt_jax.models.cross_entropy import CHUNK_TOKENS
+from cpt_jax.models.cross_entropy import chunk_tokens
 from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
@@ -70,7 +70,7 @@ def stage_memory(
         average=0 if ema is None else 4 * size,
         gradients=4 * size,
         activations=tokens * kept * a_token,
-        logits=min(tokens, CHUNK_TOKENS) * _logit_bytes(network.config, precision.dtype.itemsize),
+        logits=_logit_bytes(network.config, tokens, precision.dtype.itemsize),
     )
 
 
@@ -99,6 +99,7 @@ def _layer_bytes(network: Network, item: int, keys: int) -> int:
     return kept + (4 + item) * sum(ranks)
 
 
-def _logit_bytes(config: DecoderConfig, item: int) -> int:
-    """Of a token: its logits, their exponentials, and their gradient."""
-    return (8 + item) * sum(config.padded(rows) for rows in config.table_rows.values())
+def _logit_bytes(config: DecoderConfig, tokens: int, item: int) -> int:
+    """Of a chunk: logits, their exponentials, and their gradient."""
+    vocabulary = sum(config.padded(rows) for rows in config.table_rows.values())
+    return min(tokens, chunk_tokens(vocabulary)) * (8 + item) * vocabulary

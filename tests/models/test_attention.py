@@ -12,10 +12,11 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import LayerKind, abstract_decoder, apply
 from cpt_jax.models.kernels import attend as attend_module
-from cpt_jax.models.kernels import gpu, tpu
+from cpt_jax.models.kernels import tpu
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.blocks import CPU_BLOCK, blocks
 from cpt_jax.models.kernels.choice import PREFERRED, Work, choose, refusal
+from cpt_jax.models.kernels.gpu import document_table
 from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
 from cpt_jax.models.rope import Rope
@@ -55,7 +56,6 @@ KERNELS = {
     "splash": lambda window, softcap, dtype: functools.partial(
         tpu.splash, window=window, softcap=softcap, dtype=dtype, interpret=True
     ),
-    "triton": lambda window, softcap, dtype: functools.partial(gpu.triton, window=window, dtype=dtype, interpret=True),
 }
 # (kernel, heads, window, soft cap, packed rows)
 CASES = [
@@ -66,8 +66,6 @@ CASES = [
     ("splash", "grouped", None, None, False),
     ("splash", "grouped", 50, 2.0, True),
     ("splash", "one key head", 200, None, True),
-    ("triton", "grouped", None, None, True),
-    ("triton", "one key head", None, None, False),
 ]
 
 
@@ -132,6 +130,17 @@ def test_documents_begin_and_end_where_their_ids_change():
     np.testing.assert_array_equal(lengths, [[1, 1, 3, 3, 3, 1, 1, 1]])
 
 
+def test_the_table_of_documents_gives_each_its_length_and_first_place():
+    begins = document_begins(jnp.array([[1, 1, 2, 3, 3, 3], [0, 0, 0, 0, 0, 0]]))
+    lengths, first = document_table(begins == jnp.arange(6)[None], 4)
+    np.testing.assert_array_equal(lengths, [[2, 1, 3, -1], [6, -1, -1, -1]])
+    np.testing.assert_array_equal(first, [[0, 2, 3, -1, -1], [0, -1, -1, -1, -1]])
+    # As many as there is room for.
+    lengths, first = document_table(begins == jnp.arange(6)[None], 3)
+    np.testing.assert_array_equal(lengths, [[2, 1, 3], [6, -1, -1]])
+    np.testing.assert_array_equal(first, [[0, 2, 3, -1], [0, -1, -1, -1]])
+
+
 def windowed(**changes):
     """A model of two kinds of layers, with what some kernels do not have."""
     rope = Rope(theta=10_000.0, dim=8)
@@ -154,7 +163,7 @@ def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel,
     splash = kernel == "splash"
     if splash:
         monkeypatch.setattr(attend_module.jax, "default_backend", lambda: "tpu")
-        run = lambda name, softcap, dtype: KERNELS[name](None, softcap, dtype)  # noqa: E731
+        run = lambda name, softcap, documents, dtype: KERNELS[name](None, softcap, dtype)  # noqa: E731
         monkeypatch.setattr(attend_module, "_static_kernel", run)
     segments = jnp.asarray(np.concatenate([ROWS, ROWS[::-1], ROWS[:2]]))
     tokens = jax.random.randint(jax.random.key(0), segments.shape, 3, 320)
@@ -175,7 +184,8 @@ def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel,
     placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
     with jax.set_mesh(mesh):
         found = jax.jit(jax.value_and_grad(functools.partial(summed, network)))(placed)
-    tolerance = 3e-2 if splash else 1e-4
+    # A TPU's products are written in bfloat16.
+    tolerance = 5e-2 if splash else 1e-4
     np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
     for path, leaf in flatten(found[1]).items():
         # Single numbers of bfloat16 gradients may be a tenth apart, all together are not.
@@ -194,10 +204,10 @@ def work(**changes) -> Work:
         (dict(backend="cpu"), "blocks"),
         (dict(backend="cpu", length=128), "xla"),
         (dict(backend="cpu", dtype=jnp.dtype("float64")), "xla"),
-        (dict(), "triton"),
-        (dict(windows=(None, 4096)), "triton"),
+        (dict(), "cudnn"),
         (dict(windows=(None, 512)), "cudnn"),
         (dict(length=1000), "cudnn"),
+        (dict(head_dim=256), "xla"),
         (dict(softcap=50.0), "xla"),
         (dict(softcap=50.0, length=8192), "blocks"),
         (dict(dtype=FLOAT32), "xla"),
@@ -226,6 +236,6 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
     for kernel in {kernel for kernels in PREFERRED.values() for kernel in kernels} - {"blocks"}:
         with pytest.raises(UserError, match=f"attention '{kernel}' needs an? .*, this is a cpu: give 'auto'"):
             attend(q, k, v, Visible(None), windows=(None,), softcap=None, dtype=BFLOAT16, kernel=kernel)
-    assert refusal("triton", work(windows=(512,))) == "has no windows, the model's are (512,)"
+    assert refusal("tokamax", work(softcap=50.0)) == 'needs tokamax: pip install "tokamax>=0.0.17"'
     assert refusal("cudnn", work(softcap=50.0)) == "has no soft cap, the model's is 50.0"
     assert refusal("splash", work(backend="tpu", length=1000)) == "wants rows of a multiple of 128 tokens, not 1000"

@@ -29,6 +29,7 @@ def attend(
     softcap: float | None,
     dtype: jnp.dtype,
     kernel: AttentionChoice = "auto",
+    documents: int | None = None,
 ) -> Float[Array, "B H S h"]:
     """softmax(q k) v, inputs rounded to `dtype`, result float32; query head i reads key head i * G // H.
 
@@ -36,6 +37,7 @@ def attend(
       windows: of the kinds of layers (see `Visible`).
       softcap: scores become softcap * tanh(scores / softcap).
       kernel: see `kernel_for`, also for what it raises.
+      documents: no row has more; a kernel may give wrong results for rows that do.
     """
     length = q.shape[2]
     work = Work(
@@ -49,7 +51,7 @@ def attend(
     name = kernel_for(kernel, work)
     if name == "xla":
         return checkpoint_name(reference(q, k, v, visible, windows, softcap, work.dtype), SAVED)
-    run = functools.partial(_run, name, within_rows(windows, length), softcap, work.dtype)
+    run = functools.partial(_run, name, within_rows(windows, length), softcap, documents, work.dtype)
     return _on_each_device(run, q, k, v, visible)
 
 
@@ -67,24 +69,32 @@ def _on_each_device(run: Callable[..., Array], q, k, v, visible: Visible) -> Arr
     return cut(q, k, v, visible)
 
 
-def _run(name: str, windows: Windows, softcap: float | None, dtype: jnp.dtype, q, k, v, visible: Visible) -> Array:
+def _run(
+    name: str, windows: Windows, softcap: float | None, documents: int | None, dtype: jnp.dtype, q, k, v, visible
+) -> Array:
     """One device's part."""
     if name == "blocks":
         return blocks(q, k, v, visible, windows, softcap, dtype)
-    return _by_window(_static_kernel(name, softcap, dtype), windows, q, k, v, visible)
+    if name == "tokamax":
+        from cpt_jax.models.kernels.gpu import tokamax
+
+        return checkpoint_name(tokamax(q, k, v, visible, windows, softcap, dtype), SAVED)
+    return _by_window(_static_kernel(name, softcap, documents, dtype), windows, q, k, v, visible)
 
 
-def _static_kernel(name: str, softcap: float | None, dtype: jnp.dtype) -> Callable[..., Array]:
+def _static_kernel(name: str, softcap: float | None, documents: int | None, dtype: jnp.dtype) -> Callable[..., Array]:
     """A kernel that has to know its window when it is compiled. Imported where it is used: Pallas's kernels take half a
     second."""
     if name == "splash":
         from cpt_jax.models.kernels.tpu import splash
 
         return functools.partial(splash, softcap=softcap, dtype=dtype)
-    from cpt_jax.models.kernels import gpu
+    from cpt_jax.models.kernels.gpu import cudnn
 
-    kernel = gpu.cudnn if name == "cudnn" else gpu.triton
-    return lambda *args, window: checkpoint_name(kernel(*args, window=window, dtype=dtype), SAVED)
+    def kernel(*args, window: int | None) -> Array:
+        return checkpoint_name(cudnn(*args, window=window, documents=documents, dtype=dtype), SAVED)
+
+    return kernel
 
 
 def _by_window(kernel: Callable[..., Array], windows: Windows, q, k, v, visible: Visible) -> Any:

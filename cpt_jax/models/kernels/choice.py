@@ -1,6 +1,7 @@
 """Which kernels can do a piece of attention, and which one is taken when none is named."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from typing import Literal
 
@@ -8,13 +9,13 @@ import jax.numpy as jnp
 
 from cpt_jax.core.errors import UserError
 
-Kernel = Literal["xla", "blocks", "cudnn", "triton", "splash"]
-AttentionChoice = Literal["auto", "xla", "blocks", "cudnn", "triton", "splash"]
+Kernel = Literal["xla", "blocks", "cudnn", "tokamax", "splash"]
+AttentionChoice = Literal["auto", "xla", "blocks", "cudnn", "tokamax", "splash"]
 
 # In this order; where none of them can, the reference.
 PREFERRED: dict[str, tuple[Kernel, ...]] = {
     "cpu": ("blocks",),
-    "gpu": ("triton", "cudnn", "blocks"),
+    "gpu": ("cudnn", "tokamax", "blocks"),
     "tpu": ("splash", "blocks"),
 }
 # From so many tokens a row on, blocks are taken unasked. On two CPU cores, SmolLM2 with LoRA makes 310 tokens a second
@@ -43,23 +44,21 @@ def within_rows(windows: tuple[int | None, ...], length: int) -> tuple[int | Non
 
 def _needs(kernel: Kernel, work: Work) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what the kernel needs)."""
-    windowed = any(window is not None for window in within_rows(work.windows, work.length))
-    if kernel in ("cudnn", "triton"):
+    if kernel in ("cudnn", "tokamax"):
         yield work.backend == "gpu", f"needs an NVIDIA GPU, this is a {work.backend}"
-        yield work.softcap is None, f"has no soft cap, the model's is {work.softcap}"
     if kernel == "splash":
         yield work.backend == "tpu", f"needs a TPU, this is a {work.backend}"
-    if kernel in ("cudnn", "triton", "splash"):
-        yield work.dtype == jnp.bfloat16, f"computes in bfloat16, not in {work.dtype.name}"
-    if kernel in ("triton", "splash"):
         yield work.length % 128 == 0, f"wants rows of a multiple of 128 tokens, not {work.length}"
+    if kernel in ("cudnn", "tokamax", "splash"):
+        yield work.dtype == jnp.bfloat16, f"computes in bfloat16, not in {work.dtype.name}"
     if kernel == "cudnn":
+        yield work.softcap is None, f"has no soft cap, the model's is {work.softcap}"
         fits = work.head_dim % 8 == 0 and work.head_dim <= 128
         yield fits, f"wants heads of a multiple of 8, up to 128, not {work.head_dim}"
         yield work.length % 2 == 0, f"wants rows of an even number of tokens, not {work.length}"
-    if kernel == "triton":
-        yield 16 <= work.head_dim <= 128, f"wants heads of 16 to 128, not {work.head_dim}"
-        yield not windowed, f"has no windows, the model's are {work.windows}"
+    if kernel == "tokamax":
+        installed = importlib.util.find_spec("tokamax") is not None
+        yield installed, 'needs tokamax: pip install "tokamax>=0.0.17"'
 
 
 def refusal(kernel: Kernel, work: Work) -> str | None:
