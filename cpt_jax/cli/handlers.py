@@ -40,7 +40,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     recipe, reasons = adapt_recipe(**_named(arguments, *names))
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
-    run(recipe, arguments.workdir, update=arguments.update, profiled=_profiled(arguments))
+    run(recipe, arguments.workdir, update=arguments.update, **_machine(arguments))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -49,13 +49,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     recipe = _overridden(find_recipe(arguments.recipe), overrides)
     workdir = arguments.workdir or Path("runs") / recipe.name
-    run(recipe, workdir, update=arguments.update, only=arguments.only, profiled=_profiled(arguments))
+    run(recipe, workdir, update=arguments.update, only=arguments.only, **_machine(arguments))
 
 
-def _profiled(arguments: argparse.Namespace):
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a run lies on the machine, and what is watched there."""
+    from cpt_jax.sharding.mesh import MeshShape
     from cpt_jax.training.profile import ProfiledSteps
 
-    return None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
+    profiled = None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
+    return {"profiled": profiled, "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh)}
 
 
 def _overridden(recipe, overrides: list[str]):

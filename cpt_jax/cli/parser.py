@@ -92,7 +92,12 @@ def parser() -> argparse.ArgumentParser:
     def json_out(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", type=Path, help="also write the figures to this file")
 
-    def profile(sub: argparse.ArgumentParser) -> None:
+    def machine(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--mesh",
+            metavar="AXIS=SIZE,...",
+            help="devices along replica, fsdp, expert, context, tensor (default: all along fsdp); may change from run to run",
+        )
         sub.add_argument(
             "--profile",
             metavar="START:STOP",
@@ -126,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
-    profile(sub)
+    machine(sub)
     text_field(sub)
     chat(sub)
 
@@ -138,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
-    profile(sub)
+    machine(sub)
     sub.set_defaults(only=None)
 
     sub = command(
@@ -153,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
-    profile(sub)
+    machine(sub)
     sub.set_defaults(only="train")
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

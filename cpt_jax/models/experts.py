@@ -119,26 +119,29 @@ class Experts(nnx.Module):
         if mesh.empty or mesh.size == 1:
             mixed = compute(tokens, chosen, shares, weights, first=0)
         else:
-            rows, specs = PartitionSpec(RULES["batch"]), {name: linear.specs() for name, linear in linears.items()}
+            rows = PartitionSpec(RULES["batch"], RULES["sequence"])
+            specs = {name: linear.specs() for name, linear in linears.items()}
+            in_rows = (part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares))
             mixed = jax.shard_map(
                 functools.partial(_spread, specs=(rows, specs), compute=compute),
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
-            )(tokens, chosen, shares, weights)
+            )(*in_rows, weights)
         return mixed.reshape(x.shape), balance
 
 
 def _spread(tokens, chosen, shares, weights, *, specs, compute):
     """On one device: all tokens of its row of the axis "expert", its own experts, its own part of the wide axis."""
-    rows, weight_specs = specs
-    gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in (tokens, chosen, shares))
+    (rows, weight_specs), shape = specs, tokens.shape
+    flat = (part.reshape(-1, part.shape[-1]) for part in (tokens, chosen, shares))
+    gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in flat)
     weights = {
         linear: {name: _varying(array, weight_specs[linear][name]) for name, array in arrays.items()}
         for linear, arrays in weights.items()
     }
     own = weights["gate"]["kernel"].shape[0]
     part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
-    return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True)
+    return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True).reshape(shape)
 
 
 def _varying(array: Any, spec: PartitionSpec) -> Any:

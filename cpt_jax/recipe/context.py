@@ -13,6 +13,7 @@ from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.training.profile import ProfiledSteps
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ class RunContext:
         self.marks: dict[str, str] = {}
         self.plan: Plan | None = None
         self.profiled: ProfiledSteps | None = None
+        self.mesh = MeshShape()
 
     def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
         def work() -> None:

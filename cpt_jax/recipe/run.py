@@ -25,7 +25,7 @@ from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
 
@@ -37,12 +37,13 @@ def run(
     update: bool = False,
     only: str | None = None,
     profiled: ProfiledSteps | None = None,
+    mesh: MeshShape | None = None,
 ) -> None:
     """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
 
     `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
-    each stage are traced into its directory.
+    each stage are traced into its directory. `mesh`: how it lies on the devices, which may be another each time.
 
     Raises:
       UserError: wrong input, told before anything is computed as far as it can be.
@@ -52,7 +53,7 @@ def run(
         files_of(domain.corpus)
     with Workdir(workdir, recipe, update=update) as claimed:
         pipeline = Pipeline(recipe, claimed)
-        pipeline.profiled = profiled
+        pipeline.profiled, pipeline.mesh = profiled, mesh or MeshShape()
         pipeline.run(only)
     entries = json.loads((workdir / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
@@ -216,7 +217,7 @@ class Pipeline(Results):
             steps=stage.steps,
             accumulate=stage.accumulate,
             precision=self.recipe.precision,
-            mesh=make_mesh(),
+            mesh=make_mesh(shape=self.mesh),
             directory=directory,
             checkpoint_seconds=stage.checkpoint_seconds,
             retention=stage.retention,

@@ -7,7 +7,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.core.tree import Tree
 
-# Weights are cut along `embed` over fsdp and along their wide axis over tensor; activations along the batch.
+# Weights are cut along `embed` over fsdp and along their wide axis over tensor; activations along the batch and, over
+# context, along the sequence.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp", "expert"),
     "embed": ("fsdp",),
@@ -15,12 +16,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
-    # Not cut: a few pieces, a low rank, layers that a scan walks over, activations' own axes.
+    # Not cut: a few pieces, a low rank, layers that a scan walks over, activations' own axis.
     "new_vocab": (),
     "rank": (),
     "router": (),
     "layers": (),
-    "sequence": (),
+    "sequence": ("context",),
     "hidden": (),
 }
 

@@ -155,7 +155,7 @@ def _steps(
     profile: Profile,
     plan: Plan | None,
 ) -> TrainState:
-    batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"]))
+    batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
     first, controls = int(state.step), training.controls()
     waiting: tuple[int, dict[str, jax.Array]] | None = None
     clock, last_save = StepClock(), time.monotonic()

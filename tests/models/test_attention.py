@@ -21,7 +21,7 @@ from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
 from cpt_jax.models.rope import Rope
 from cpt_jax.recipe.model import Model
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 
@@ -169,7 +169,7 @@ def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel,
     tokens = jax.random.randint(jax.random.key(0), segments.shape, 3, 320)
     positions = jnp.arange(LENGTH)[None] - document_begins(segments)
     weights = random_weights(windowed())
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(shape=MeshShape(**sizes))
 
     def summed(network, weights):
         dtype = "bfloat16" if splash else "float32"

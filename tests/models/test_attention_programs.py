@@ -14,7 +14,7 @@ import pytest
 from cpt_jax.models.kernels import attend as attend_module
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 
 BFLOAT16 = jnp.dtype("bfloat16")
 SOFTMAX, BIASED = "__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"
@@ -52,7 +52,9 @@ def test_the_gpus_kernel_is_in_the_program(packed, window, documents, calls, mes
     monkeypatch.setattr(attend_module.jax, "default_backend", lambda: "gpu")
     q, k = (jax.ShapeDtypeStruct((4, heads, 256, 64), jnp.float32) for heads in (4, 2))
     begins = jax.ShapeDtypeStruct((4, 256), jnp.int32) if packed else None
-    with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2) if meshed else make_mesh(jax.devices()[:1])):
+    with jax.set_mesh(
+        make_mesh(shape=MeshShape(replica=2, fsdp=2, tensor=2)) if meshed else make_mesh(jax.devices()[:1])
+    ):
         text = gradient(window, documents).trace(q, k, k, begins).lower(lowering_platforms=("cuda",)).as_text()
     assert sorted(re.findall(r"custom_call @(__[\w$.]+)", text)) == sorted(calls)
     assert window is None or packed or f"sliding_window_length\\22: {window}" in text
@@ -66,11 +68,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.rules import partition_spec
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-mesh = make_mesh(topology.devices, fsdp=2, tensor=2)
+mesh = make_mesh(topology.devices, MeshShape(fsdp=2, tensor=2))
 jax.default_backend = lambda: "tpu"
 cases = [((8, 2), 64, (None,), None), ((9, 3), 64, (None,), None), ((8, 4), 128, (512, None), 50.0), ((4, 2), 256, (None,), None)]
 for (heads, groups), head_dim, windows, softcap in cases:

@@ -10,7 +10,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder, apply
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
 from cpt_jax.models.linear import LoRAConfig, merge_lora
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 from cpt_jax.training.loss import make_loss
@@ -40,6 +40,7 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
         dict(expert=2, fsdp=2, tensor=2),
         dict(fsdp=4, replica=2),
         dict(expert=2, tensor=4, fsdp=1),
+        dict(expert=2, context=2, fsdp=2),
     ],
     ids=str,
 )
@@ -51,7 +52,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
     gradient = jax.value_and_grad(lambda weights, batch: loss(weights, batch)[0])
     expected, expected_gradients = jax.jit(gradient)(jax.tree.map(jnp.asarray, weights), batch())
 
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(shape=MeshShape(**sizes))
     where = shardings(network.logical_axes, network.shapes, mesh)
     placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
     held = placed["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data

@@ -24,7 +24,7 @@ from cpt_jax.optim.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.rules import shardings
 from cpt_jax.training.program import _state_shardings
 from cpt_jax.training.state import initial_state
@@ -264,7 +264,7 @@ def test_frozen_leaves_have_no_state(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_one(name, tmp_path):
     config = tiny_config(new_rows=10)
-    network, mesh = abstract_decoder(config), make_mesh(jax.devices(), fsdp=4, tensor=2)
+    network, mesh = abstract_decoder(config), make_mesh(shape=MeshShape(fsdp=4, tensor=2))
     weights = random_weights(config)
     gradients = jax.tree.map(lambda leaf: leaf[::-1] * 0.01, weights)
     where = flatten(shardings(network.logical_axes, network.shapes, mesh))

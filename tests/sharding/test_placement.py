@@ -13,7 +13,7 @@ from inputs import hf_config, random_weights, tiny_config
 from cpt_jax.checkpoint.hf import load, save
 from cpt_jax.core.lazy import LazyArray, rows_of
 from cpt_jax.core.tree import flatten
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 
@@ -27,7 +27,7 @@ from cpt_jax.checkpoint import safetensors_file
 from cpt_jax.checkpoint.hf import load
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 config, leaves, _ = load(directory)
@@ -40,7 +40,7 @@ def counted(self, name, rows=None):
     read += array.nbytes
     return array
 safetensors_file.SafetensorsFile.read = counted
-where = flatten(shardings(network.logical_axes, network.shapes, make_mesh(fsdp=4, tensor=2)))
+where = flatten(shardings(network.logical_axes, network.shapes, make_mesh(shape=MeshShape(fsdp=4, tensor=2))))
 for path, leaf in flatten(leaves).items():
     array = place(leaf, np.float32, where[path])
     assert array.sharding == where[path]
@@ -87,7 +87,7 @@ def test_one_process_reads_each_byte_once():
         asked.append(slices)
         return whole[slices].astype(dtype)
 
-    mesh = make_mesh(replica=2, fsdp=2, tensor=2)
+    mesh = make_mesh(shape=MeshShape(replica=2, fsdp=2, tensor=2))
     leaf = LazyArray(whole.shape, np.float32, read)
     where = shardings({"k": ("layers", "embed", "mlp")}, {"k": jax.ShapeDtypeStruct(whole.shape, np.float32)}, mesh)[
         "k"

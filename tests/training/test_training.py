@@ -18,7 +18,7 @@ from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
-from cpt_jax.sharding.mesh import make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.state import initial_state
@@ -112,7 +112,7 @@ def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(replica=2, fsdp=2, tensor=2)], ids=str)
 def test_vocabulary_and_heads_cut_over_devices_give_the_losses_of_one(directories, tmp_path, sizes):
-    for name, mesh in (("one", make_mesh(jax.devices()[:1])), ("cut", make_mesh(jax.devices(), **sizes))):
+    for name, mesh in (("one", make_mesh(jax.devices()[:1])), ("cut", make_mesh(shape=MeshShape(**sizes)))):
         train(training(directories, tmp_path / name, Full(), mesh=mesh, steps=4))
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "one"), rtol=1e-5)
 
