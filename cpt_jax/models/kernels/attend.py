@@ -14,6 +14,7 @@ from cpt_jax.models.kernels.blocks import blocks
 from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for, within_rows
 from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import SAVED, Visible
+from cpt_jax.sharding.hardware import backend
 from cpt_jax.sharding.rules import partition_spec
 
 Windows = tuple[int | None, ...]
@@ -41,7 +42,7 @@ def attend(
     """
     length = q.shape[2]
     work = Work(
-        backend=jax.default_backend(),
+        backend=backend(),
         length=length,
         head_dim=q.shape[3],
         windows=windows,
