@@ -160,7 +160,9 @@ def explain(plan: StagePlan) -> str:
 def _memory_rows(memory: ChipMemory, refused: bool) -> list[tuple[str, str]]:
     parts = memory._asdict()
     limit = parts.pop("limit")
-    rows = [(name, gigabytes(parts[name])) for name in ("weights", "optimizer", "ema", "batch", "padding") if parts[name]]
+    rows = [
+        (name, gigabytes(parts[name])) for name in ("weights", "optimizer", "ema", "batch", "padding") if parts[name]
+    ]
     rows.append(("temporaries" + (" (needed)" if refused else ""), gigabytes(memory.temporaries)))
     rows += [(f"  of them {name}", gigabytes(parts[name])) for name in ("activations", "gradients", "logits")]
     rows.append(("total", gigabytes(memory.total)))
