@@ -3,15 +3,21 @@ and an optional teacher.
 
 Logits and their gradient exist for one chunk at a time, the student's and the teacher's, and the gradient is computed
 in the forward pass, while the chunk's exponentials are at hand: the backward pass only scales it.
+
+On a mesh each device takes chunks of its own tokens, and its own rows of a table that is cut (`Devices`): sums over
+the vocabulary are added up along the axis that cuts it, the table's gradient along those that cut the tokens.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from cpt_jax.models.cut_vocabulary import Devices, on_mesh
 from cpt_jax.sharding.hardware import backend
 
 # On a CPU more than this gains nothing. An accelerator adds each chunk's gradient to the whole table's in memory: fewer,
@@ -34,9 +40,9 @@ class Teacher(NamedTuple):
     over its own vocabulary, the student's probabilities there renormalised.
     """
 
-    hidden: Float[Array, "N D"]
+    hidden: Float[Array, "*rows D"]
     tables: tuple[Float[Array, "V D"], ...]
-    weights: Float[Array, "N"]
+    weights: Float[Array, "*rows"]
 
 
 class Losses(NamedTuple):
@@ -44,8 +50,8 @@ class Losses(NamedTuple):
     the teacher (0 without one), in nats."""
 
     total: Float[Array, ""]
-    nats: Float[Array, "N"]
-    divergence: Float[Array, "N"]
+    nats: Float[Array, "*rows"]
+    divergence: Float[Array, "*rows"]
 
 
 class _Static(NamedTuple):
@@ -53,13 +59,14 @@ class _Static(NamedTuple):
     uses: tuple[TableUse, ...]
     softcap: float | None
     z_loss: float
+    devices: Devices = Devices()
 
 
 def token_losses(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "*rows D"],
     tables: tuple[Float[Array, "V D"], ...],
-    targets: Int[Array, "N"],
-    weights: Float[Array, "N"],
+    targets: Int[Array, "*rows"],
+    weights: Float[Array, "*rows"],
     dtype: Any,
     uses: tuple[TableUse, ...],
     softcap: float | None = None,
@@ -71,7 +78,8 @@ def token_losses(
     squared logarithm of the normaliser (Chowdhery et al. 2022, arXiv 2204.02311); the divergence from a teacher.
 
     Products take inputs of `dtype` and sum in float32. A table that does not train, and the teacher, get a gradient of
-    zero. `softcap`: logits are softcap * tanh(logits / softcap), as Gemma 2's.
+    zero. `softcap`: logits are softcap * tanh(logits / softcap), as Gemma 2's. On a mesh, tokens are to come as rows
+    [batch, sequence].
     """
     static = _Static(jnp.dtype(dtype), uses, softcap, z_loss)
     return Losses(*cast(tuple, _token_losses(hidden, tables, targets, weights, teacher, static)))
@@ -88,27 +96,29 @@ class _Softmax(NamedTuple):
 
 def _softmax(hidden, tables, static: _Static) -> _Softmax:
     logits = []
-    for table, (rows, _) in zip(tables, static.uses, strict=False):
+    for number, (table, (rows, _)) in enumerate(zip(tables, static.uses, strict=False)):
         part = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
         if static.softcap is not None:
             part = static.softcap * jnp.tanh(part / static.softcap)
-        logits.append(part if table.shape[0] == rows else jnp.where(jnp.arange(table.shape[0]) < rows, part, -jnp.inf))
-    return _normalised(logits)
+        if table.shape[0] != rows:
+            part = jnp.where((static.devices.rows(table, number) < rows)[None], part, -jnp.inf)
+        logits.append(part)
+    return _normalised(logits, static.devices)
 
 
-def _normalised(logits: list[Array]) -> _Softmax:
-    top = functools.reduce(jnp.maximum, [part.max(-1) for part in logits])
+def _normalised(logits: list[Array], devices: Devices) -> _Softmax:
+    top = devices.largest([part.max(-1) for part in logits])
     exponentials = [jnp.exp(part - top[:, None]) for part in logits]
-    normaliser = functools.reduce(jnp.add, [part.sum(-1) for part in exponentials])
+    normaliser = devices.sum_of_tables([part.sum(-1) for part in exponentials])
     return _Softmax(logits, exponentials, normaliser, top + jnp.log(normaliser))
 
 
-def _is_target(targets, tables, uses):
+def _is_target(targets, tables, static: _Static):
     """For each table, where the targets are among its rows [N, V]."""
     first, found = 0, []
-    for table, (rows, _) in zip(tables, uses, strict=True):
-        local = jnp.where(targets < first + rows, targets - first, -1)
-        found.append(jnp.arange(table.shape[0])[None, :] == local[:, None])
+    for number, (table, (rows, _)) in enumerate(zip(tables, static.uses, strict=True)):
+        own = jnp.where(targets < first + rows, targets - first, -1)
+        found.append(static.devices.rows(table, number)[None, :] == own[:, None])
         first += rows
     return found
 
@@ -116,24 +126,24 @@ def _is_target(targets, tables, uses):
 def _chunk_losses(hidden, tables, targets, teacher: Teacher | None, static: _Static):
     """(cross-entropies [N], divergences [N], the student's softmax, the teacher's, the student's over its tables)."""
     student = _softmax(hidden, tables, static)
-    chosen = functools.reduce(
-        jnp.add,
-        [
-            jnp.sum(jnp.where(mask, part, 0.0), -1)
-            for mask, part in zip(_is_target(targets, tables, static.uses), student.logits, strict=True)
-        ],
+    masks = _is_target(targets, tables, static)
+    chosen = static.devices.sum_of_tables(
+        [jnp.sum(jnp.where(mask, part, 0.0), -1) for mask, part in zip(masks, student.logits, strict=True)]
     )
     nats = student.log_normaliser - chosen
     if teacher is None:
         return nats, jnp.zeros_like(nats), student, None, None
     wise = _softmax(teacher.hidden, teacher.tables, static)
     count = len(teacher.tables)
-    shared = student if count == len(tables) else _normalised(student.logits[:count])
+    shared = student if count == len(tables) else _normalised(student.logits[:count], static.devices)
     # sum of p (log p - log q); where p is 0 (padding) both logits are -inf.
-    divergence = shared.log_normaliser - wise.log_normaliser
-    for mine, theirs, exponential in zip(shared.logits, wise.logits, wise.exponentials, strict=True):
-        difference = jnp.where(exponential > 0, theirs - mine, 0.0)
-        divergence += jnp.sum(exponential * difference, -1) / wise.normaliser
+    differences = [
+        jnp.sum(exponential * jnp.where(exponential > 0, theirs - mine, 0.0), -1)
+        for mine, theirs, exponential in zip(shared.logits, wise.logits, wise.exponentials, strict=True)
+    ]
+    divergence = (
+        shared.log_normaliser - wise.log_normaliser + static.devices.sum_of_tables(differences) / wise.normaliser
+    )
     return nats, divergence, student, wise, shared
 
 
@@ -142,8 +152,8 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
     z = static.z_loss * weights
     total = jnp.sum(weights * nats + z * jnp.square(student.log_normaliser))
     of_student = (weights + 2 * z * student.log_normaliser) / student.normaliser
-    dhidden, dtables = jnp.zeros(hidden.shape, jnp.float32), []
-    masks = _is_target(targets, tables, static.uses)
+    dhidden, dtables = [], []
+    masks = _is_target(targets, tables, static)
     for number, (table, mask, use) in enumerate(zip(tables, masks, static.uses, strict=True)):
         dlogits = student.exponentials[number] * of_student[:, None] - jnp.where(mask, weights[:, None], 0.0)
         if teacher is not None and wise is not None and shared is not None and number < len(teacher.tables):
@@ -154,12 +164,12 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
             capped = jnp.maximum(student.logits[number], -static.softcap)
             dlogits *= 1 - jnp.square(capped / static.softcap)
         dlogits = dlogits.astype(static.dtype)
-        dhidden += jnp.matmul(dlogits, table, preferred_element_type=jnp.float32)
+        dhidden.append(jnp.matmul(dlogits, table, preferred_element_type=jnp.float32))
         if use.trains:
             dtables.append(jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32))
     if teacher is not None:
         total += jnp.sum(teacher.weights * divergence)
-    return (total, *dtables), (nats, divergence, dhidden)
+    return (total, *dtables), (nats, divergence, static.devices.sum_of_tables(dhidden))
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -202,41 +212,80 @@ def _with_tables(of_chunk: Any, teacher: Teacher | None) -> Teacher | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _token_losses(hidden, tables, targets, weights, teacher, static: _Static):
-    count, dtype = hidden.shape[0], static.dtype
-    tables, teacher = tuple(table.astype(dtype) for table in tables), _low(teacher, dtype)
+    return _on_devices(_values, hidden, tables, targets, weights, teacher, static)
+
+
+def _values(hidden, tables, targets, weights, teacher, static: _Static):
+    """A device's total, and each of its tokens' losses."""
+    rows, hidden, targets, weights, teacher = _flat(hidden, targets, weights, teacher)
 
     def chunk(arguments):
-        rows, wanted, of_teacher = arguments
-        found = _chunk_losses(rows.astype(dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
+        part, wanted, of_teacher = arguments
+        found = _chunk_losses(part.astype(static.dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
         return found[0], found[1], found[2].log_normaliser
 
-    found = jax.lax.map(chunk, _chunks(count, _height(tables), (hidden, targets, _by_token(teacher))))
-    nats, divergence, log_normaliser = (part.reshape(-1)[:count] for part in found)
+    found = jax.lax.map(chunk, _chunks(len(targets), _height(tables), (hidden, targets, _by_token(teacher))))
+    nats, divergence, log_normaliser = (part.reshape(-1)[: len(targets)] for part in found)
     total = jnp.sum(weights * (nats + static.z_loss * jnp.square(log_normaliser)))
     if teacher is not None:
         total += jnp.sum(teacher.weights * divergence)
-    return total, nats, divergence
+    return static.devices.sum_of_tokens(total), nats.reshape(rows), divergence.reshape(rows)
 
 
 def _forward(hidden, tables, targets, weights, teacher, static: _Static):
-    count, dtype = hidden.shape[0], static.dtype
-    low, low_teacher = tuple(table.astype(dtype) for table in tables), _low(teacher, dtype)
+    found = _on_devices(_with_gradients, hidden, tables, targets, weights, teacher, static)
+    shapes = tuple(table.shape for table in tables)
+    types = tuple(jnp.zeros((0,), table.dtype) for table in tables)
+    return found[:3], (found[3], found[4:], shapes, types)
+
+
+def _with_gradients(hidden, tables, targets, weights, teacher, static: _Static):
+    """As `_values`, and the gradients of the hidden states and of the tables that train."""
+    rows, hidden, targets, weights, teacher = _flat(hidden, targets, weights, teacher)
+    count = len(targets)
 
     def chunk(sums, arguments):
-        rows, wanted, weight, of_teacher = arguments
-        of_teacher = _with_tables(of_teacher, low_teacher)
-        parts, by_token = _chunk_gradients(rows.astype(dtype), low, wanted, weight, of_teacher, static)
+        part, wanted, weight, of_teacher = arguments
+        of_teacher = _with_tables(of_teacher, teacher)
+        parts, by_token = _chunk_gradients(part.astype(static.dtype), tables, wanted, weight, of_teacher, static)
         return tuple(a + b for a, b in zip(sums, parts, strict=True)), by_token
 
     trained = [table for table, use in zip(tables, static.uses, strict=True) if use.trains]
     zeros = (jnp.zeros(()), *(jnp.zeros(table.shape, jnp.float32) for table in trained))
-    rows = _chunks(count, _height(tables), (hidden, targets, weights, _by_token(low_teacher)))
-    (total, *sums), (nats, divergence, dhidden) = jax.lax.scan(chunk, zeros, rows)
-    nats, divergence = nats.reshape(-1)[:count], divergence.reshape(-1)[:count]
-    dhidden = dhidden.reshape(-1, hidden.shape[1])[:count]
-    shapes = tuple(table.shape for table in tables)
-    types = tuple(jnp.zeros((0,), table.dtype) for table in tables)
-    return (total, nats, divergence), (dhidden, tuple(sums), shapes, types)
+    chunks = _chunks(count, _height(tables), (hidden, targets, weights, _by_token(teacher)))
+    (total, *sums), (nats, divergence, dhidden) = jax.lax.scan(chunk, zeros, chunks)
+    nats, divergence = (part.reshape(-1)[:count].reshape(rows) for part in (nats, divergence))
+    dhidden = dhidden.reshape(-1, hidden.shape[1])[:count].reshape(*rows, -1)
+    dtables = [static.devices.table_gradient(part) for part in sums]
+    return static.devices.sum_of_tokens(total), nats, divergence, dhidden, *dtables
+
+
+def _flat(hidden, targets, weights, teacher: Teacher | None):
+    """(the tokens' shape, everything with the tokens as one axis)."""
+    if teacher is not None:
+        teacher = teacher._replace(
+            hidden=teacher.hidden.reshape(-1, hidden.shape[-1]), weights=teacher.weights.reshape(-1)
+        )
+    return targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1), teacher
+
+
+def _on_devices(function: Callable, hidden, tables, targets, weights, teacher: Teacher | None, static: _Static):
+    """What `function` makes of the tables in the type of the products, by each device of a mesh on its own part."""
+    tables, teacher = tuple(table.astype(static.dtype) for table in tables), _low(teacher, static.dtype)
+    if (found := on_mesh(hidden, tables)) is None:
+        return function(hidden, tables, targets, weights, teacher, static)
+    devices, specs = found
+    outputs: list[Any] = [PartitionSpec(), specs.tokens, specs.tokens]
+    if function is _with_gradients:
+        trained = [spec for spec, use in zip(specs.gradients, static.uses, strict=True) if use.trains]
+        outputs += [specs.hidden, *trained]
+    taught: Any = None if teacher is None else (specs.hidden, specs.tables[: len(teacher.tables)], specs.tokens)
+    return jax.shard_map(
+        functools.partial(function, static=static._replace(devices=devices)),
+        in_specs=(specs.hidden, specs.tables, specs.tokens, specs.tokens, taught and Teacher(*taught)),
+        out_specs=tuple(outputs),
+        check_vma=False,
+    )(hidden, tables, targets, weights, teacher)
 
 
 def _backward(static: _Static, residuals, cotangents):

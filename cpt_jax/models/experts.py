@@ -121,12 +121,12 @@ class Experts(nnx.Module):
         else:
             rows = PartitionSpec(RULES["batch"], RULES["sequence"])
             specs = {name: linear.specs() for name, linear in linears.items()}
-            in_rows = (part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares))
+            in_rows = [part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares)]
             mixed = jax.shard_map(
                 functools.partial(_spread, specs=(rows, specs), compute=compute),
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
-            )(*in_rows, weights)
+            )(in_rows[0], in_rows[1], in_rows[2], weights)
         return mixed.reshape(x.shape), balance
 
 

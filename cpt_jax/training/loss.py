@@ -58,7 +58,7 @@ def make_loss(
         parts = ("base",) if isinstance(taught, Anchor) else tuple(rows)
         each = teacher_weights(taught, batch["weights"], batch["domains"], names, held.teacher_weight)
         tables = tuple(wise_weights[table][part] for part in parts)
-        return Teacher(hidden.reshape(-1, hidden.shape[-1]), tables, each.reshape(-1))
+        return Teacher(hidden, tables, each)
 
     def loss(weights: Tree, batch: Batch, key: Array | None = None, held: Held | None = None):
         segment_ids = batch["segment_ids"]
@@ -72,11 +72,11 @@ def make_loss(
             compute_dtype=compute_dtype,
             dropout_key=key if drops else None,
         )
-        token_weights = batch["weights"].reshape(-1)
+        token_weights = batch["weights"]
         losses = token_losses(
-            hidden.reshape(-1, hidden.shape[-1]),
+            hidden,
             tuple(weights[table][part] for part in rows),
-            batch["targets"].reshape(-1),
+            batch["targets"],
             token_weights,
             compute_dtype,
             uses,
@@ -93,8 +93,9 @@ def make_loss(
         of_token = {"nats": losses.nats * token_weights, "tokens": token_weights}
         if taught is not None:
             of_token["divergence"] = losses.divergence * token_weights
-        of_domain = jax.nn.one_hot(batch["domains"].reshape(-1), len(names), dtype=jnp.float32)
-        sums = jnp.matmul(jax.lax.stop_gradient(jnp.stack(list(of_token.values()))), of_domain, precision="highest")
+        of_domain = jax.nn.one_hot(batch["domains"], len(names), dtype=jnp.float32)
+        stacked = jax.lax.stop_gradient(jnp.stack(list(of_token.values())))
+        sums = jnp.einsum("kbs,bsd->kd", stacked, of_domain, precision="highest")
         return total, dict(zip(of_token, sums, strict=True))
 
     return loss

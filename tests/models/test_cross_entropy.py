@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from cpt_jax.models import cross_entropy
 from cpt_jax.models.cross_entropy import TableUse, Teacher, token_losses
+from cpt_jax.sharding.mesh import MeshShape, make_mesh
+from cpt_jax.sharding.rules import partition_spec
 
 TOKENS, WIDTH = 41, 12
 # Rows of the two tables and how many of them are tokens: the rest is padding.
@@ -99,3 +102,51 @@ def test_a_teacher_who_agrees_costs_nothing():
     teacher = Teacher(hidden, tables, jnp.ones(TOKENS))
     gradient = jax.grad(lambda h: token_losses(h, tables, *arguments, teacher=teacher).total)(hidden)
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(fsdp=2, context=2, tensor=2),
+        dict(replica=2, fsdp=4),
+        # 24 rows over 4 devices; 16 new ones on each.
+        dict(fsdp=2, tensor=4),
+        # The width does not divide.
+        dict(fsdp=8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("teacher_tables", [0, 1, 2])
+def test_on_a_mesh_each_device_takes_its_own_tokens_and_rows(sizes, teacher_tables):
+    generator = np.random.default_rng(1)
+    shape = (8, 6)
+    drawn = (generator.normal(size=(*shape, WIDTH)), *inputs()[1], generator.uniform(0, 2, shape))
+    hidden, base, new, weights = (jnp.asarray(each, jnp.float32) for each in drawn)
+    targets = jnp.asarray(generator.integers(0, sum(USED), shape))
+    wise = jnp.asarray(generator.normal(size=(*shape, WIDTH)), jnp.float32)
+    uses = (TableUse(USED[0], True), TableUse(USED[1], True))
+
+    def objective(hidden, tables):
+        teacher = Teacher(wise, tables[:teacher_tables], 2 - weights) if teacher_tables else None
+        losses = token_losses(
+            hidden, tables, targets, weights, "float32", uses, 4.0, z_loss=0.02, teacher=jax.lax.stop_gradient(teacher)
+        )
+        return losses.total, losses
+
+    gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(gradient)(hidden, (base, new))
+    mesh = make_mesh(shape=MeshShape(**sizes))
+    rows, table = (("batch", "sequence", "hidden"), hidden), (("vocab", "embed"), base)
+    placed = [
+        jax.device_put(array, NamedSharding(mesh, partition_spec(names, array.shape, mesh)))
+        for names, array in (rows, table, (("new_vocab", "embed"), new))
+    ]
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradient)(placed[0], tuple(placed[1:]))
+        values = jax.jit(objective)(placed[0], tuple(placed[1:]))
+    for mine, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5 * float(jnp.abs(right).max()))
+    for mine, right in zip(jax.tree.leaves(values), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)
+    # The table's gradient lies as the table does.
+    assert found[1][1][0].sharding.is_equivalent_to(placed[1].sharding, 2)
