@@ -107,11 +107,33 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
         shape, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
         ids = np.arange(int(np.prod(sizes))).reshape(sizes)
         return (ids.transpose(order) if order else ids).reshape(shape).tolist()
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)?\s*\{([^}]*)\}", attributes):
-        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", meshed.group(1))}
-        along = re.findall(r"'([^']+)'", meshed.group(2))
-        ids = np.arange(int(np.prod(list(axes.values())))).reshape(list(axes.values()))
-        chosen = [list(axes).index(name) for name in along]
-        others = [axis for axis in range(len(axes)) if axis not in chosen]
-        return ids.transpose(others + chosen).reshape(-1, int(np.prod([ids.shape[axis] for axis in chosen]))).tolist()
+    if "replica_groups=mesh[" in attributes:
+        return _mesh_groups(attributes)
     return [list(range(devices))]
+
+
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
+
+
+def _mesh_groups(attributes: str) -> list[list[int]]:
+    """Groups along axes of a mesh of their own: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}; the last
+    is the part of size 2 behind parts of size 1 of axis b."""
+    found = _MESH.search(attributes)
+    if found is None:
+        raise ValueError(f"replica groups that are not known: {attributes[:200]}")
+    named, shape, order, along = found.groups()
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named)}
+    sizes = [int(size) for size in shape.split(",")] if shape else [int(np.prod(list(axes.values())))]
+    ids = np.arange(int(np.prod(sizes))).reshape(sizes)
+    if order:
+        ids = ids.transpose([int(axis) for axis in order.split(",")])
+    parts, chosen = [], []
+    for name, size in axes.items():
+        inner = re.search(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", along)
+        before, own = (int(inner.group(1)), int(inner.group(2))) if inner and inner.group(1) else (1, size)
+        if inner is not None:
+            chosen.append(len(parts) + 1)
+        parts += [before, own, size // before // own]
+    ids = ids.reshape(parts)
+    others = [axis for axis in range(len(parts)) if axis not in chosen]
+    return ids.transpose(others + chosen).reshape(-1, int(np.prod([parts[axis] for axis in chosen]))).tolist()

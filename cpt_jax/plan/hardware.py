@@ -12,13 +12,15 @@ import jax
 from jax.sharding import Mesh
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.plan.gpus import gpus
 from cpt_jax.sharding.hardware import Chip, chip, peak_flops
 
 # The most chips of a slice; how many of Google's count a chip ("v5p-128" are 128 TensorCores, 64 chips); along how many
 # axes chips are neighbours; the multiple of chips from which an axis of the torus is closed to a ring.
 TPUS = {"v4": (4096, 2, 3, 4), "v5e": (256, 1, 2, 16), "v5p": (6144, 2, 3, 4), "v6e": (256, 1, 2, 16)}
-# Devices of an island, which talk over NVLink.
-GPUS = {"a100": ("NVIDIA A100", 8), "h100": ("NVIDIA H100 80GB HBM3", 8), "h200": ("NVIDIA H200", 8)}
+# GPUs by name; as many make an island, which talks over NVLink.
+GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+ISLAND = 8
 EXAMPLES = "v5e-256, v5p:4x4x8 (chips along each side), v5e-256x2 (two slices), h100-64, cpu-8"
 
 
@@ -30,7 +32,6 @@ class Hardware:
       kind: as JAX names the device.
       sides: of a TPU's torus, in chips.
       slices: of TPUs, which talk over the data centre's network.
-      island: GPUs that talk over NVLink.
     """
 
     name: str
@@ -40,7 +41,6 @@ class Hardware:
     generation: str = ""
     sides: tuple[int, ...] = ()
     slices: int = 1
-    island: int = 1
 
     @property
     def chip(self) -> Chip | None:
@@ -51,13 +51,14 @@ class Hardware:
         return peak_flops(self.kind)
 
     def devices(self) -> list[Any]:
-        """The devices to compile for. GPUs' programs are cut for as many CPU devices: XLA makes a GPU's program only
-        beside a GPU.
+        """The devices to compile for, described by the platform's own compiler.
 
         Raises:
-          UserError: libtpu is not installed, or it knows no such slice; fewer CPU devices than asked for.
+          UserError: the compiler is not installed, or it knows no such slice; fewer CPU devices than asked for.
         """
-        return list(_tpus(self)) if self.platform == "tpu" else _cpus(self)
+        if self.platform == "cpu":
+            return _cpus(self)
+        return list(_tpus(self) if self.platform == "tpu" else gpus(self.generation, self.chips))
 
     def bandwidth(self, mesh: Mesh, axes: tuple[str, ...]) -> float:
         """Bytes/s that a device can send along axes of a mesh, in a ring.
@@ -71,8 +72,7 @@ class Hardware:
         sizes = [mesh.shape[name] if name in axes else 1 for name in mesh.axis_names]
         group = mesh.devices[tuple(slice(size) for size in sizes)].ravel()
         if self.platform == "gpu":
-            first = mesh.devices.ravel().tolist()
-            places = {first.index(device) // self.island for device in group}
+            places = {device.id // ISLAND for device in group}
             return here.link_bandwidth if len(places) == 1 else here.network_bandwidth
         if len({getattr(device, "slice_index", 0) or 0 for device in group}) > 1:
             return here.network_bandwidth
@@ -101,8 +101,9 @@ def hardware_named(name: str) -> Hardware:
         raise UserError(f"hardware {name!r}: give the number of devices, as in {family}-8")
     if family == "cpu":
         return Hardware(name=name, platform="cpu", kind="cpu", chips=count)
-    kind, island = GPUS[family]
-    return Hardware(name=name, platform="gpu", kind=kind, chips=count, island=island)
+    if count > ISLAND and count % ISLAND:
+        raise UserError(f"hardware {name!r}: {family} come in machines of {ISLAND}: give a multiple, or fewer")
+    return Hardware(name=name, platform="gpu", kind=GPUS[family], chips=count, generation=family)
 
 
 def _tpu(name: str, family: str, count: int, sides: str | None, slices: int) -> Hardware:
@@ -171,7 +172,7 @@ def prepare(hardware: Hardware) -> None:
     """Has JAX start with as many CPU devices as stand for the hardware, and look for no other; for a process that does
     nothing else, before JAX has looked."""
     jax.config.update("jax_platforms", "cpu")
-    if hardware.platform != "tpu":
+    if hardware.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", hardware.chips)
 
 

@@ -48,7 +48,8 @@ def chip_memory(compiled: CompiledStage, program: Program | None) -> ChipMemory:
         sequence_length=planned.stage.sequence_length // mesh.shape["context"],
         scores=compiled.network.config.attention == "xla",
     )
-    kept = None if program is None else kept_by_layers(compiled, program)
+    looped = compiled.network.config.layer_loop == "scan"
+    kept = kept_by_layers(compiled, program) if program is not None and looped else None
     return ChipMemory(
         weights=held["weights"],
         optimizer=held["optimizer"],

@@ -8,10 +8,11 @@ import dataclasses
 import math
 
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import Network
+from cpt_jax.models.decoder import Network, head_path
 from cpt_jax.models.remat import Remat
 from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.recipe.recipe import Stage
+from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.flops import first_to_train, token_flops
@@ -43,23 +44,31 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
     stage, network = planned.stage, planned.network(platform)
     sizes = dataclasses.asdict(shape)
     rows, length = local_rows(stage, sizes), stage.sequence_length // shape.context
-    memory = stage_memory(
-        network,
-        planned.method.trains,
-        stage.optimizer,
-        ema=stage.ema,
-        precision=planned.precision,
-        rows=rows,
-        sequence_length=length,
-        scores=network.config.attention == "xla",
-    )
+    with compiling_for(platform):
+        memory = stage_memory(
+            network,
+            planned.method.trains,
+            stage.optimizer,
+            ema=stage.ema,
+            precision=planned.precision,
+            rows=rows,
+            sequence_length=length,
+            scores=network.config.attention == "xla",
+        )
     tokens, item, cut = rows * length, planned.precision.dtype.itemsize, shape.tensor * (shape.fsdp or 1)
     activations = memory.activations / shape.tensor
     if stage.remat is not None:
         activations = _recomputed(network, stage.remat, planned, tokens, activations, shape.tensor)
-    # One layer's weights and the tables are whole, in the compute type, while they are used.
-    whole = item * (_layers(network) / network.config.num_layers + _tables(network)) / shape.tensor
-    temporary = activations + max(memory.gradients / cut, memory.logits / shape.tensor) + whole
+    # Whole while they are used: one layer's weights and the head's, in the compute type; a head that trains has its
+    # gradient whole, in float32, before the devices' are added. The loops are given all trained weights rounded.
+    head = max(
+        leaf.size for path, leaf in flatten(network.shapes).items() if path.startswith(head_path(network.config))
+    )
+    trains = any(planned.method.trains(f"{head_path(network.config)}/{part}") for part in ("base", "new"))
+    whole = item * (_layers(network) / network.config.num_layers + head) / shape.tensor
+    whole += 4 * head / shape.tensor if trains else 0
+    rounded = item * memory.gradients / 4 / cut
+    temporary = activations + memory.gradients / cut + rounded + memory.logits / shape.tensor + whole
     flops = token_flops(network, planned.method.trains, stage.sequence_length).total
     devices = math.prod(sizes.values())
     return PaperStep(
@@ -72,10 +81,6 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
 
 def _layers(network: Network) -> int:
     return sum(leaf.size for path, leaf in flatten(network.shapes).items() if path.startswith("layers/"))
-
-
-def _tables(network: Network) -> int:
-    return sum(leaf.size for path, leaf in flatten(network.shapes).items() if path.startswith(("embed/", "head/")))
 
 
 def _recomputed(

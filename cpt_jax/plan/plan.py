@@ -11,6 +11,7 @@ from cpt_jax.plan.paper import PaperStep, on_paper
 from cpt_jax.plan.roofline import Roofline, roofline
 from cpt_jax.plan.stage import CompiledStage, PlannedStage, compile_stage
 from cpt_jax.recipe.report import text_table
+from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.sharding.mesh import AXES, MeshShape
 
 
@@ -52,7 +53,7 @@ class StagePlan:
             "hardware": hardware.name,
             "device": hardware.kind,
             "chips": hardware.chips,
-            "compiled_for": "cpu, standing for a GPU" if hardware.platform == "gpu" else hardware.platform,
+            "compiled_for": hardware.platform,
             "mesh": {name: self.compiled.mesh.shape[name] for name in AXES},
             "batch_size": stage.batch_size,
             "sequence_length": stage.sequence_length,
@@ -104,9 +105,11 @@ def plan_stage(
     mesh_shape = {name: compiled.mesh.shape[name] for name in AXES}
     program = parse(compiled.text) if compiled.text else None
     found = [] if program is None else collectives(program, mesh_shape)
+    with compiling_for(hardware.platform):
+        memory = chip_memory(compiled, program)
     return StagePlan(
         compiled=compiled,
-        memory=chip_memory(compiled, program),
+        memory=memory,
         collectives=found,
         roofline=None if program is None else roofline(compiled, program, found),
         paper=on_paper(planned, MeshShape(**mesh_shape), hardware.platform),
@@ -133,7 +136,9 @@ def explain(plan: StagePlan) -> str:
         + f"; attention {config.attention}, layers {config.layer_loop}; compiled in {compiled.seconds:.0f} s",
     ]
     if hardware.platform == "gpu":
-        lines.append("  no GPU's program is made without one: cut and counted on CPU devices, kernels on paper")
+        lines.append(
+            "  attention by plain blocks, its products on paper: cuDNN's kernel cannot be compiled without a GPU"
+        )
     if compiled.refusal is not None:
         lines.append(f"  the compiler: {compiled.refusal}")
     lines.append(_indented(text_table(_memory_rows(memory, compiled.refusal is not None))))

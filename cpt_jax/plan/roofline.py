@@ -80,6 +80,15 @@ def roofline(compiled: CompiledStage, program: Program, found: list[Collective])
     )
 
 
+def products(program: Program) -> float:
+    """FLOPs of all products of a program, those of kernels left out."""
+    return sum(
+        times * _flops(program, program.computations[name], each)
+        for name, each, times in program.walk()
+        if each.op in ("dot", "convolution")
+    )
+
+
 def _flops(program: Program, computation: Computation, instruction: Instruction) -> float:
     """Of the products in an operation, fused ones too."""
     if instruction.op == "fusion":

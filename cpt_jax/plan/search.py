@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
 from cpt_jax.models.remat import Remat
-from cpt_jax.plan.hardware import Hardware
+from cpt_jax.plan.hardware import ISLAND, Hardware
 from cpt_jax.plan.paper import PaperStep, on_paper
 from cpt_jax.plan.plan import StagePlan, plan_stage
 from cpt_jax.plan.stage import PlannedStage, check_cut
@@ -75,7 +75,7 @@ def _shapes(planned: PlannedStage, hardware: Hardware) -> Iterator[MeshShape]:
     """fsdp with some tensor parallelism, whose parts of heads and feed-forward are whole, and whole copies of the
     weights for each slice or island."""
     config = planned.config
-    for replica in sorted({1, hardware.slices, hardware.chips // hardware.island if hardware.platform == "gpu" else 1}):
+    for replica in sorted({1, hardware.slices, max(1, hardware.chips // ISLAND) if hardware.platform == "gpu" else 1}):
         for tensor in TENSOR:
             if hardware.chips % (replica * tensor) or config.num_kv_heads % tensor or config.intermediate_size % tensor:
                 continue

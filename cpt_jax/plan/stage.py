@@ -28,6 +28,9 @@ from cpt_jax.training.program import Settings
 from cpt_jax.training.retention import start_of
 from cpt_jax.training.step import Controls
 
+# What JAX calls a platform's programs.
+LOWERED = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedStage:
@@ -53,7 +56,9 @@ class PlannedStage:
         model = Model(config=self.config, weights={}, hf_config=self.hf_config, lora=self.method.lora_config())
         with compiling_for(platform):
             model = model.for_training(platform, self.stage.remat, self.layer_loop)  # type: ignore[arg-type]
-            model = model.attending(self.attention, self.stage.sequence_length, self.precision.dtype)
+            # JAX asks cuDNN's library what it can do, which takes a GPU: another kernel, without the scores either.
+            attention = "blocks" if platform == "gpu" else self.attention
+            model = model.attending(attention, self.stage.sequence_length, self.precision.dtype)
         return model.network
 
 
@@ -112,8 +117,7 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
     shape = (shape or MeshShape()).over(hardware.chips)
     check_cut(planned.stage, shape)
     mesh = make_mesh(hardware.devices(), shape)
-    # A GPU's program is cut, and its memory counted, on CPU devices.
-    platform = "cpu" if hardware.platform == "gpu" else hardware.platform
+    platform = hardware.platform
     network = planned.network(platform)
     program, arguments = _arguments(planned, network, mesh)
     state, frozen, start, batch, _ = arguments
@@ -135,7 +139,7 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
     )
     started = time.perf_counter()
     with jax.set_mesh(mesh), compiling_for(platform):
-        lowered = program.step.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
+        lowered = program.step.trace(*arguments).lower(lowering_platforms=(LOWERED[platform],))  # type: ignore[attr-defined]
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
