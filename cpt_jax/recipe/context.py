@@ -61,7 +61,8 @@ class RunContext:
                 f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
             )
         for stage in self.recipe.stages:
-            model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
+            dtype, mesh = self.recipe.precision.dtype, self.mesh
+            model.attending(self.recipe.attention, stage.sequence_length, dtype, context=mesh.context)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

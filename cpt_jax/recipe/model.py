@@ -103,9 +103,11 @@ class Model:
             self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None, documents=None)
         )
 
-    def attending(self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None) -> "Model":
-        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length` tokens and
-        at most so many documents.
+    def attending(
+        self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None, context: int = 1
+    ) -> "Model":
+        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length` tokens, of
+        at most so many documents, cut into `context` parts.
 
         Raises:
           UserError: the kernel cannot do it.
@@ -118,6 +120,7 @@ class Model:
             windows=tuple(kind.window for kind in config.layer_kinds),
             softcap=config.attention_softcap,
             dtype=dtype,
+            context=context,
         )
         return dataclasses.replace(
             self, config=dataclasses.replace(config, attention=kernel_for(asked, work), documents=documents)

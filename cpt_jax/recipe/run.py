@@ -176,7 +176,8 @@ class Pipeline(Results):
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
             loader, length = self._loader(stage, seed), stage.sequence_length
-            model = model.attending(self.recipe.attention, length, self.recipe.precision.dtype, loader.documents)
+            dtype, mesh = self.recipe.precision.dtype, self.mesh
+            model = model.attending(self.recipe.attention, length, dtype, loader.documents, mesh.context)
             self.lineage.forget()
             trained = train(self._training(stage, model, loader, directory, seed), self.plan)
             self.lineage.remember(stage, trained)
