@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from cpt_jax.adapt import Expand, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf import load
@@ -20,6 +20,7 @@ from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.models.remat import Remat
 from cpt_jax.sharding.placement import place
+from cpt_jax.sharding.rules import shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,11 @@ class Model:
                 rows = config.table_rows[path.split("/")[1]]
                 flat[path] = rows_of(leaf, 0, rows, config.padded(rows))
         return dataclasses.replace(self, config=config, weights=unflatten(flat))
+
+    def on_mesh(self, precision: Precision, mesh: Mesh) -> Tree:
+        """The weights as arrays of the computation's types, each leaf where the rules put it."""
+        flat, where = flatten(self.weights), flatten(shardings(self.network.logical_axes, self.network.shapes, mesh))
+        return unflatten({path: place(leaf, precision.dtype_of(path), where[path]) for path, leaf in flat.items()})
 
     def on_device(self, precision: Precision) -> Tree:
         """The weights as arrays of the computation's types, on the first device."""
