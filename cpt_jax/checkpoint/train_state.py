@@ -63,12 +63,16 @@ def read_trained(directory: Path) -> dict[str, Tree]:
     Raises:
       UserError: there is no checkpoint.
     """
-    with ocp.CheckpointManager(directory.absolute()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{directory} holds no checkpoint: the stage has not been trained")
-        path = directory.absolute() / str(step) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
+    steps = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint: the stage has not been trained")
+    path = directory.absolute() / str(max(steps)) / "state"
+    # Whichever process asks reads it alone.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), dict(metadata))

@@ -37,19 +37,21 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "chat_template",
         "workdir",
     )
+    machine = _machine(arguments)
     recipe, reasons = adapt_recipe(**_named(arguments, *names))
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
-    run(recipe, arguments.workdir, update=arguments.update, **_machine(arguments))
+    run(recipe, arguments.workdir, update=arguments.update, **machine)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from cpt_jax.recipe.find import find_recipe
     from cpt_jax.recipe.run import run
 
+    machine = _machine(arguments)
     recipe = _overridden(find_recipe(arguments.recipe), overrides)
     workdir = arguments.workdir or Path("runs") / recipe.name
-    run(recipe, workdir, update=arguments.update, only=arguments.only, **_machine(arguments))
+    run(recipe, workdir, update=arguments.update, only=arguments.only, **machine)
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -67,11 +69,15 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a run lies on the machine, and what is watched there."""
+    """How a run lies on the machine, and what is watched there; starts it with the other processes, if there are."""
+    from cpt_jax.core.processes import Processes
     from cpt_jax.sharding.mesh import MeshShape
     from cpt_jax.training.profile import ProfiledSteps
 
     profiled = None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
+    processes = Processes(coordinator=arguments.coordinator, count=arguments.processes, index=arguments.process)
+    if arguments.distributed or processes.coordinator is not None:
+        processes.start()
     return {"profiled": profiled, "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh)}
 
 

@@ -132,6 +132,14 @@ def parser() -> argparse.ArgumentParser:
             help="devices along replica, fsdp, expert, context, tensor (default: all along fsdp); may change from run to run",
         )
         sub.add_argument(
+            "--distributed",
+            action="store_true",
+            help="one of several processes, as the cluster says: Cloud TPU, GKE, Slurm, Open MPI",
+        )
+        sub.add_argument("--coordinator", metavar="HOST:PORT", help="of the first of several processes")
+        sub.add_argument("--processes", type=int, metavar="N", help="how many there are")
+        sub.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+        sub.add_argument(
             "--profile",
             metavar="START:STOP",
             help="trace these steps of each stage (from 1, without STOP) for XProf, TensorBoard and Perfetto",

@@ -1,6 +1,7 @@
 """Bits per byte of whole documents: every byte counted once, each document predicted from its start token alone; and
 of conversations, over the bytes of their answers."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
@@ -17,6 +19,7 @@ from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.sources import Document, SkipCounts
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
+from cpt_jax.sharding.rules import partition_spec, parts
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -96,13 +99,12 @@ def _nats_function(network: Network, compute: str) -> Callable:
     def nats(weights: Tree, rows: dict[str, jax.Array]) -> jax.Array:
         hidden = apply(network, weights, rows["inputs"], rows["positions"], rows["segment_ids"], compute_dtype=compute)
         tables = tuple(weights[table][part] for part in network.config.table_rows)
-        flat = hidden.reshape(-1, hidden.shape[-1])
         none_train = tuple(TableUse(rows, False) for rows in network.config.table_rows.values())
         return token_losses(
-            flat,
+            hidden,
             tables,
-            rows["targets"].reshape(-1),
-            rows["weights"].reshape(-1),
+            rows["targets"],
+            rows["weights"],
             jnp.dtype(compute),
             none_train,
             network.config.logit_softcap,
@@ -153,6 +155,12 @@ def pack_conversations(encoder: ChatEncoder, documents: Sequence[Document], sequ
     return PackedDocuments(rows, int(rows["weights"].sum()), sum(chat.bytes for chat in chats))
 
 
+def _spread(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Rows that every process has, each device's own on it."""
+    where = NamedSharding(mesh, partition_spec(("batch", "sequence"), array.shape, mesh))
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
 def bits_per_byte(
     network: Network,
     weights: Tree,
@@ -160,23 +168,29 @@ def bits_per_byte(
     *,
     batch_size: int,
     precision: Precision,
+    mesh: Mesh | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Result:
     """The loss on documents; end tokens are not counted.
 
     Args:
-      weights: on the device, in `precision`'s types.
+      weights: on the device, or as the rules put them on `mesh`, in `precision`'s types.
+      batch_size: rows at a time; on a mesh, at least one for each part of it that has rows of its own.
       on_progress: called with the number of rows done since the last call.
     """
     function = _nats_function(network, precision.compute)
-    total = 0.0
-    for first in range(0, len(documents), batch_size):
-        batch = {name: array[first : first + batch_size] for name, array in documents.rows.items()}
-        missing = batch_size - len(batch["inputs"])
-        # One shape for all: the last batch is filled up with empty rows.
-        batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in batch.items()}
-        total += float(function(weights, batch))
-        on_progress(batch_size - missing)
+    total, put = 0.0, lambda array: array
+    if mesh is not None:
+        batch_size = -(-batch_size // parts(mesh, "batch")) * parts(mesh, "batch")
+        put = functools.partial(_spread, mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for first in range(0, len(documents), batch_size):
+            batch = {name: array[first : first + batch_size] for name, array in documents.rows.items()}
+            missing = batch_size - len(batch["inputs"])
+            # One shape for all: the last batch is filled up with empty rows.
+            batch = {name: put(np.pad(array, ((0, missing), (0, 0)))) for name, array in batch.items()}
+            total += float(function(weights, batch))
+            on_progress(batch_size - missing)
     return Result(
         bits_per_byte=total / documents.bytes / math.log(2),
         nats_per_token=total / documents.tokens,

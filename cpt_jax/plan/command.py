@@ -171,6 +171,7 @@ def _figures(candidate: Candidate) -> dict:
     return {
         "mesh": dataclasses.asdict(candidate.shape),
         "batch_size": stage.batch_size,
+        "accumulate": stage.accumulate,
         "remat": remat_name(stage.remat),
         "fits_on_paper": candidate.fits,
         "bytes_on_paper": candidate.paper.total,
@@ -182,7 +183,7 @@ def _figures(candidate: Candidate) -> dict:
 
 def _ranking(ranked: list[Candidate], hardware: Hardware) -> str:
     """The first candidates as a table."""
-    rows = [("mesh", "rows", "remat", "GB a device, on paper", "tokens/s, on paper")]
+    rows = [("mesh", "rows", "parts", "remat", "a device, on paper", "tokens/s, on paper")]
     for each in ranked[:SHOWN]:
         sizes = [f"{name}={size}" for name, size in dataclasses.asdict(each.shape).items() if size != 1]
         stage = each.planned.stage
@@ -191,6 +192,7 @@ def _ranking(ranked: list[Candidate], hardware: Hardware) -> str:
             (
                 ",".join(sizes),
                 str(stage.batch_size),
+                str(stage.accumulate),
                 remat_name(stage.remat),
                 memory,
                 f"{each.tokens_per_second:,.0f}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
@@ -9,7 +10,7 @@ from cpt_jax.models.remat import Remat
 from cpt_jax.plan.hardware import ISLAND, Hardware
 from cpt_jax.plan.paper import PaperStep, on_paper
 from cpt_jax.plan.plan import StagePlan, plan_stage
-from cpt_jax.plan.stage import PlannedStage, check_cut
+from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 
 TENSOR = (1, 2, 4, 8)
@@ -20,7 +21,7 @@ REMATS: tuple[Remat | None, ...] = (
     Remat(keep=("attention_out",)),
     Remat(),
 )
-# Of a device's memory, what paper may fill: a program takes more than it.
+# Of a device's memory, what paper may fill: a program takes more.
 FILLED = 0.85
 
 
@@ -52,21 +53,20 @@ def candidates(
     batch_size: int | None = None,
     remat_given: bool = False,
 ) -> list[Candidate]:
-    """All ways, the fastest on paper first, those that do not fit there last; what is given is not varied."""
+    """All ways, the fastest on paper first, those that do not fit there last; what is given is not varied.
+
+    A batch that is given is computed in as many parts as it takes for 1, 2, 4 or 8 rows on each device.
+    """
     found = []
     for mesh_shape in [shape.over(hardware.chips)] if shape is not None else _shapes(planned, hardware):
         for remat in (planned.stage.remat,) if remat_given else REMATS:
-            rows = mesh_shape.replica * (mesh_shape.fsdp or 1) * mesh_shape.expert
-            sizes = [batch_size] if batch_size is not None else [rows * each for each in ROWS]
-            for size in sizes:
-                changes = {"remat": remat, "batch_size": size, "accumulate": planned.stage.accumulate}
-                if batch_size is None:
-                    changes["accumulate"] = 1
-                stage = dataclasses.replace(planned.stage, **changes)
-                try:
-                    check_cut(stage, mesh_shape)
-                except UserError:
+            for rows in ROWS:
+                part = rows * mesh_shape.replica * (mesh_shape.fsdp or 1) * mesh_shape.expert
+                size = part if batch_size is None else batch_size
+                if size % part or planned.stage.sequence_length % mesh_shape.context:
                     continue
+                changes: dict[str, Any] = {"remat": remat, "batch_size": size, "accumulate": size // part}
+                stage = dataclasses.replace(planned.stage, **changes)
                 found.append(_candidate(dataclasses.replace(planned, stage=stage), hardware, mesh_shape))
     return sorted(found, key=lambda each: each.order)
 
@@ -113,7 +113,9 @@ def _order(plan: StagePlan) -> tuple[bool, float]:
 
 def named(planned: PlannedStage, shape: MeshShape) -> str:
     sizes = [f"{name}={size}" for name, size in dataclasses.asdict(shape).items() if size != 1]
-    return f"{','.join(sizes) or 'fsdp=1'} batch {planned.stage.batch_size} remat {remat_name(planned.stage.remat)}"
+    stage = planned.stage
+    parts = f" in {stage.accumulate} parts" if stage.accumulate > 1 else ""
+    return f"{','.join(sizes) or 'fsdp=1'}, {stage.batch_size} rows{parts}, remat {remat_name(stage.remat)}"
 
 
 def remat_name(remat: Remat | None) -> str:

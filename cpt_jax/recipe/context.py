@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan
 from cpt_jax.data.chat import ChatEncoder
@@ -29,13 +30,13 @@ class RunContext:
         self.profiled: ProfiledSteps | None = None
         self.mesh = MeshShape()
 
-    def _station(self, name: str, inputs: object, outputs: list[Path], build) -> None:
+    def _station(self, name: str, inputs: object, outputs: list[Path], build, *, together: bool = False) -> None:
         def work() -> None:
             if self.plan is not None:
                 self.plan.begin(name)
             build()
 
-        self.marks[name] = self.workdir.station(name, inputs, outputs, work)
+        self.marks[name] = self.workdir.station(name, inputs, outputs, work, together=together)
         if self.plan is not None:
             self.plan.end(name)
             if self.workdir.was_done(name):
@@ -43,6 +44,10 @@ class RunContext:
 
     def resolve(self) -> None:
         """The base as a model directory, its configuration, tokenizer and chat template checked."""
+        # What has to be fetched, or made, is there when the first process comes back.
+        if processes.is_first():
+            resolve_base(self.recipe.base, self.path / "source")
+        processes.wait("the base is there")
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
         self.marks["base"] = json.dumps(identity(self.source))
@@ -61,7 +66,8 @@ class RunContext:
                 f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
             )
         for stage in self.recipe.stages:
-            model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype)
+            dtype, mesh = self.recipe.precision.dtype, self.mesh
+            model.attending(self.recipe.attention, stage.sequence_length, dtype, context=mesh.context)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from cpt_jax.adapt import Expand, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf import load
@@ -21,6 +21,7 @@ from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.models.remat import Remat
 from cpt_jax.sharding import hardware
 from cpt_jax.sharding.placement import place
+from cpt_jax.sharding.rules import shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,11 @@ class Model:
             self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None, documents=None)
         )
 
-    def attending(self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None) -> "Model":
-        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length` tokens and
-        at most so many documents.
+    def attending(
+        self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None, context: int = 1
+    ) -> "Model":
+        """This model with the attention kernel that is asked for, or for "auto" the best for rows of `length` tokens, of
+        at most so many documents, cut into `context` parts.
 
         Raises:
           UserError: the kernel cannot do it.
@@ -119,6 +122,7 @@ class Model:
             windows=tuple(kind.window for kind in config.layer_kinds),
             softcap=config.attention_softcap,
             dtype=dtype,
+            context=context,
         )
         return dataclasses.replace(
             self, config=dataclasses.replace(config, attention=kernel_for(asked, work), documents=documents)
@@ -133,6 +137,11 @@ class Model:
                 rows = config.table_rows[path.split("/")[1]]
                 flat[path] = rows_of(leaf, 0, rows, config.padded(rows))
         return dataclasses.replace(self, config=config, weights=unflatten(flat))
+
+    def on_mesh(self, precision: Precision, mesh: Mesh) -> Tree:
+        """The weights as arrays of the computation's types, each leaf where the rules put it."""
+        flat, where = flatten(self.weights), flatten(shardings(self.network.logical_axes, self.network.shapes, mesh))
+        return unflatten({path: place(leaf, precision.dtype_of(path), where[path]) for path, leaf in flat.items()})
 
     def on_device(self, precision: Precision) -> Tree:
         """The weights as arrays of the computation's types, on the first device."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import clock, progress, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
@@ -15,6 +16,7 @@ from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
 from cpt_jax.recipe.recipe import Domain, Export
 from cpt_jax.recipe.report import write_report
+from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -29,14 +31,22 @@ class Results(RunContext):
         trained = stations.get(stage_name, f"stage-{stage_name}")
         heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
         inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout, self.template_given()]
-        self._station(name, inputs, [out], lambda: write_json_atomic(out, self._evaluated(stage_name, weights, name)))
-        self._collect()
+
+        def build() -> None:
+            entries = self._evaluated(stage_name, weights, name)
+            if processes.is_first():
+                write_json_atomic(out, entries)
+
+        self._station(name, inputs, [out], build, together=True)
+        if processes.is_first():
+            self._collect()
 
     def _evaluated(self, stage_name: str, weights: str, name: str) -> list[dict]:
         settings = self.recipe.evaluation
         tokenizer = self.base_tokenizer if stage_name == "base" else self.tokenizer
         model = self.lineage.after(stage_name, weights)
-        on_device = model.on_device(settings.precision)
+        mesh = make_mesh(shape=self.mesh)
+        on_mesh = model.on_mesh(settings.precision, mesh)
         packed = {
             domain.name: self._packed(domain, tokenizer, settings.sequence_length) for domain in self.recipe.domains
         }
@@ -45,9 +55,10 @@ class Results(RunContext):
             for domain, documents in packed.items():
                 result = bits_per_byte(
                     model.network,
-                    on_device,
+                    on_mesh,
                     documents,
                     batch_size=settings.batch_size,
+                    mesh=mesh,
                     precision=settings.precision,
                     on_progress=shown.advance,
                 )
@@ -122,6 +133,8 @@ class Results(RunContext):
         self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
 
     def report(self) -> None:
+        if not processes.is_first():
+            return
         write_json_atomic(self.path / "timings.json", self.workdir.seconds)
         write_report(self.path)
         say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
@@ -55,6 +56,8 @@ def run(
         pipeline = Pipeline(recipe, claimed)
         pipeline.profiled, pipeline.mesh = profiled, mesh or MeshShape()
         pipeline.run(only)
+    if not processes.is_first():
+        return
     entries = json.loads((workdir / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
     if only is None:
@@ -176,14 +179,15 @@ class Pipeline(Results):
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
             loader, length = self._loader(stage, seed), stage.sequence_length
-            model = model.attending(self.recipe.attention, length, self.recipe.precision.dtype, loader.documents)
+            dtype, mesh = self.recipe.precision.dtype, self.mesh
+            model = model.attending(self.recipe.attention, length, dtype, loader.documents, mesh.context)
             self.lineage.forget()
             trained = train(self._training(stage, model, loader, directory, seed), self.plan)
             self.lineage.remember(stage, trained)
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
         inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
-        self._station(f"stage-{stage.name}", inputs, [directory], build)
+        self._station(f"stage-{stage.name}", inputs, [directory], build, together=True)
 
     def _loader(self, stage: Stage, seed: int) -> Loader:
         directories = {domain.name: self._data(domain) for domain in self.recipe.domains}

@@ -12,7 +12,9 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
+from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_json_atomic
@@ -48,23 +50,26 @@ class Workdir:
             raise UserError(
                 f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is running in {path}: wait for it, or choose another --workdir"
-            ) from error
-        write_json_atomic(existing, config)
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()
+        self._lock: IO[str] | None = None
+        if processes.is_first():
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is running in {path}: wait for it, or choose another --workdir"
+                ) from error
+            write_json_atomic(existing, config)
 
     def __enter__(self) -> "Workdir":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
         changes = differences(saved, config)
@@ -76,8 +81,11 @@ class Workdir:
                 "or pass --update to go on with the new one"
             )
 
-    def station(self, name: str, inputs: object, outputs: Sequence[Path], build: Callable[[], None]) -> str:
-        """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow).
+    def station(
+        self, name: str, inputs: object, outputs: Sequence[Path], build: Callable[[], None], *, together: bool = False
+    ) -> str:
+        """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
+        processes the first does it, and all others wait, or all do it `together`.
 
         Args:
           inputs: JSON of all that decides the outputs, the fingerprints of earlier stations among it.
@@ -85,21 +93,29 @@ class Workdir:
           build: does the work; may find outputs of an interrupted try with the same inputs.
         """
         mark = self.path / ".stations" / f"{name}.json"
-        expected = fingerprint({"inputs": inputs, "format": FORMAT})
-        found = json.loads(mark.read_text()) if mark.exists() else {}
+        # Files have other times on other hosts: the first process's count.
+        expected = processes.told(fingerprint({"inputs": inputs, "format": FORMAT}))
+        first = processes.is_first()
+        found = json.loads(mark.read_text()) if first and mark.exists() else {}
         done_before = found.get("seconds", 0.0) if found.get("fingerprint") == expected else 0.0
-        if found.get("fingerprint") == expected and found["done"] and all(path.exists() for path in outputs):
+        done = found.get("fingerprint") == expected and found["done"] and all(path.exists() for path in outputs)
+        if processes.told(done):
             self.seconds[name] = done_before
             self._found_done.add(name)
             return expected
-        if found.get("fingerprint") != expected:
-            for path in outputs:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
+        if first:
+            if found.get("fingerprint") != expected:
+                for path in outputs:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
+        processes.wait(f"{name} begins")
         started = time.monotonic()
-        build()
+        if first or together:
+            build()
+        processes.wait(f"{name} is done")
         self.seconds[name] = done_before + time.monotonic() - started
-        write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
+        if first:
+            write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
         return expected
 
     def was_done(self, name: str) -> bool:

@@ -1,5 +1,6 @@
 """Logical axes to mesh axes: the one place that names both."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -26,15 +27,17 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def parts(mesh: Mesh | AbstractMesh, logical_axis: str) -> int:
+    """Into how many a mesh cuts a logical axis that divides."""
+    return math.prod(mesh.shape[axis] for axis in RULES[logical_axis])
+
+
 def partition_spec(logical_axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axes of an array; an axis whose size does not divide stays whole (9 heads over 8 chips)."""
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         axes = RULES[name]
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
-        spec.append(axes if axes and size % parts == 0 else None)
+        spec.append(axes if axes and size % parts(mesh, name) == 0 else None)
     return PartitionSpec(*spec)
 
 

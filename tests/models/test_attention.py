@@ -51,11 +51,14 @@ def result_and_gradients(function, q, k, v, w, visible: Visible):
     return mixed, *gradients
 
 
+def splash(window, softcap, dtype, q, k, v, visible):
+    kernel = tpu.splash_kernel_of(q.shape[1], q.shape[2], window, softcap, interpret=True)
+    return tpu.splash(kernel, q, k, v, None if visible.begins is None else (visible.begins,) * 2, dtype)
+
+
 KERNELS = {
     "blocks": lambda window, softcap, dtype: lambda *args: blocks(*args, (window,), softcap, dtype),
-    "splash": lambda window, softcap, dtype: functools.partial(
-        tpu.splash, window=window, softcap=softcap, dtype=dtype, interpret=True
-    ),
+    "splash": lambda window, softcap, dtype: functools.partial(splash, window, softcap, dtype),
 }
 # (kernel, heads, window, soft cap, packed rows)
 CASES = [
@@ -155,6 +158,10 @@ def windowed(**changes):
         ("blocks", dict(fsdp=2, tensor=2, replica=2)),
         ("blocks", dict(fsdp=1, replica=2, tensor=4)),
         ("splash", dict(fsdp=2, expert=2, tensor=2)),
+        # Of each row, a device has a part.
+        ("xla", dict(fsdp=2, context=4)),
+        ("blocks", dict(fsdp=2, context=2, tensor=2)),
+        ("splash", dict(replica=2, context=2, tensor=2)),
     ],
     ids=str,
 )
@@ -163,8 +170,7 @@ def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel,
     splash = kernel == "splash"
     if splash:
         monkeypatch.setattr(attend_module.jax, "default_backend", lambda: "tpu")
-        run = lambda name, softcap, documents, dtype: KERNELS[name](None, softcap, dtype)  # noqa: E731
-        monkeypatch.setattr(attend_module, "_static_kernel", run)
+        monkeypatch.setattr(tpu, "splash_kernel_of", functools.partial(tpu.splash_kernel_of, interpret=True))
     segments = jnp.asarray(np.concatenate([ROWS, ROWS[::-1], ROWS[:2]]))
     tokens = jax.random.randint(jax.random.key(0), segments.shape, 3, 320)
     positions = jnp.arange(LENGTH)[None] - document_begins(segments)

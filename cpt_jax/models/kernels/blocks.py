@@ -39,17 +39,24 @@ def blocks(
     softcap: float | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "B H S h"]:
-    """As `reference`. The row is filled up to whole blocks with queries that see what nobody reads."""
+    """As `reference`. The row is filled up to whole blocks with queries that see what nobody reads; where the queries
+    are a part of it, they are whole blocks."""
     batch, heads, length, head_dim = q.shape
-    block = CPU_BLOCK if backend() == "cpu" else BLOCK
+    block = block_size()
     first, _ = first_visible(visible, windows, batch, length)
+    assert k.shape[2] == length or length % block == 0
     if filled := -length % block:
         q, k, v = (jnp.pad(each, ((0, 0), (0, 0), (0, filled), (0, 0))) for each in (q, k, v))
         own = jnp.broadcast_to(jnp.arange(length, length + filled, dtype=first.dtype)[None], (batch, filled))
         first = jnp.concatenate([first, own], axis=1)
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], length + filled, head_dim)
-    mixed = cast(Array, _attend(q, k, v, first, _Options(block, softcap, dtype)))
+    begin = jnp.asarray(visible.index, jnp.int32) // block
+    mixed = cast(Array, _attend(q, k, v, first, begin, _Options(block, softcap, dtype)))
     return mixed.reshape(batch, heads, length + filled, head_dim)[:, :, :length]
+
+
+def block_size() -> int:
+    return CPU_BLOCK if backend() == "cpu" else BLOCK
 
 
 def _split(x: Array, axis: int, block: int) -> Array:
@@ -80,12 +87,15 @@ def _scores(q: Array, k: Array, first: Int[Array, "B block"], i: Array, j: Array
     return scores, seen[:, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, first, options):
-    return _forward(q, k, v, first, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, first, begin, options):
+    """`begin`: the number of the first block of queries."""
+    return _forward(q, k, v, first, begin, options)[0]
 
 
-def _forward(q: Float[Array, "B G r S h"], k: Float[Array, "B G S h"], v, first: Int[Array, "B S"], options: _Options):
+def _forward(
+    q: Float[Array, "B G r S h"], k: Float[Array, "B G K h"], v, first: Int[Array, "B S"], begin, options: _Options
+):
     q, k, v = (each.astype(options.dtype) for each in (q, k, v))
     queries, firsts = _split(q, 3, options.block), _split(first, 1, options.block)
 
@@ -106,13 +116,13 @@ def _forward(q: Float[Array, "B G r S h"], k: Float[Array, "B G S h"], v, first:
         mixed, largest, total = jax.lax.fori_loop(first.min() // options.block, i + 1, key_block, start)
         return None, (mixed / total, largest + jnp.log(total))
 
-    _, (mixed, sums) = jax.lax.scan(query_block, None, (jnp.arange(len(queries)), queries, firsts))
+    _, (mixed, sums) = jax.lax.scan(query_block, None, (begin + jnp.arange(len(queries)), queries, firsts))
     mixed, sums = checkpoint_name(_joined(mixed), SAVED), checkpoint_name(sums, SAVED)
-    return mixed, (queries, k, v, firsts, mixed, sums)
+    return mixed, (queries, k, v, firsts, begin, mixed, sums)
 
 
 def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r S h"]):
-    queries, k, v, firsts, mixed, sums = residuals
+    queries, k, v, firsts, begin, mixed, sums = residuals
     # sum(p * dp) of each query, from its output.
     deltas = _split((cotangent * mixed).sum(-1, keepdims=True), 3, options.block)
     cotangents = _split(cotangent.astype(options.dtype), 3, options.block)
@@ -139,9 +149,9 @@ def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r 
         return tuple(carry), dq
 
     zeros = jnp.zeros(k.shape, sum_type(options.dtype))
-    inputs = (jnp.arange(len(queries)), queries, firsts, cotangents, sums, deltas)
+    inputs = (begin + jnp.arange(len(queries)), queries, firsts, cotangents, sums, deltas)
     (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), inputs)
-    return _joined(dq), dk, dv, None
+    return _joined(dq), dk, dv, None, None
 
 
 def _added(whole: Float[Array, "B G S h"], j: Array, part: Float[Array, "B G block h"], options: _Options) -> Array:

@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.kernels.blocks import block_size
 
 Kernel = Literal["xla", "blocks", "cudnn", "tokamax", "splash"]
 AttentionChoice = Literal["auto", "xla", "blocks", "cudnn", "tokamax", "splash"]
@@ -27,7 +28,8 @@ BLOCKS_FROM = {"cpu": 1024, "gpu": 4096, "tpu": 4096}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a kernel is asked to do: rows of `length` tokens on a backend, layers with these windows."""
+    """What a kernel is asked to do: rows of `length` tokens on a backend, cut into `context` parts, layers with these
+    windows."""
 
     backend: str
     length: int
@@ -35,6 +37,7 @@ class Work:
     windows: tuple[int | None, ...]
     softcap: float | None
     dtype: jnp.dtype
+    context: int = 1
 
 
 def within_rows(windows: tuple[int | None, ...], length: int) -> tuple[int | None, ...]:
@@ -46,9 +49,17 @@ def _needs(kernel: Kernel, work: Work) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what the kernel needs)."""
     if kernel in ("cudnn", "tokamax"):
         yield work.backend == "gpu", f"needs an NVIDIA GPU, this is a {work.backend}"
+        yield work.context == 1, f"wants whole rows, not {work.context} parts (the mesh's axis context)"
     if kernel == "splash":
         yield work.backend == "tpu", f"needs a TPU, this is a {work.backend}"
-        yield work.length % 128 == 0, f"wants rows of a multiple of 128 tokens, not {work.length}"
+        parts = "rows" if work.context == 1 else f"rows in {work.context} parts, each"
+        yield work.length % (128 * work.context) == 0, f"wants {parts} of a multiple of 128 tokens, not {work.length}"
+    if kernel == "blocks" and work.context > 1:
+        fits = work.length % (block_size() * work.context) == 0
+        yield (
+            fits,
+            f"wants rows in {work.context} parts, each of a multiple of {block_size()} tokens, not {work.length}",
+        )
     if kernel in ("cudnn", "tokamax", "splash"):
         yield work.dtype == jnp.bfloat16, f"computes in bfloat16, not in {work.dtype.name}"
     if kernel == "cudnn":

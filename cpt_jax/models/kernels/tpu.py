@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from cpt_jax.models.kernels.visible import SAVED, Visible
+from cpt_jax.models.kernels.visible import SAVED
 from cpt_jax.models.products import sum_type
 
 LANES = 128
@@ -27,32 +27,34 @@ def block_sizes(length: int) -> splash_kernel.BlockSizes:
     )
 
 
-def splash(
-    q: Float[Array, "B H S h"],
-    k: Float[Array, "B G S h"],
-    v: Float[Array, "B G S h"],
-    visible: Visible,
-    window: int | None,
-    softcap: float | None,
-    dtype: jnp.dtype,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "B H S h"]:
-    """Blocks outside the window are skipped; documents are compared within each block. The heads of a group read the
-    same keys."""
-    heads, length = q.shape[1:3]
+def splash_kernel_of(
+    heads: int, length: int, window: int | None, softcap: float | None, context: int = 1, *, interpret: bool = False
+) -> splash_kernel.SplashAttentionKernel:
+    """For rows of `length` tokens, of which each of `context` devices has a part of the queries. Blocks outside the
+    window are skipped; the heads of a group read the same keys."""
     shape = (length, length)
     one = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
-    kernel = splash_kernel.make_splash_mha(
+    return splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([one] * heads),
         head_shards=1,
-        q_seq_shards=1,
-        block_sizes=block_sizes(length),
+        q_seq_shards=context,
+        block_sizes=block_sizes(length // context),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
+
+
+def splash(
+    kernel: splash_kernel.SplashAttentionKernel,
+    q: Float[Array, "B H S h"],
+    k: Float[Array, "B G K h"],
+    v: Float[Array, "B G K h"],
+    documents: tuple[Int[Array, "B S"], Int[Array, "B K"]] | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "B H S h"]:
+    """By one device's share of a kernel. Documents, of queries and of keys, are compared within each block."""
     q, k, v = (each.astype(dtype) for each in (q, k, v))
-    documents = None if visible.begins is None else splash_kernel.SegmentIds(visible.begins, visible.begins)
-    mixed = cast(Array, jax.vmap(kernel)(q, k, v, documents))
+    ids = None if documents is None else splash_kernel.SegmentIds(*documents)
+    mixed = cast(Array, jax.vmap(kernel)(q, k, v, ids))
     return mixed.astype(sum_type(dtype))

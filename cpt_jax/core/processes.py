@@ -1,0 +1,89 @@
+"""One run by several processes: how they find each other, who does what only one may do, and who waits."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from cpt_jax.core.errors import UserError
+
+# A station that one process does alone (a tokenizer, a corpus) may take hours.
+WAIT_SECONDS = 24 * 3600
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """How this process finds the others: by what the cluster says (Cloud TPU, GKE, Slurm, Open MPI, ...), or by the
+    address of the first one, how many there are, and which this is.
+
+    Raises:
+      UserError: an address without the other two, or the other way round.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.count, self.index)
+        if any(each is None for each in given) and any(each is not None for each in given):
+            raise UserError(
+                "several processes: give --coordinator, --processes and --process together, or none of them"
+            )
+        if self.index is not None and self.count is not None and not 0 <= self.index < self.count:
+            raise UserError(f"--process is {self.index}: give 0 to {self.count - 1} for --processes {self.count}")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise UserError(f"--coordinator {self.coordinator!r} has no port: give HOST:PORT")
+
+    def start(self) -> None:
+        """Returns when all processes are there. To be called before anything of JAX runs.
+
+        Raises:
+          UserError: no cluster says how many there are.
+        """
+        import jax
+
+        if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
+            jax.distributed.initialize(self.coordinator, self.count, self.index)
+        except ValueError as error:
+            raise UserError(
+                f"--distributed: nothing here says who the other processes are ({error}): start it in a cluster, or give --coordinator HOST:PORT --processes N --process I"
+            ) from error
+
+
+def count() -> int:
+    import jax
+
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this is the process that does what only one may do."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all processes have come here."""
+    if count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.sync_global_processes(name, timeout=WAIT_SECONDS)
+
+
+def told(value: Any) -> Any:
+    """The first process's value (of JSON)."""
+    if count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    filled = np.zeros(length, np.uint8)
+    if is_first():
+        filled[:] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(filled), np.uint8).tobytes())
