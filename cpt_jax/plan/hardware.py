@@ -155,6 +155,8 @@ def _tpus(hardware: Hardware) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-1")
+    # No device is taken: plans may run beside each other, and beside a run.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = f"{hardware.generation}:" + "x".join(map(str, hardware.sides))
     options: dict[str, Any] = {"num_slices": hardware.slices} if hardware.slices > 1 else {}
     if hardware.generation == "v4":

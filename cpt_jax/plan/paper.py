@@ -56,7 +56,10 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
             scores=network.config.attention == "xla",
         )
     tokens, item, cut = rows * length, planned.precision.dtype.itemsize, shape.tensor * (shape.fsdp or 1)
-    activations = memory.activations / shape.tensor
+    # The residual stream, float32, is whole on each device of `tensor`.
+    layers = network.config.num_layers - first_to_train(network, planned.method.trains)
+    residual = tokens * layers * 4 * network.config.hidden_size * (1 if network.config.parallel_residual else 2)
+    activations = residual + (memory.activations - residual) / shape.tensor
     if stage.remat is not None:
         activations = _recomputed(network, stage.remat, planned, tokens, activations, shape.tensor)
     # Whole while they are used: one layer's weights and the head's, in the compute type; a head that trains has its
@@ -98,8 +101,9 @@ def _recomputed(
         "mlp_up": config.intermediate_size,
     }
     layers = config.num_layers - first_to_train(network, planned.method.trains)
-    products = [*named.values(), config.hidden_size, config.hidden_size] if remat.products else []
-    kept = 4 * config.hidden_size + item * (sum(products) + sum(named[name] for name in remat.keep)) / tensor
+    whole = 4 * config.hidden_size + (2 * item * config.hidden_size if remat.products else 0)
+    inner = sum(named.values()) if remat.products else 0
+    kept = whole + item * (inner + sum(named[name] for name in remat.keep)) / tensor
     return tokens * layers * kept + activations / max(1, layers)
 
 
@@ -117,5 +121,9 @@ def _sent(planned: PlannedStage, network: Network, shape: MeshShape, tokens: int
     # again with rematerialisation.
     sums = 2 * (3 if stage.remat is not None else 2) * config.num_layers * item * tokens * config.hidden_size
     summed = 2 * (shape.tensor - 1) / shape.tensor * sums * stage.accumulate
-    sent = {"fsdp": gathered + scattered, "replica": averaged, "tensor": summed}
+    # Keys and values are gathered along the row, and their gradients scattered; weights' gradients are summed too.
+    keys = 2 * item * config.num_kv_heads * config.head_dim * tokens * shape.context / shape.tensor
+    passes = (3 if stage.remat is not None else 2) * config.num_layers * stage.accumulate
+    of_rows = (shape.context - 1) / shape.context * (keys * passes + 2 * 4 * trained / (fsdp * shape.tensor))
+    sent = {"fsdp": gathered + scattered, "replica": averaged, "tensor": summed, "context": of_rows}
     return {axis: count for axis, count in sent.items() if getattr(shape, axis) not in (None, 1)}

@@ -1,6 +1,7 @@
 """Meshes, rematerialisation and batch sizes, ranked on paper; the best are compiled."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from cpt_jax.plan.plan import StagePlan, plan_stage
 from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 
-TENSOR = (1, 2, 4, 8)
+TENSOR = CONTEXT = (1, 2, 4, 8)
 ROWS = (1, 2, 4, 8)
 REMATS: tuple[Remat | None, ...] = (
     None,
@@ -42,7 +43,8 @@ class Candidate:
 
     @property
     def order(self) -> tuple[bool, float]:
-        return not self.fits, -self.tokens_per_second
+        # Of those that do not fit, the one that is nearest to it.
+        return not self.fits, -self.tokens_per_second if self.fits else self.paper.total
 
 
 def candidates(
@@ -72,14 +74,18 @@ def candidates(
 
 
 def _shapes(planned: PlannedStage, hardware: Hardware) -> Iterator[MeshShape]:
-    """fsdp with some tensor parallelism, whose parts of heads and feed-forward are whole, and whole copies of the
-    weights for each slice or island."""
-    config = planned.config
+    """fsdp with up to 8 devices for a row, along tensor (whose parts of heads and feed-forward are whole) and context,
+    and whole copies of the weights for each slice or island."""
+    config, length = planned.config, planned.stage.sequence_length
     for replica in sorted({1, hardware.slices, max(1, hardware.chips // ISLAND) if hardware.platform == "gpu" else 1}):
-        for tensor in TENSOR:
-            if hardware.chips % (replica * tensor) or config.num_kv_heads % tensor or config.intermediate_size % tensor:
-                continue
-            yield MeshShape(replica=replica, tensor=tensor).over(hardware.chips)
+        for tensor, context in itertools.product(TENSOR, CONTEXT):
+            whole = config.num_kv_heads % tensor == config.intermediate_size % tensor == length % (128 * context) == 0
+            if (
+                tensor * context <= 8
+                and (whole or tensor == context == 1)
+                and hardware.chips % (replica * tensor * context) == 0
+            ):
+                yield MeshShape(replica=replica, tensor=tensor, context=context).over(hardware.chips)
 
 
 def _candidate(planned: PlannedStage, hardware: Hardware, shape: MeshShape) -> Candidate:

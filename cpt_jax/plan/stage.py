@@ -119,7 +119,7 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
     mesh = make_mesh(hardware.devices(), shape)
     platform = hardware.platform
     network = planned.network(platform)
-    program, arguments = _arguments(planned, network, mesh)
+    program, arguments = arguments_of(planned, network, mesh)
     state, frozen, start, batch, _ = arguments
     held = {
         "weights": _bytes((state.trainable, frozen)),
@@ -176,7 +176,7 @@ def check_cut(stage: Stage, shape: MeshShape) -> None:
         )
 
 
-def _arguments(planned: PlannedStage, network: Network, mesh: Mesh) -> tuple[Any, tuple]:
+def arguments_of(planned: PlannedStage, network: Network, mesh: Mesh) -> tuple[Any, tuple]:
     """(the program, the shapes of all that its step is given)."""
     stage, precision, method = planned.stage, planned.precision, planned.method
     names = frozenset(path for path in flatten(network.shapes) if method.trains(path))
