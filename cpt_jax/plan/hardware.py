@@ -147,7 +147,7 @@ def _tpus(hardware: Hardware) -> tuple[Any, ...]:
         raise UserError(
             f"hardware {hardware.name!r} is compiled for by libtpu, which is not installed: pip install libtpu (Linux; the version that `pip install 'jax[tpu]'` takes)"
         )
-    import libtpu
+    import libtpu  # pyright: ignore[reportMissingImports]
     from jax.experimental import topologies
 
     # Or libtpu looks for a TPU, and asks Google's servers what machine this is.

@@ -4,6 +4,8 @@ collective by its axis (the roofline model: Williams, Waterman & Patterson 2009)
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from cpt_jax.plan.collectives import KINDS, Collective
 from cpt_jax.plan.hlo import Computation, Instruction, Program
 from cpt_jax.plan.stage import CompiledStage
@@ -106,10 +108,36 @@ def _flops(program: Program, computation: Computation, instruction: Instruction)
         for axis in axes.group(1).split(",") if axes and axes.group(1) else []:
             contracted *= left[int(axis)]
     else:
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-        for label, size in zip(labels.group(1) if labels else "", right, strict=False):
-            contracted *= size if label != "o" else 1
+        contracted = _contracted(instruction, left, right)
     return 2.0 * out * contracted
+
+
+def _contracted(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """How many products a convolution adds up for a number of its result, on average: those with padding are left out
+    (a TPU's compiler writes a product of parts that arrive one by one so)."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 1.0
+    of_left, of_right, of_out = labels.groups()
+    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=([\w-]+)", _window(instruction))}
+    total = float(right[of_right.index("i")])
+    for spatial in sorted(set(of_right) - {"i", "o"}):
+        length, size = left[of_left.index(spatial)], right[of_right.index(spatial)]
+        out, number = instruction.arrays[0].dims[of_out.index(spatial)], int(spatial)
+
+        def setting(name: str, default: int, number: int = number) -> int:
+            return int(window[name][number].split("_")[0]) if name in window else default
+
+        stride, spread, apart = setting("stride", 1), setting("lhs_dilate", 1), setting("rhs_dilate", 1)
+        places = np.arange(out)[:, None] * stride + np.arange(size)[None, :] * apart - setting("pad", 0)
+        inside = (places >= 0) & (places <= (length - 1) * spread) & (places % spread == 0)
+        total *= float(inside.sum()) / out
+    return total
+
+
+def _window(instruction: Instruction) -> str:
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    return found.group(1) if found else ""
 
 
 def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
@@ -117,7 +145,11 @@ def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
     if instruction.op != "custom-call":
         return 0.0
     return next(
-        (_attention_flops(compiled, count / 2) for name, count in _KERNELS.items() if name in instruction.attributes),
+        (
+            _attention_flops(compiled, count / 2)
+            for name, count in _KERNELS.items()
+            if name in instruction.name + instruction.attributes
+        ),
         0.0,
     )
 

@@ -69,7 +69,7 @@ def candidates(
                     continue
                 changes: dict[str, Any] = {"remat": remat, "batch_size": size, "accumulate": size // part}
                 stage = dataclasses.replace(planned.stage, **changes)
-                found.append(_candidate(dataclasses.replace(planned, stage=stage), hardware, mesh_shape))
+                found.append(candidate_of(dataclasses.replace(planned, stage=stage), hardware, mesh_shape))
     return sorted(found, key=lambda each: each.order)
 
 
@@ -88,7 +88,7 @@ def _shapes(planned: PlannedStage, hardware: Hardware) -> Iterator[MeshShape]:
                 yield MeshShape(replica=replica, tensor=tensor, context=context).over(hardware.chips)
 
 
-def _candidate(planned: PlannedStage, hardware: Hardware, shape: MeshShape) -> Candidate:
+def candidate_of(planned: PlannedStage, hardware: Hardware, shape: MeshShape) -> Candidate:
     paper, chip, peak = on_paper(planned, shape, hardware.platform), hardware.chip, hardware.peak_flops
     if chip is None or peak is None:
         raise UserError(f"--search ranks by a device's memory and speed, which are not known of {hardware.name!r}")
