@@ -145,7 +145,7 @@ def _sides(chips: int, dimensions: int) -> tuple[int, ...]:
 def _tpus(hardware: Hardware) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"hardware {hardware.name!r} is compiled for by libtpu, which is not installed: pip install libtpu (Linux; the version that `pip install 'jax[tpu]'` takes)"
+            f"hardware {hardware.name!r} is compiled for by libtpu, which is not installed: pip install 'jax[tpu]=={jax.__version__}' (Linux; no TPU needed)"
         )
     import libtpu  # pyright: ignore[reportMissingImports]
     from jax.experimental import topologies
