@@ -47,9 +47,9 @@ def stage_of(model: str, method: str, hardware) -> PlannedStage:
 
 def table(found: dict) -> None:
     """The quickest way on paper that compiles and fits, of two; or the last that was tried."""
-    for model in MODELS:
-        for hardware in map(hardware_named, HARDWARE):
-            for method in METHODS:
+    for method in METHODS:
+        for model in MODELS:
+            for hardware in map(hardware_named, HARDWARE):
                 key = f"{model} {method} {hardware.name}"
                 if key in found:
                     continue

@@ -14,7 +14,7 @@ from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.plan.hardware import Hardware, hardware_named, prepare
-from cpt_jax.plan.plan import StagePlan, explain, gigabytes, plan_stage
+from cpt_jax.plan.plan import StagePlan, explain, plan_stage, size
 from cpt_jax.plan.search import Candidate, candidates, remat_name, remat_named, search
 from cpt_jax.plan.stage import PlannedStage, planned_stages
 from cpt_jax.recipe.find import apply_overrides, find_model, find_recipe
@@ -185,9 +185,9 @@ def _ranking(ranked: list[Candidate], hardware: Hardware) -> str:
     """The first candidates as a table."""
     rows = [("mesh", "rows", "parts", "remat", "a device, on paper", "tokens/s, on paper")]
     for each in ranked[:SHOWN]:
-        sizes = [f"{name}={size}" for name, size in dataclasses.asdict(each.shape).items() if size != 1]
+        sizes = [f"{name}={count}" for name, count in dataclasses.asdict(each.shape).items() if count != 1]
         stage = each.planned.stage
-        memory = gigabytes(each.paper.total) + ("" if each.fits else " (too much)")
+        memory = size(each.paper.total) + ("" if each.fits else " (too much)")
         rows.append(
             (
                 ",".join(sizes),

@@ -1,7 +1,6 @@
 """The plan of a stage: what its compiled step takes, in figures and in words."""
 
 import dataclasses
-import datetime
 
 from cpt_jax.plan.collectives import Collective, collectives
 from cpt_jax.plan.hardware import Hardware
@@ -117,20 +116,24 @@ def plan_stage(
     )
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1e3:,.1f} kB"
 
 
 def explain(plan: StagePlan) -> str:
     """The plan in words, as `cpt plan` prints it."""
     compiled, memory, stage = plan.compiled, plan.memory, plan.compiled.planned.stage
     hardware, config = compiled.hardware, compiled.network.config
-    mesh = ", ".join(f"{name} {size}" for name, size in compiled.mesh.shape.items() if size > 1) or "one device"
+    mesh = ", ".join(f"{name} {count}" for name, count in compiled.mesh.shape.items() if count > 1) or "one device"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if memory.limit is None:
         verdict = "compiled (the device's memory is not known)"
     lines = [
-        f"stage {stage.name}: {verdict}: {gigabytes(memory.total)} of {'?' if memory.limit is None else gigabytes(memory.limit)} a device",
+        f"stage {stage.name}: {verdict}: {size(memory.total)} of {'?' if memory.limit is None else size(memory.limit)} a device",
         f"  {hardware.name}: {hardware.chips} x {hardware.kind}; mesh {mesh}; {stage.batch_size} rows of {stage.sequence_length:,} a step"
         + (f" in {stage.accumulate} parts" if stage.accumulate > 1 else "")
         + f"; attention {config.attention}, layers {config.layer_loop}; compiled in {compiled.seconds:.0f} s",
@@ -147,7 +150,7 @@ def explain(plan: StagePlan) -> str:
     line, seconds = plan.roofline, plan.step_seconds
     if line is not None:
         lines.append(
-            f"  a step: {line.model_flops * hardware.chips / 1e15:,.2f} PFLOP of the model; a device computes {line.flops / 1e12:,.1f} TFLOP and moves {gigabytes(line.bytes)}"
+            f"  a step: {line.model_flops * hardware.chips / 1e15:,.2f} PFLOP of the model; a device computes {line.flops / 1e12:,.1f} TFLOP and moves {size(line.bytes)}"
         )
     if line is not None and seconds is not None:
         exchange = ", ".join(f"{axes} {each:.3f} s" for axes, each in line.exchange.items()) or "none"
@@ -166,13 +169,13 @@ def _memory_rows(memory: ChipMemory, refused: bool) -> list[tuple[str, str]]:
     parts = memory._asdict()
     limit = parts.pop("limit")
     rows = [
-        (name, gigabytes(parts[name])) for name in ("weights", "optimizer", "ema", "batch", "padding") if parts[name]
+        (name, size(parts[name])) for name in ("weights", "optimizer", "ema", "batch", "padding") if parts[name] > 1e3
     ]
-    rows.append(("temporaries" + (" (needed)" if refused else ""), gigabytes(memory.temporaries)))
-    rows += [(f"  of them {name}", gigabytes(parts[name])) for name in ("activations", "gradients", "logits")]
-    rows.append(("total", gigabytes(memory.total)))
+    rows.append(("temporaries" + (" (needed)" if refused else ""), size(memory.temporaries)))
+    rows += [(f"  of them {name}", size(parts[name])) for name in ("activations", "gradients", "logits")]
+    rows.append(("total", size(memory.total)))
     if limit is not None:
-        rows.append(("the device's", gigabytes(limit)))
+        rows.append(("the device's", size(limit)))
     return [("memory of a device", ""), *rows]
 
 
@@ -190,9 +193,9 @@ def _collective_rows(plan: StagePlan) -> list[tuple[str, ...]]:
                 axes,
                 str(each.devices),
                 f"{each.count:,}",
-                gigabytes(each.largest),
-                gigabytes(each.sent),
-                "" if on_paper is None else f"{gigabytes(on_paper)} (all of {axes})",
+                size(each.largest),
+                size(each.sent),
+                "" if on_paper is None else f"{size(on_paper)} (all of {axes})",
             )
         )
     return rows
@@ -200,7 +203,7 @@ def _collective_rows(plan: StagePlan) -> list[tuple[str, ...]]:
 
 def _long(plan: StagePlan) -> str:
     figures = plan.figures()
-    times = " to ".join(str(datetime.timedelta(seconds=round(3600 * each))) for each in figures["hours"])
+    times = " to ".join(f"{each:,.1f}" for each in figures["hours"])
     chip_hours = " to ".join(f"{each:,.1f}" for each in figures["chip_hours"])
     cost = "" if plan.price is None else ", cost " + " to ".join(f"{each:,.2f}" for each in figures["cost"])
     return f"{times} hours, {chip_hours} chip-hours{cost}"
