@@ -9,6 +9,7 @@ is not compiled again (remove it, or an entry of it). `show` prints the tables a
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shapes import SHAPES
@@ -45,9 +46,9 @@ def stage_of(model: str, method: str, hardware) -> PlannedStage:
     return stage_of_model(MODELS[model], wanted, hardware, MeshShape())
 
 
-def table(found: dict) -> None:
+def table(found: dict, methods: Sequence[str]) -> None:
     """The quickest way on paper that compiles and fits, of two; or the last that was tried."""
-    for method in METHODS:
+    for method in methods:
         for model in MODELS:
             for hardware in map(hardware_named, HARDWARE):
                 key = f"{model} {method} {hardware.name}"
@@ -203,9 +204,13 @@ def draw(points: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["table", "scaling", "show"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the table")
     arguments = parser.parse_args()
     quiet_libraries()
     prepare(hardware_named("cpu-1"))
     results = json.loads((RESULTS / "plans.json").read_text()) if (RESULTS / "plans.json").exists() else {}
     for part in arguments.parts:
-        {"table": table, "scaling": scaling, "show": show}[part](results)
+        if part == "table":
+            table(results, arguments.methods)
+        else:
+            {"scaling": scaling, "show": show}[part](results)

@@ -71,7 +71,9 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
     whole = item * (_layers(network) / network.config.num_layers + head) / shape.tensor
     whole += 4 * head / shape.tensor if trains else 0
     rounded = item * memory.gradients / 4 / cut
-    temporary = activations + memory.gradients / cut + rounded + memory.logits / shape.tensor + whole
+    # In parts, a part's gradients are added to the sum of those before.
+    gradients = memory.gradients / cut * (1 if stage.accumulate == 1 else 2)
+    temporary = activations + gradients + rounded + memory.logits / shape.tensor + whole
     flops = token_flops(network, planned.method.trains, stage.sequence_length).total
     devices = math.prod(sizes.values())
     return PaperStep(
