@@ -35,11 +35,16 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+# Importing what a command needs takes seconds; an older process (a notebook) was not started for this run.
+_OLD = 120.0
+
+
 def process_started() -> float:
-    """When this process began, in seconds since 1970: before anything was imported."""
+    """When this process began, in seconds since 1970, if that was for what it does now; otherwise now."""
+    now = time.time()
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return time.time() - since_boot
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
-        return time.time()
+        return now
+    return now - age if age < _OLD else now

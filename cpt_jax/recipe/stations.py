@@ -15,11 +15,12 @@ from pathlib import Path
 
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.recipe.recipe import Recipe
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 3
+FORMAT = 4
 
 
 def identity(path: Path) -> list:
@@ -59,6 +60,8 @@ class Workdir:
         write_json_atomic(existing, config)
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()
+        self.journal = Journal(path / JOURNAL)
+        self.journal.write("run", started=round(process_started(), 3))
 
     def __enter__(self) -> "Workdir":
         return self
@@ -97,7 +100,9 @@ class Workdir:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
         started = time.monotonic()
+        self.journal.write("begin", station=name)
         build()
+        self.journal.write("done", station=name)
         self.seconds[name] = done_before + time.monotonic() - started
         write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
         return expected
