@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import hide_progress
 
 # A station that one process does alone (a tokenizer, a corpus) may take hours.
 WAIT_SECONDS = 24 * 3600
@@ -51,6 +52,8 @@ class Processes:
             raise UserError(
                 f"--distributed: nothing here says who the other processes are ({error}): start it in a cluster, or give --coordinator HOST:PORT --processes N --process I"
             ) from error
+        if not is_first():
+            hide_progress()
 
 
 def count() -> int:
