@@ -92,6 +92,11 @@ class Fire:
         path = self.directory / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
+    def stepped(self, sessions: int) -> bool:
+        """Whether the session after so many has done a step."""
+        begun = [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
+        return len(begun) > sessions and self.steps() >= begun[-1]
+
     def writing(self) -> bool:
         """Whether a checkpoint is being written."""
         return any((self.directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
@@ -130,25 +135,23 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds
 
 
 def kill_often(fire: Fire, kills: int, generator: random.Random, seconds: float) -> dict[str, int]:
-    """SIGKILLs at random instants: while it starts, in the first `seconds` of training, and inside the write of a
-    checkpoint. Returns how often each was met; what was meant for a write is only counted as one if it was."""
-    met = {"starting": 0, "training": 0, "writing a checkpoint": 0}
+    """SIGKILLs at random instants: from its start on, in the first `seconds` behind its first step, and inside the write
+    of a checkpoint. Returns how often each was met; what was meant for a write is only counted as one if it was."""
+    met = {"before a step": 0, "training": 0, "writing a checkpoint": 0}
     for _ in range(kills):
         before, aim = fire.sessions(), generator.choice(("anywhere", "write", "write", "training"))
         [process] = fire.start(Place())
         if aim == "anywhere":
-            time.sleep(generator.uniform(0, 4 + seconds))
-        elif wait_until(lambda before=before: fire.sessions() > before, process):
-            if aim == "training":
-                time.sleep(generator.uniform(0, seconds))
-            else:
-                time.sleep(generator.uniform(0, seconds))
+            time.sleep(generator.uniform(0, 6))
+        elif wait_until(lambda before=before: fire.stepped(before), process):
+            time.sleep(generator.uniform(0, seconds))
+            if aim == "write":
                 wait_until(fire.writing, process)
                 time.sleep(generator.uniform(0, 0.02))
         assert process.poll() is None, "the run ended before it was killed: give it more steps"
         process.kill()
         process.wait()
-        place = "starting" if fire.sessions() == before else "training"
+        place = "training" if fire.stepped(before) else "before a step"
         met["writing a checkpoint" if place == "training" and fire.writing() else place] += 1
     return met
 
@@ -251,7 +254,7 @@ def stations(arguments: argparse.Namespace) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, steps in (("kills", 4000), ("meshes", 330)):
+    for kind, steps in (("kills", 1500), ("meshes", 330)):
         sub = kinds.add_parser(kind)
         sub.add_argument("--seed", type=int, default=random.randrange(10**6))
         sub.add_argument("--steps", type=int, default=steps)
