@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     machine(sub)
     sub.set_defaults(only="train")
 
-    _plan(command(commands, "plan", handlers.plan, PLAN, overrides=True))
+    plan_of(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
     sub = command(
