@@ -1,40 +1,65 @@
 """The train state on disk (orbax), with the data's position: what a run continues from."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from cpt_jax.checkpoint.intact import Checksummed, fault, steps
+from cpt_jax.checkpoint.keep import METRIC, Keep, loss_of
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import say
 from cpt_jax.core.storage import disk_full_is_told
 from cpt_jax.core.tree import Tree
 
 
 class Checkpoints:
-    """The newest two checkpoints of a stage; a save goes on in the background, and is there whole or not at all."""
+    """The checkpoints of a stage; a save goes on in the background, and is there whole or not at all.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory.absolute()
+    Those whose files are not what was written are set aside (as damaged-STEP) when it is opened, down to the newest that
+    is intact.
+
+    Raises:
+      UserError: there are some, and none is intact.
+    """
+
+    def __init__(self, directory: Path, keep: Keep | None = None) -> None:
+        self._directory, self._saving = directory.absolute(), False
+        if not _agreed(lambda: _set_aside_damaged(self._directory)):
+            raise UserError(f"{directory} has checkpoints, and none is intact: remove it to begin the stage anew")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=(keep or Keep()).policy(),
+            # Not to choose by, but to have metrics written.
+            best_fn=loss_of,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            temporary_path_class=Checksummed,
         )
         with disk_full_is_told(directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, state: Any, loader_state: dict) -> None:
-        """Saves a TrainState and the loader's state under the state's step, unless that step is there."""
+    def save(self, state: Any, loader_state: dict, loss: float) -> None:
+        """Saves a TrainState and the loader's state under the state's step, unless that step is there.
+
+        Args:
+          loss: mean of the steps since the save before.
+        """
         step = int(state.step)
         if step == self._manager.latest_step():
             return
+        self._saving = True
         with disk_full_is_told(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave({"state": json.dumps(loader_state)})
                 ),
+                metrics={METRIC: loss},
             )
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
@@ -48,25 +73,61 @@ class Checkpoints:
         )
         return found["state"], json.loads(found["loader"]["state"])
 
+    def check(self) -> None:
+        """Raises what went wrong in the background once that has ended, not only at the next save."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Returns when the save in the background is complete."""
+        self._saving = False
         with disk_full_is_told(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with disk_full_is_told(self._directory):
+            self._manager.close()
+
+
+def _agreed(check: Any) -> bool:
+    """What the first process finds, in all of them."""
+    if jax.process_count() == 1:
+        return check()
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(jax.process_index() == 0 and check())))
+
+
+def _set_aside_damaged(directory: Path) -> bool:
+    """Renames the newest checkpoints as long as they are damaged; whether there is an intact one, or none at all."""
+    wrong: dict[int, str] = {}
+    for step in steps(directory):
+        if (found := fault(directory / str(step))) is None:
+            break
+        wrong[step] = found
+    else:
+        return not wrong
+    for damaged, found in wrong.items():
+        aside = directory / f"damaged-{damaged}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (directory / str(damaged)).rename(aside)
+        say(f"{directory / str(damaged)} is damaged ({found}): set aside as {aside.name}; step {step} is taken instead")
+    return True
 
 
 def read_trained(directory: Path) -> dict[str, Tree]:
     """What a finished stage trained, on the host: {"last": weights} and, where an average was kept, "ema".
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or the newest is damaged.
     """
-    steps = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
-    if not steps:
+    newest = next(iter(steps(directory)), None)
+    if newest is None:
         raise UserError(f"{directory} holds no checkpoint: the stage has not been trained")
-    path = directory.absolute() / str(max(steps)) / "state"
+    path = directory.absolute() / str(newest)
+    if (found := fault(path)) is not None:
+        raise UserError(
+            f"{path} is damaged ({found}): remove it, and run the recipe again: it goes on from the one before"
+        )
+    path = path / "state"
     # Whichever process asks reads it alone.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

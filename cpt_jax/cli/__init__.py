@@ -1,4 +1,5 @@
-"""`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running."""
+"""`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running; 75: it was
+asked to end, or hung: run it again."""
 
 import os
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cpt_jax.cli.parser import parser
-from cpt_jax.core.errors import UserError
+from cpt_jax.core.errors import TRY_AGAIN, Preempted, UserError
 
 
 def _fail(message: str, status: int, debug: bool) -> NoReturn:
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments.function(arguments, rest)
     except UserError as error:
         _fail(str(error), 2, arguments.debug)
+    except Preempted as ended:
+        print(f"preempted: {ended}", file=sys.stderr)
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to continue", 1, arguments.debug)
     except Exception as error:

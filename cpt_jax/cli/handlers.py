@@ -78,7 +78,12 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     processes = Processes(coordinator=arguments.coordinator, count=arguments.processes, index=arguments.process)
     if arguments.distributed or processes.coordinator is not None:
         processes.start()
-    return {"profiled": profiled, "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh)}
+    return {
+        "profiled": profiled,
+        "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh),
+        "hang_seconds": arguments.hang_seconds or None,
+        "unreadable": arguments.unreadable,
+    }
 
 
 def _overridden(recipe, overrides: list[str]):
@@ -192,6 +197,13 @@ def export(arguments: argparse.Namespace, _: list[str]) -> None:
 
     changes = _named(arguments, "weights", "interpolate_base", "adapter", "dtype", "shard_gb")
     export_run(arguments.run, arguments.out, _given(changes))
+
+
+def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.recipe.doctor import examine_run
+
+    if not examine_run(arguments.run, arguments.json):
+        sys.exit(1)
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:

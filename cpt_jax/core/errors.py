@@ -1,4 +1,4 @@
-"""The one error that means: the user's input is wrong."""
+"""What ends a command by intent: the user's input is wrong, or the machine is wanted back."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,14 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Wrong input: one line that names the value and the remedy. `cpt` prints it and exits with 2."""
+
+
+class Preempted(Exception):
+    """The process was asked to end (SIGTERM), and what was computed is kept: `cpt` exits with `TRY_AGAIN`."""
+
+
+# EX_TEMPFAIL of sysexits.h: the same command, run again, goes on.
+TRY_AGAIN = 75
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

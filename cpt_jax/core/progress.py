@@ -20,9 +20,19 @@ def clock(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+_shown = True
+
+
+def hide_progress() -> None:
+    """From here on nothing is shown: another process of the run does that."""
+    global _shown
+    _shown = False
+
+
 def say(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if _shown:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Plan:
@@ -71,7 +81,7 @@ class Progress:
         self._last_line = 0.0
         self._bar = None
         self._task = None
-        if sys.stderr.isatty():
+        if _shown and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress

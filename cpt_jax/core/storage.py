@@ -16,12 +16,20 @@ def disk_full_is_told(path: Path) -> Iterator[None]:
     """Turns "no space left" into a UserError that says where; earlier files are as they were."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _says_full(error):
             raise
         raise UserError(
             f"the disk is full while writing {path}: free some space and run the same command again"
         ) from error
+
+
+def _says_full(error: Exception) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    # TensorStore's, a ValueError.
+    return any(f"os_error_code='{code}'" in str(error) for code in codes)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -1,10 +1,13 @@
 """Documents into rows: each keeps its own segment and its own positions, and predicts only its own next tokens."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
+
+# How pieces come into rows: several in one, or each alone.
+Packing = Literal["first fit", "none"]
 
 # Rows that are open at a time: first fit among that many leaves about 2% of a row of 256 empty with documents of
 # some 80 tokens.
@@ -69,6 +72,17 @@ def packed(pieces: Any, sequence_length: int, documents: int, seed: int) -> grai
         max_sequences_per_bin=max(documents - 1, 1),
     )
     return rows.map(_row)
+
+
+def one_by_one(pieces: grain.IterDataset, sequence_length: int) -> grain.IterDataset:
+    """Rows as `packed` makes them, each with one piece."""
+
+    def row(piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        length = len(piece["inputs"])
+        fields = piece | {"positions": np.arange(length, dtype=np.int32), "segment_ids": np.ones(length, np.int32)}
+        return {field: np.pad(values, (0, sequence_length - length)) for field, values in fields.items()}
+
+    return pieces.map(row)
 
 
 def _row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

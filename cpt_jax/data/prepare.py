@@ -6,7 +6,6 @@ The highest bit of a token that is not to be learnt (a conversation's prompt) is
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cpt_jax.core.checksums import sha256
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import disk_full_is_told, write_json_atomic
 from cpt_jax.data.sources import Format, SkipCounts
@@ -35,9 +35,18 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of records as it was written."""
+
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a prepared domain holds: counts (`trained_tokens`: those that are learnt), what was skipped and why, the
-    tokenizer, and each shard's SHA-256."""
+    tokenizer, and each shard by its file's name."""
 
     name: str
     format: Format
@@ -48,7 +57,7 @@ class Manifest:
     trained_tokens: int
     skipped: dict[str, int]
     tokenizer: str
-    shards: dict[str, str]
+    shards: dict[str, Shard]
 
 
 def encode_record(tokens: Sequence[int] | np.ndarray) -> bytes:
@@ -114,7 +123,10 @@ def prepare(
         **counts,
         skipped=dict(skipped),
         tokenizer=encoder.fingerprint,
-        shards={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.paths},
+        shards={
+            path.name: Shard(records=records, bytes=path.stat().st_size, sha256=sha256(path))
+            for path, records in shards.records.items()
+        },
     )
     write_json_atomic(directory / MANIFEST, dataclasses.asdict(manifest))
     return manifest
@@ -124,8 +136,8 @@ class _Shards:
     """The files that records go to, a new one after every SHARD_TOKENS tokens."""
 
     def __init__(self, directory: Path) -> None:
-        self.paths: list[Path] = []
-        self._directory, self._writer, self._tokens = directory, None, 0
+        self.records: dict[Path, int] = {}
+        self._directory, self._path, self._writer, self._tokens = directory, directory, None, 0
 
     def __enter__(self) -> "_Shards":
         return self
@@ -135,10 +147,12 @@ class _Shards:
 
         if self._writer is None or self._tokens >= SHARD_TOKENS:
             self._close()
-            self.paths.append(self._directory / f"train-{len(self.paths):05d}.arrayrecord")
+            self._path = self._directory / f"train-{len(self.records):05d}.arrayrecord"
+            self.records[self._path] = 0
             # Groups of one record: training reads documents one by one, in random order.
-            self._writer, self._tokens = ArrayRecordWriter(str(self.paths[-1]), "group_size:1"), 0
+            self._writer, self._tokens = ArrayRecordWriter(str(self._path), "group_size:1"), 0
         self._writer.write(encode_record(tokens))
+        self.records[self._path] += 1
         self._tokens += len(tokens)
 
     def _close(self) -> None:
@@ -159,6 +173,8 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise UserError(f"{directory} is not prepared (no {MANIFEST}): run `cpt data prepare`")
     written = json.loads(path.read_text())
-    if written.keys() != {field.name for field in dataclasses.fields(Manifest)}:
+    fields = {field.name for field in dataclasses.fields(Manifest)}
+    if written.keys() != fields or any(isinstance(shard, str) for shard in written["shards"].values()):
         raise UserError(f"{directory} was prepared by another version of cpt_jax: run `cpt data prepare` again")
-    return Manifest(**written)
+    shards = {name: Shard(**shard) for name, shard in written.pop("shards").items()}
+    return Manifest(**written, shards=shards)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
@@ -19,7 +19,8 @@ from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.sources import Document, SkipCounts
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
-from cpt_jax.sharding.rules import partition_spec, parts
+from cpt_jax.sharding.placement import spread
+from cpt_jax.sharding.rules import RULES, parts
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -155,12 +156,6 @@ def pack_conversations(encoder: ChatEncoder, documents: Sequence[Document], sequ
     return PackedDocuments(rows, int(rows["weights"].sum()), sum(chat.bytes for chat in chats))
 
 
-def _spread(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Rows that every process has, each device's own on it."""
-    where = NamedSharding(mesh, partition_spec(("batch", "sequence"), array.shape, mesh))
-    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
-
-
 def bits_per_byte(
     network: Network,
     weights: Tree,
@@ -182,7 +177,8 @@ def bits_per_byte(
     total, put = 0.0, lambda array: array
     if mesh is not None:
         batch_size = -(-batch_size // parts(mesh, "batch")) * parts(mesh, "batch")
-        put = functools.partial(_spread, mesh)
+        where = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+        put = functools.partial(spread, sharding=where)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for first in range(0, len(documents), batch_size):
             batch = {name: array[first : first + batch_size] for name, array in documents.rows.items()}

@@ -10,11 +10,13 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate, read_template
+from cpt_jax.data.records import Unreadable
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.training.guard import HANG_SECONDS
 from cpt_jax.training.profile import ProfiledSteps
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -29,6 +31,8 @@ class RunContext:
         self.plan: Plan | None = None
         self.profiled: ProfiledSteps | None = None
         self.mesh = MeshShape()
+        self.hang_seconds: float | None = HANG_SECONDS
+        self.unreadable: Unreadable = "stop"
 
     def _station(self, name: str, inputs: object, outputs: list[Path], build, *, together: bool = False) -> None:
         def work() -> None:

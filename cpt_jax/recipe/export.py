@@ -60,7 +60,7 @@ def export_model(
       The largest absolute difference of a logit.
     """
     say(f"export: writing {out}")
-    pending, dtype = out.with_name(out.name + ".unchecked"), np.dtype(getattr(ml_dtypes, export.dtype, export.dtype))
+    pending, dtype = out.with_name(out.name + ".unchecked"), numpy_type(export.dtype)
     merged = model.merged().rounded(dtype)
     save(
         pending,
@@ -119,6 +119,11 @@ def export_adapter(
         f"export: an adapter over {base_directory}{tables}; logits differ by at most {difference:.2g} on {tokens} tokens of held-out text"
     )
     return difference
+
+
+def numpy_type(name: str) -> np.dtype:
+    """Of an exported weight, by its name in `Export`."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def _let_out(pending: Path, out: Path, difference: float) -> None:

@@ -4,10 +4,12 @@ import dataclasses
 from typing import Literal
 
 from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
+from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import check_mixture
+from cpt_jax.data.packing import Packing
 from cpt_jax.data.sources import Corpus
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.remat import Remat
@@ -55,9 +57,9 @@ class Stage:
     """One stretch of training: what trains, on which mixture, for how many tokens, and how fast.
 
     `retention` holds the model to what it knew, besides replay; `z_loss` keeps the logits' normaliser small.
-    `mixture` gives each domain's share of the tokens. A step takes `batch_size` rows of `sequence_length` tokens; with
+    `mixture` gives each domain's share of the tokens; `packing` puts several documents in a row, or each in its own. A step takes `batch_size` rows of `sequence_length` tokens; with
     `accumulate` > 1 it computes them in that many parts, one after the other. `remat` saves memory: what the backward
-    pass computes again.
+    pass computes again. `keep`: which of the checkpoints stay.
     """
 
     name: str
@@ -73,7 +75,9 @@ class Stage:
     retention: tuple[Retention, ...] = ()
     z_loss: float = 0.0
     remat: Remat | None = None
+    packing: Packing = "first fit"
     checkpoint_seconds: float = 60.0
+    keep: Keep = Keep()
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -207,6 +211,7 @@ __all__ = [
     "Expand",
     "Export",
     "Full",
+    "Keep",
     "L2ToStart",
     "LoRA",
     "MeanTeacher",

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,14 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.storage import atomic_directory, write_text_atomic
+from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import read_manifest
+from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import SkipCounts, files_of
+from cpt_jax.recipe.copies import copy_tokenizer, link_directory
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
@@ -27,6 +27,7 @@ from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
+from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
 
@@ -39,22 +40,27 @@ def run(
     only: str | None = None,
     profiled: ProfiledSteps | None = None,
     mesh: MeshShape | None = None,
+    hang_seconds: float | None = HANG_SECONDS,
+    unreadable: Unreadable = "stop",
 ) -> None:
     """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
 
     `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
     each stage are traced into its directory. `mesh`: how it lies on the devices, which may be another each time.
+    `hang_seconds`: of a watchdog over training. `unreadable`: what becomes of data that cannot be read.
 
     Raises:
+      Preempted: it was asked to end by SIGTERM; all that was done is kept.
       UserError: wrong input, told before anything is computed as far as it can be.
     """
     quiet_libraries()
     for domain in recipe.domains:
         files_of(domain.corpus)
-    with Workdir(workdir, recipe, update=update) as claimed:
+    with ends_when_asked(), Workdir(workdir, recipe, update=update) as claimed:
         pipeline = Pipeline(recipe, claimed)
         pipeline.profiled, pipeline.mesh = profiled, mesh or MeshShape()
+        pipeline.hang_seconds, pipeline.unreadable = hang_seconds, unreadable
         pipeline.run(only)
     if not processes.is_first():
         return
@@ -109,11 +115,11 @@ class Pipeline(Results):
             inputs = ["unchanged", self.marks["base"]]
 
             def copy() -> None:
-                _copy_tokenizer(self.source, tokenizer)
+                copy_tokenizer(self.source, tokenizer)
                 self._write_template(tokenizer)
 
             self._station("tokenizer", [*inputs, self.template_given()], [tokenizer], copy)
-            self._station("base-model", inputs, [base], lambda: _link_directory(self.source, base))
+            self._station("base-model", inputs, [base], lambda: link_directory(self.source, base))
             return
         vocabulary = recipe.vocabulary
         roles = {domain.name: domain.role for domain in recipe.domains}
@@ -170,8 +176,8 @@ class Pipeline(Results):
         upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
         data = [self.marks[f"data-{name}"] for name in stage.mixture]
         settings = to_json(stage)
-        # How often it is saved, and what is computed twice, does not change what is computed.
-        for field in ("checkpoint_seconds", "remat"):
+        # How often it is saved, what of that stays, and what is computed twice, does not change what is computed.
+        for field in ("checkpoint_seconds", "keep", "remat"):
             settings.pop(field)
 
         def build() -> None:
@@ -187,7 +193,9 @@ class Pipeline(Results):
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
         inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
-        self._station(f"stage-{stage.name}", inputs, [directory], build, together=True)
+        # Without its last checkpoint, which may have been damaged and removed, a stage is not done.
+        outputs = [directory, directory / "checkpoints" / str(stage.steps)]
+        self._station(f"stage-{stage.name}", inputs, outputs, build, together=True)
 
     def _loader(self, stage: Stage, seed: int) -> Loader:
         directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
@@ -204,8 +212,8 @@ class Pipeline(Results):
             end_id=self.tokenizer.end_id,
             tokenizer=self.tokenizer.fingerprint,
             seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            packing=stage.packing,
+            unreadable=self.unreadable,
         )
 
     def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path, seed: int) -> Training:
@@ -228,6 +236,9 @@ class Pipeline(Results):
             z_loss=stage.z_loss,
             seed=seed,
             profiled=self.profiled,
+            keep=stage.keep,
+            hang_seconds=self.hang_seconds,
+            journal=self.workdir.journal,
         )
 
     def _plan(self) -> Plan:
@@ -248,28 +259,6 @@ class Pipeline(Results):
             for weights in ("last", "ema") if stage.ema is not None else ("last",):
                 work[f"evaluate-{stage.name}-{weights}"] = after / 2
         return Plan(work | {"export": 10 / rate, "samples": 20 / rate}, rate)
-
-
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    with atomic_directory(out) as directory:
-        for path in source.iterdir():
-            if (
-                path.is_file()
-                and path.suffix in (".json", ".jinja", ".txt", ".model")
-                and "safetensors" not in path.name
-            ) and path.name not in ("config.json", "generation_config.json"):
-                shutil.copyfile(path, directory / path.name)
-
-
-def _link_directory(source: Path, out: Path) -> None:
-    """The same files under another name, without a copy where the file system can do that."""
-    with atomic_directory(out) as directory:
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model", ".safetensors"):
-                try:
-                    os.link(path.resolve(), directory / path.name)
-                except OSError:
-                    shutil.copyfile(path, directory / path.name)
 
 
 def export_run(run_directory: Path, out: Path, changes: dict[str, Any]) -> None:

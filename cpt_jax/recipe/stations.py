@@ -17,11 +17,12 @@ from typing import IO
 from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.recipe.recipe import Recipe
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 3
+FORMAT = 4
 
 
 def identity(path: Path) -> list:
@@ -63,6 +64,8 @@ class Workdir:
                     f"another process is running in {path}: wait for it, or choose another --workdir"
                 ) from error
             write_json_atomic(existing, config)
+        self.journal = Journal(path / JOURNAL if processes.is_first() else None)
+        self.journal.write("run", started=round(process_started(), 3))
 
     def __enter__(self) -> "Workdir":
         return self
@@ -110,9 +113,11 @@ class Workdir:
             write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
         processes.wait(f"{name} begins")
         started = time.monotonic()
+        self.journal.write("begin", station=name)
         if first or together:
             build()
         processes.wait(f"{name} is done")
+        self.journal.write("done", station=name)
         self.seconds[name] = done_before + time.monotonic() - started
         if first:
             write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})

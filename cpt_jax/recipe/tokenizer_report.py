@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.storage import write_text_atomic
-from cpt_jax.recipe.report import html_table, page, pieces_to_look_at, text_table, visible
+from cpt_jax.recipe.page import html_table, page
+from cpt_jax.recipe.report import pieces_to_look_at, text_table, visible
 from cpt_jax.recipe.tokenizer_curve import curve_section
 from cpt_jax.vocab.tokenizer import Tokenizer
 

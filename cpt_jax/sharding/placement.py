@@ -22,6 +22,11 @@ def place(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
     return jax.jit(lambda array: array, out_shardings=sharding, donate_argnums=0)(_read(leaf, dtype, reading))
 
 
+def spread(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process has, each device's part on it."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def _by_rows(leaf: Any, sharding: Sharding) -> NamedSharding | None:
     """All devices along the rows of the file, if there are several processes and the rows can be divided so."""
     if jax.process_count() == 1 or not isinstance(sharding, NamedSharding) or not isinstance(leaf, LazyArray):

@@ -1,5 +1,6 @@
 """The loop around the step: places the weights, feeds batches, reads metrics one step late, saves, continues."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.journal import Journal
 from cpt_jax.core.precision import Precision
-from cpt_jax.core.progress import Plan, progress
+from cpt_jax.core.progress import Plan, progress, say
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.data.loader import Loader
 from cpt_jax.models.decoder import Network
@@ -24,8 +27,10 @@ from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Schedule
 from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.sharding.placement import place as place_leaf
+from cpt_jax.sharding.placement import spread
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.flops import token_flops
+from cpt_jax.training.guard import HANG_SECONDS, Preemption, Watchdog, agreed
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
 from cpt_jax.training.profile import Profile, ProfiledSteps
 from cpt_jax.training.program import Program, Settings
@@ -56,6 +61,9 @@ class Training:
     z_loss: float = 0.0
     seed: int = 0
     profiled: ProfiledSteps | None = None
+    keep: Keep = Keep()
+    hang_seconds: float | None = HANG_SECONDS
+    journal: Journal = dataclasses.field(default_factory=Journal)
 
     def program(self) -> Program:
         paths = frozenset(path for path in flatten(self.weights) if self.trains(path))
@@ -120,29 +128,56 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     """Trains a stage to its end; a stage that was interrupted continues from its newest checkpoint, bit for bit.
 
     Writes `directory`/checkpoints and `directory`/metrics.jsonl, and returns what `read_trained` would read there.
+
+    Raises:
+      Preempted: it was asked to end, and has saved where it is.
     """
+    if jax.process_index() > 0:
+        training = dataclasses.replace(training, journal=Journal())
     program = training.program()
     trainable, frozen = place_weights(training.weights, training.trains, training.precision, program.where)
     state = program.begin(trainable)
     start = start_of(trainable, training.retention)
     del trainable
-    checkpoints = Checkpoints(training.directory / "checkpoints")
+    checkpoints = Checkpoints(training.directory / "checkpoints", training.keep)
     if (found := checkpoints.restore(state)) is not None:
         state, loader_state = found
         training.loader.restore(loader_state)
-    metrics_file = MetricsFile(training.directory / "metrics.jsonl", int(state.step))
-    profile = Profile(training.profiled, training.directory / "profile")
+    attendants = _Attendants(training, checkpoints, int(state.step))
     try:
-        with jax.set_mesh(training.mesh):
-            state = _steps(training, program, state, (frozen, start), checkpoints, metrics_file, profile, plan)
+        with jax.set_mesh(training.mesh), attendants.preemption, attendants.watchdog:
+            state = _steps(training, program, state, (frozen, start), attendants, plan)
     finally:
-        profile.close()
-        metrics_file.close()
-        checkpoints.close()
+        attendants.close()
     if jax.process_count() > 1:
         return read_trained(training.directory / "checkpoints")
     trained = {"last": state.trainable} | ({} if state.average is None else {"ema": state.average})
     return jax.tree.map(np.asarray, trained)
+
+
+class _Attendants:
+    """What goes along with the steps of a stage that has done `first` of them."""
+
+    def __init__(self, training: Training, checkpoints: Checkpoints, first: int) -> None:
+        self.checkpoints = checkpoints
+        self.metrics_file = MetricsFile(training.directory / "metrics.jsonl", first)
+        self.profile = Profile(training.profiled, training.directory / "profile")
+        self.preemption, self.watchdog = Preemption(), Watchdog(training.name, training.hang_seconds)
+        again = self.metrics_file.dropped
+        if first or again:
+            after = f"continues after step {first}" if first else "begins anew"
+            rest = f"; steps {first + 1} to {again[-1]['step']} are computed again" if again else ""
+            say(f"{training.name}: {after}{rest}")
+        compiling = sum(line["compile_seconds"] for line in again)
+        lost = sum(line["seconds"] for line in again) - compiling
+        training.journal.write(
+            "training", station=training.name, first=first + 1, lost_seconds=lost, compile_seconds=compiling
+        )
+
+    def close(self) -> None:
+        self.profile.close()
+        self.metrics_file.close()
+        self.checkpoints.close()
 
 
 def _steps(
@@ -150,23 +185,24 @@ def _steps(
     program: Program,
     state: TrainState,
     fixed: tuple[Tree, Tree],
-    checkpoints: Checkpoints,
-    metrics_file: MetricsFile,
-    profile: Profile,
+    attendants: _Attendants,
     plan: Plan | None,
 ) -> TrainState:
+    checkpoints, profile, loader = attendants.checkpoints, attendants.profile, training.loader
     batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
     first, controls = int(state.step), training.controls()
     waiting: tuple[int, dict[str, jax.Array]] | None = None
     clock, last_save = StepClock(), time.monotonic()
-    loader_state = training.loader.state()
-    flops, peak = training.flops(training.loader.sequence_length), training.peak_flops()
+    loader_state, losses = loader.state(), []
+    flops, peak = training.flops(loader.sequence_length), training.peak_flops()
     with progress(training.name, training.steps, "steps", plan, first) as shown:
 
         def read(step: int, metrics: dict[str, jax.Array]) -> None:
             host = jax.device_get(metrics)
-            line = metrics_line(step, host, training.loader.names, clock.lap(), flops, peak)
-            metrics_file.write(line)
+            line = metrics_line(step, host, loader.names, clock.lap(), flops, peak, loader.unreadable())
+            attendants.watchdog.beat()
+            attendants.metrics_file.write(line)
+            losses.append(line["loss"])
             if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
                 raise UserError(
                     f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {step}): lower the learning rate, or look at the data there"
@@ -177,24 +213,37 @@ def _steps(
         for number in range(first + 1, training.steps + 1):
             profile.before(number)
             with clock.of("data"):
-                batch = next(training.loader)
-                loader_state = training.loader.state()
-                placed = {name: jax.make_array_from_process_local_data(batches, array) for name, array in batch.items()}
-            state, metrics = program.step(state, *fixed, placed, controls(number - 1))
+                batch = next(loader)
+                loader_state = loader.state()
+                placed = {name: spread(array, batches) for name, array in batch.items()}
+            with clock.of("compile") if number == first + 1 else contextlib.nullcontext():
+                state, metrics = program.step(state, *fixed, placed, controls(number - 1))
             profile.after(number, metrics)
             # The step just dispatched runs while the one before it is read and the next batch is made.
             if waiting is not None:
                 read(*waiting)
             waiting = (number, metrics)
-            if time.monotonic() - last_save > training.checkpoint_seconds:
+            checkpoints.check()
+            preempted = attendants.preemption.after(number)
+            if preempted or agreed(number, time.monotonic() - last_save > training.checkpoint_seconds):
                 # A checkpoint's own metrics are on disk before it is: a killed run loses no line.
                 read(*waiting)
                 waiting = None
                 with clock.of("checkpoint"):
-                    checkpoints.save(state, loader_state)
+                    checkpoints.save(state, loader_state, float(np.mean(losses)))
                 last_save = time.monotonic()
+                losses.clear()
+            if preempted:
+                _wait_for(checkpoints, training, "preempted")
+                raise attendants.preemption.ended(training.name, number)
         if waiting is not None:
             read(*waiting)
-    checkpoints.save(state, loader_state)
-    checkpoints.wait()
+    checkpoints.save(state, loader_state, float(np.mean(losses or [np.nan])))
+    _wait_for(checkpoints, training, "trained")
     return state
+
+
+def _wait_for(checkpoints: Checkpoints, training: Training, event: str) -> None:
+    started = time.monotonic()
+    checkpoints.wait()
+    training.journal.write(event, station=training.name, checkpoint_seconds=time.monotonic() - started)

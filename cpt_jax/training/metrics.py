@@ -2,45 +2,56 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import jax
 
 from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
 
 
 class MetricsFile:
     """Lines of a stage's metrics; those after `done` steps (written by an interrupted run, to be computed again) are
-    dropped first."""
+    `dropped` first. Of several processes, the first one writes them."""
 
     def __init__(self, path: Path, done: int) -> None:
-        self._path = path
-        kept = []
+        self._path, self._file = path, None
+        kept: list[str] = []
+        self.dropped: list[dict[str, float]] = []
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
                 # The last line may be cut.
-                if line.endswith("}\n") and json.loads(line)["step"] <= done:
+                if not line.endswith("}\n"):
+                    continue
+                if (values := json.loads(line))["step"] <= done:
                     kept.append(line)
-        write_text_atomic(path, "".join(kept))
-        self._file: IO[str] = path.open("a")
+                else:
+                    self.dropped.append(values)
+        if jax.process_index() == 0:
+            write_text_atomic(path, "".join(kept))
+            self._file: IO[str] | None = path.open("a")
 
     def write(self, metrics: dict[str, float]) -> None:
+        if self._file is None:
+            return
         with disk_full_is_told(self._path):
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class StepClock:
-    """Where a step's wall time goes: what the host waits for data and for checkpoints, and the rest, which is the
-    devices' (and in the first step, the compiler's)."""
+    """Where a step's wall time goes: what the host waits for data, for checkpoints and (in the first step) for the
+    compiler, and the rest, which is the devices'."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
-        self._parts = {"data": 0.0, "checkpoint": 0.0}
+        self._parts = {"data": 0.0, "checkpoint": 0.0, "compile": 0.0}
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -60,7 +71,13 @@ class StepClock:
 
 
 def metrics_line(
-    step: int, metrics: dict[str, Any], names: tuple[str, ...], lap: dict[str, float], flops: float, peak: float | None
+    step: int,
+    metrics: dict[str, Any],
+    names: tuple[str, ...],
+    lap: dict[str, float],
+    flops: float,
+    peak: float | None,
+    unreadable: Mapping[str, int],
 ) -> dict[str, float]:
     """A step's line: losses (nats a token, also by domain), rates and times.
 
@@ -69,6 +86,7 @@ def metrics_line(
       lap: a StepClock's.
       flops: model FLOPs a token (`training.flops`).
       peak: of all devices, FLOP/s; where it is not known there is no "mfu".
+      unreadable: documents left out up to now, by domain; "unreadable/DOMAIN" where there are some.
     """
     by_domain = {
         f"{kind}/{name}": float(value / count)
@@ -88,6 +106,7 @@ def metrics_line(
         "tokens": int(metrics["tokens"].sum()),
         "tokens_per_second": rate,
         "model_flops_per_second": rate * flops,
+        **{f"unreadable/{name}": count for name, count in unreadable.items()},
         **({} if peak is None else {"mfu": rate * flops / peak}),
         **lap,
     }

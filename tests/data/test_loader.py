@@ -6,27 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from loader_inputs import END, START, Letters, documents, loader
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.loader import Loader
 from cpt_jax.data.packing import SplitDocuments
 from cpt_jax.data.prepare import NOT_LEARNT, prepare
 from cpt_jax.data.sources import SkipCounts
-
-START, END = 0, 1
-
-
-class Letters:
-    fingerprint = "letters"
-
-    def encode_documents(self, texts):
-        return [[int(token) for token in text.split()] for text in texts]
-
-
-def documents(count: int, mean: float, first: int, seed: int) -> list[str]:
-    """Documents of random lengths; each token is the document's own number, so that it can be told in a batch."""
-    generator = random.Random(seed)
-    return [" ".join([str(first + index)] * (1 + int(generator.expovariate(1 / mean)))) for index in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +20,6 @@ def directories(tmp_path_factory):
     for name, count, mean, first in (("zh", 300, 40, 1000), ("en", 60, 130, 5000)):
         prepare(name, iter(documents(count, mean, first, count)), SkipCounts(), Letters(), root / name)
     return {name: root / name for name in ("zh", "en")}
-
-
-def loader(directories, mixture=None, **changes) -> Loader:
-    settings = dict(sequence_length=128, batch_size=4, start_id=START, end_id=END, tokenizer="letters", seed=3)
-    return Loader(mixture or {"zh": 0.75, "en": 0.25}, directories, **(settings | changes))
 
 
 def test_shares_are_exact_in_tokens_and_rows_are_full(directories):
@@ -116,14 +96,6 @@ def test_it_continues_bit_for_bit(directories, taken):
             np.testing.assert_array_equal(array, other[name])
 
 
-def test_processes_share_a_batch(directories):
-    whole = loader(directories)
-    parts = [loader(directories, process_index=index, process_count=2) for index in range(2)]
-    for _ in range(5):
-        batch, shares = next(whole), [next(part) for part in parts]
-        np.testing.assert_array_equal(batch["inputs"], np.concatenate([share["inputs"] for share in shares]))
-
-
 def test_the_seed_decides_the_order(directories):
     first, same, other = (next(loader(directories, seed=seed))["inputs"] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, same)
@@ -180,3 +152,22 @@ def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories
     assert (held["weights"][(held["domains"] == 0) & (held["segment_ids"] > 0)] == 1).all()
     assert not (held["inputs"][chat] < 9000).any(), "no start token before a conversation"
     assert not (held["targets"][chat] < 9000).any(), "no end token behind it"
+
+
+def test_without_packing_a_row_is_one_document_and_it_continues_bit_for_bit(directories):
+    batches = loader(directories, packing="none")
+    for _ in range(17):
+        batch = next(batches)
+    state = json.dumps(batches.state())
+    for row in range(4):
+        inside = batch["segment_ids"][row] > 0
+        assert len(set(batch["targets"][row][inside]) - {END}) == 1
+        np.testing.assert_array_equal(batch["positions"][row][inside], np.arange(inside.sum()))
+        np.testing.assert_array_equal(batch["weights"][row], inside)
+    again = loader(directories, packing="none")
+    again.restore(json.loads(state))
+    for _ in range(25):
+        expected, other = next(batches), next(again)
+        for name, array in expected.items():
+            assert array.dtype == other[name].dtype
+            np.testing.assert_array_equal(array, other[name])

@@ -309,7 +309,7 @@ def test_the_state_lies_as_its_weights_and_a_step_on_eight_devices_is_that_of_on
     for path, leaf in flatten(one.trainable).items():
         np.testing.assert_allclose(flatten(eight.trainable)[path], leaf, atol=1e-5, err_msg=path)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(eight, {})
+    checkpoints.save(eight, {}, 1.0)
     checkpoints.wait()
     found = checkpoints.restore(eight)
     checkpoints.close()

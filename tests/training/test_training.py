@@ -67,20 +67,16 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
     draw = iter(interrupted.loader)
 
     class Dying:
-        names, sequence_length = interrupted.loader.names, interrupted.loader.sequence_length
         count = 0
+
+        def __getattr__(self, name):
+            return getattr(interrupted.loader, name)
 
         def __next__(self):
             self.count += 1
             if self.count == 6:
                 raise Killed
             return next(draw)
-
-        def state(self):
-            return interrupted.loader.state()
-
-        def restore(self, state):
-            interrupted.loader.restore(state)
 
     with pytest.raises(Killed):
         train(dataclasses.replace(interrupted, loader=Dying()))

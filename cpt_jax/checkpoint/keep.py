@@ -1,0 +1,47 @@
+"""Which checkpoints stay."""
+
+import dataclasses
+import math
+
+from orbax.checkpoint import checkpoint_managers as policies
+
+from cpt_jax.core.errors import UserError
+
+# Of a checkpoint: the mean training loss of the steps since the one before.
+METRIC = "loss"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """The newest `last`; besides them the first, and each that is at least `every` steps behind the one kept before;
+    and the `best` of the lowest mean training loss since the checkpoint before (nothing is evaluated while a stage
+    trains). Those that go on being better are kept; the newest are what a run continues from.
+
+    Two of the newest are the least with which a damaged one has another before it.
+    """
+
+    last: int = 2
+    every: int | None = None
+    best: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("last", "every", "best"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise UserError(f"keep: {field} is {value}: give a number of at least 1")
+
+    def policy(self) -> policies.PreservationPolicy:
+        """As orbax has it."""
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(self.last)]
+        if self.every is not None:
+            kept.append(policies.EveryNSteps(interval_steps=self.every, exact_interval=False))
+        if self.best is not None:
+            best = policies.BestN(
+                get_metric_fn=loss_of, reverse=True, n=self.best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
+        return policies.AnyPreservationPolicy(kept)
+
+
+def loss_of(metrics: dict[str, float]) -> float:
+    """What checkpoints are compared by; one whose steps had a loss that is no number is never the best."""
+    return math.inf if math.isnan(metrics[METRIC]) else metrics[METRIC]

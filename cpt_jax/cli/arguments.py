@@ -1,0 +1,73 @@
+"""Arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def named_spec(text: str) -> tuple[str, str]:
+    name, separator, spec = text.partition("=")
+    if not separator or not name or not spec:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SPEC, as in zh=law.jsonl")
+    return name, spec
+
+
+def texts_and_learning(sub: argparse.ArgumentParser) -> None:
+    """What `tokenizer extend` and `tokenizer report --curve` learn from, and how."""
+    spec: dict[str, Any] = dict(nargs="+", metavar="SPEC")
+    sub.add_argument("--base", required=True, help="a directory with tokenizer.json or tokenizer.model, or a hub id")
+    sub.add_argument("--corpus", required=True, help="text of the new domain", **spec)
+    sub.add_argument(
+        "--protect",
+        default=[],
+        help="old text: cut as before by learning, and a held-out part of it is what is measured",
+        **spec,
+    )
+    sub.add_argument("--method", choices=("union", "continued-bpe"), default="continued-bpe")
+    sub.add_argument(
+        "--scores", choices=("below-base", "own", "zero"), help="of a SentencePiece union (default below-base)"
+    )
+    sub.add_argument("--ban", type=Path, metavar="FILE", help="pieces that are never learnt, one a line (UTF-8)")
+    sub.add_argument(
+        "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
+    )
+    sub.add_argument("--min-frequency", type=int, metavar="N", help="of a learnt piece in the text (default 2)")
+    sub.add_argument("--max-piece-characters", type=int, metavar="N", help="(default 16)")
+    sub.add_argument(
+        "--sample-bytes",
+        type=int,
+        metavar="N",
+        help="of more text than this, documents chosen by hash (default 200,000,000; to compare, 20,000,000 a corpus)",
+    )
+    sub.add_argument("--heldout-share", type=float, default=0.1, help="of documents, by hash (default 0.1)")
+    sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+
+def plan_of(sub: argparse.ArgumentParser) -> None:
+    """The flags of `plan`."""
+    sub.add_argument("recipe", nargs="?", help="as `cpt run` takes it; or give --model alone")
+    sub.add_argument("--model", help="a config.json, a model's directory or a hub id (default: the recipe's base)")
+    sub.add_argument(
+        "--hardware", required=True, metavar="NAME", help="as in v5p-128, v6e-256, v5e:16x16, v5e-256x2, h100-64, cpu-8"
+    )
+    sub.add_argument("--mesh", metavar="AXIS=SIZE,...", help="as `cpt run` takes it (default: all along fsdp)")
+    sub.add_argument("--stage", metavar="NAME", help="of the recipe (default: each)")
+    of_model = "with --model alone"
+    sub.add_argument("--method", choices=("full", "lora", "new-rows"), help=f"{of_model} (default full)")
+    sub.add_argument("--new-tokens", type=int, metavar="N", help=f"rows that the vocabulary gains, {of_model}")
+    sub.add_argument("--ema", action="store_true", help=f"keep a moving average, {of_model}")
+    sub.add_argument("--sequence", type=int, metavar="TOKENS", help=f"of a row ({of_model}: 8192)")
+    sub.add_argument("--batch", type=int, metavar="ROWS", help=f"of a step ({of_model}: one for each device)")
+    sub.add_argument("--accumulate", type=int, metavar="PARTS", help="that a step is computed in")
+    sub.add_argument("--tokens", type=int, help=f"of the stage ({of_model}: 1,000,000,000)")
+    sub.add_argument(
+        "--remat",
+        metavar="WHAT",
+        help="none, all, or what the backward pass keeps, as in products or attention_out,mlp_up",
+    )
+    sub.add_argument("--price", type=float, help="of a chip's hour, for the cost")
+    sub.add_argument("--search", action="store_true", help="rank meshes, remat policies and batch sizes")
+    sub.add_argument(
+        "--compile", type=int, default=3, metavar="N", help="of what --search ranks on paper, the first N (default 3)"
+    )
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -1,0 +1,117 @@
+"""A run by several processes is the run of one: the same losses on the same documents, by the same command."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from inputs import chinese, english, write_jsonl
+
+RECIPE = """
+from cpt_jax.adapt import Embeddings, LoRA
+from cpt_jax.core.precision import Precision
+from cpt_jax.data.holdout import Holdout
+from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.averaging import EMA
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.recipe.recipe import *
+from cpt_jax.vocab.extend import ContinuedBPE
+from cpt_jax.vocab.gate import Limits
+
+def tiny() -> Recipe:
+    held = Holdout(share=0.2, max_bytes=4000)
+    shape = dict(batch_size=8, sequence_length=64, optimizer=AdamW(learning_rate=1e-2))
+    mixture = {{"zh": 0.75, "en": 0.25}}
+    return Recipe(
+        name="tiny",
+        base={base!r},
+        domains=(
+            Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new", heldout=held),
+            Domain(corpus=Corpus(name="en", spec="en.jsonl"), role="replay", heldout=held),
+        ),
+        vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=40), limits=Limits(unreachable_pieces=1.0)),
+        stages=(
+            Stage(name="rows", method=Embeddings(), mixture={{"zh": 1.0}}, tokens=5 * 512, **shape),
+            Stage(name="lora", method=LoRA(rank=4, alpha=8), mixture=mixture, tokens=20 * 512, ema=EMA(decay=0.9), **shape),
+        ),
+        precision=Precision(compute="float32"),
+        evaluation=Evaluation(sequence_length=128),
+        samples=Samples(prompts=("the city",), new_tokens=4),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("place")
+    write_jsonl(root / "zh.jsonl", chinese(200))
+    write_jsonl(root / "en.jsonl", english(150))
+    shutil.copytree(tiny_model, root / "base")
+    (root / "recipes.py").write_text(RECIPE.format(base=str(root / "base")))
+    return root
+
+
+def run(place, name: str, processes: int, devices: int, mesh: str) -> list[subprocess.CompletedProcess]:
+    """By so many processes of so many devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-m", "cpt_jax", "run", "recipes:tiny", "--workdir", name, "--mesh", mesh]
+    started = []
+    for index in range(processes):
+        which = ["--coordinator", address, "--processes", str(processes), "--process", str(index)]
+        own = [*command, *(which if processes > 1 else [])]
+        started.append(
+            subprocess.Popen(own, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    done = [(each, *each.communicate(timeout=600)) for each in started]
+    for each, _, errors in done:
+        assert each.returncode == 0, errors[-4000:]
+    return [subprocess.CompletedProcess(each.args, 0, out, errors) for each, out, errors in done]
+
+
+def figures(place, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(losses of all steps, bits per byte of all evaluations)."""
+    stages = place / name / "stages"
+    text = "".join((stages / stage / "metrics.jsonl").read_text() for stage in ("1-rows", "2-lora"))
+    lines = [json.loads(line) for line in text.splitlines()]
+    entries = json.loads((place / name / "eval.json").read_text())
+    return np.array([line["loss"] for line in lines]), np.array([entry["bits_per_byte"] for entry in entries])
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    run(place, "alone", 1, 1, "fsdp=1")
+    return figures(place, "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [(2, 4, "fsdp=4,tensor=2"), (4, 2, "replica=2,fsdp=2,context=2")],
+    ids=["2 processes of 4 devices", "4 processes of 2 devices"],
+)
+def test_several_processes_are_as_one(place, alone, processes, devices, mesh):
+    name = f"by-{processes}"
+    done = run(place, name, processes, devices, mesh)
+    losses, evaluations = figures(place, name)
+    assert len(losses) == 25
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    np.testing.assert_allclose(evaluations, alone[1], rtol=1e-5)
+    # One of them speaks.
+    assert "report.html" in done[0].stdout
+    assert all("report.html" not in each.stdout for each in done[1:])
+    assert all("steps" not in each.stderr for each in done[1:])
+    assert (place / name / "export" / "model.safetensors").exists()
+    # Another command, by one process, goes on with what they left.
+    again = run(place, name, 1, 2, "fsdp=2")
+    assert "0/20" not in again[0].stderr
+    assert (place / name / "report.html").exists()
