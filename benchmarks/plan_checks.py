@@ -9,10 +9,12 @@ benchmarks/results/plan_checks.json.
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -37,7 +39,7 @@ SMOLLM2 = SHAPES["30m"] | {
     "num_key_value_heads": 3,
     "rope_theta": 100_000.0,
 }
-MODELS = {"smollm2": SMOLLM2, "30m": SHAPES["30m"]}
+MODELS = {"30m": SHAPES["30m"], "smollm2": SMOLLM2}
 METHODS = ("full", "lora", "new-rows")
 ROWS, SEQUENCE = 2, 256
 
@@ -72,8 +74,7 @@ def measured(model: str, method: str) -> dict:
     return {"bytes": peak_resident() - before, "seconds": time.perf_counter() - started}
 
 
-def on_cpu() -> list[dict]:
-    found = []
+def on_cpu() -> Iterator[dict]:
     for model in MODELS:
         for method in METHODS:
             command = [sys.executable, "-m", "benchmarks.plan_checks", "--measure", model, method]
@@ -81,26 +82,23 @@ def on_cpu() -> list[dict]:
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
             plan = plan_stage(stage_of(MODELS[model], method, "cpu-1", SEQUENCE), hardware_named("cpu-1"))
-            found.append({"device": "cpu", "model": model, "method": method, "plan": plan.figures(), "measured": took})
             say(f"{model} {method}: planned {plan.memory.total / 1e6:,.0f} MB, took {took['bytes'] / 1e6:,.0f}")
-    return found
+            yield {"device": "cpu", "model": model, "method": method, "plan": plan.figures(), "measured": took}
 
 
-def on_h200() -> list[dict]:
+def on_h200() -> Iterator[dict]:
     """Llama 3.2 1B's shape in two rows of 8,192 tokens, as `benchmarks.train_step` ran it."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         say("no CUDA plugin: the H200's plan is left out")
-        return []
+        return
     kept = json.loads((RESULTS / "train_step-NVIDIA-H200.json").read_text())["results"]
-    found = []
     for row in kept:
         if (row["model"], row["sequence"], row["program"]) != ("1b", 8192, "cpt_jax") or row["method"] not in METHODS:
             continue
         planned = stage_of(SHAPES["1b"], row["method"], "h200-1", 8192)
         figures = plan_stage(planned, hardware_named("h200-1")).figures()
         took = {"bytes": row["peak_bytes"], "seconds": row["seconds"]}
-        found.append({"device": "H200", "model": "1b", "method": row["method"], "plan": figures, "measured": took})
-    return found
+        yield {"device": "H200", "model": "1b", "method": row["method"], "plan": figures, "measured": took}
 
 
 def main() -> None:
@@ -112,7 +110,10 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measured(*arguments.measure)))
         return
-    results = on_cpu() + on_h200()
+    results = []
+    for row in itertools.chain(on_h200(), on_cpu()):
+        results.append(row)
+        write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
     print("| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |")
     print("|---|---|---|---|---|---|---|---|")
     for row in results:
@@ -122,7 +123,6 @@ def main() -> None:
         print(
             f"| {row['device']} | {row['model']} | {row['method']} | {planned / 1e9:.2f} | {took / 1e9:.2f} | {planned / took:.2f} | {shown} | {row['measured']['seconds']:.3f} |"
         )
-    write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
 
 
 if __name__ == "__main__":
