@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan_checks
 
-A CPU's step is run twice in a process of its own; its memory is the process's peak less what was there before the weights. The H200's plan needs JAX's CUDA plugin (no GPU). Prints Markdown and writes
+A CPU's step is run twice in a process of its own; its memory is the process's peak less what was there before the weights. The H200's plan needs JAX's CUDA plugin (no GPU). Writes the table into docs/plans.md, and
 benchmarks/results/plan_checks.json.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.plans import write_section
 from benchmarks.shapes import SHAPES, peak_resident
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
@@ -114,15 +115,19 @@ def main() -> None:
     for row in itertools.chain(on_h200(), on_cpu()):
         results.append(row)
         write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
-    print("| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |")
-    print("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in results:
         planned, took = row["plan"]["bytes_per_chip"]["total"], row["measured"]["bytes"]
         seconds = row["plan"].get("estimated_step_seconds")
-        shown = "" if seconds is None else f"{seconds:.3f}"
-        print(
-            f"| {row['device']} | {row['model']} | {row['method']} | {planned / 1e9:.2f} | {took / 1e9:.2f} | {planned / took:.2f} | {shown} | {row['measured']['seconds']:.3f} |"
-        )
+        cells = [row["device"], row["model"], row["method"], f"{planned / 1e9:.2f}", f"{took / 1e9:.2f}"]
+        cells += [f"{planned / took:.2f}", "" if seconds is None else f"{seconds:.3f}"]
+        # A CPU's time depends on what else runs, and is not estimated.
+        cells.append("" if seconds is None else f"{row['measured']['seconds']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    write_section("checks", lines)
 
 
 if __name__ == "__main__":
