@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
 ROWS = (
