@@ -41,7 +41,7 @@ def local_rows(stage: Stage, mesh_shape: dict[str, int]) -> int:
 
 def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperStep:
     """A stage's step on a mesh whose `fsdp` is filled in."""
-    stage, network = planned.stage, planned.network(platform)
+    stage, network = planned.stage, planned.network(platform, shape.context)
     sizes = dataclasses.asdict(shape)
     rows, length = local_rows(stage, sizes), stage.sequence_length // shape.context
     with compiling_for(platform):
