@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -102,19 +102,7 @@ def on_h200() -> Iterator[dict]:
         yield {"device": "H200", "model": "1b", "method": row["method"], "plan": figures, "measured": took}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=2, metavar=("MODEL", "METHOD"), help="one step, in this process")
-    arguments = parser.parse_args()
-    quiet_libraries()
-    prepare(hardware_named("cpu-1"))
-    if arguments.measure:
-        print(json.dumps(measured(*arguments.measure)))
-        return
-    results = []
-    for row in itertools.chain(on_h200(), on_cpu()):
-        results.append(row)
-        write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
+def show(results: Sequence[dict]) -> None:
     lines = [
         "| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |",
         "|---|---|---|---|---|---|---|---|",
@@ -128,6 +116,22 @@ def main() -> None:
         cells.append("" if seconds is None else f"{row['measured']['seconds']:.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     write_section("checks", lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, metavar=("MODEL", "METHOD"), help="one step, in this process")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    prepare(hardware_named("cpu-1"))
+    if arguments.measure:
+        print(json.dumps(measured(*arguments.measure)))
+        return
+    results = []
+    for row in itertools.chain(on_h200(), on_cpu()):
+        results.append(row)
+        write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
+        show(results)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def draw(points: list[dict]) -> None:
         on_paper = [point["paper_sent"].get(axis, float("nan")) / 1e9 for point in points]
         sent.plot(chips, on_paper, "--", color=f"C{number}", label=f"{axis}, on paper")
         there = [(p["chips"], p["sent"][axis] / 1e9) for p in compiled if p["sent"].get(axis, 0) > 1e9]
-        sent.plot(*zip(*there, strict=True), "o", color=f"C{number}", label=f"{axis}, compiled")
+        if there:
+            sent.plot(*zip(*there, strict=True), "o", color=f"C{number}", label=f"{axis}, compiled")
     sent.set(title="GB that a chip sends in a step", yscale="log")
     mfu.plot(chips, [100 * point["paper_mfu"] for point in points], "--", label="on paper, in turn")
     for number, label in enumerate(("collectives beside the products", "in turn")):
