@@ -2,22 +2,25 @@
 
     python -m benchmarks.plan_checks
 
-A CPU's step is run twice in a process of its own; its memory is the process's peak less what was there before the weights. The H200's plan needs JAX's CUDA plugin (no GPU). Prints Markdown and writes
+A CPU's step is run twice in a process of its own; its memory is the process's peak less what was there before the weights. The H200's plan needs JAX's CUDA plugin (no GPU). Writes the table into docs/plans.md, and
 benchmarks/results/plan_checks.json.
 """
 
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from benchmarks.plans import write_section
 from benchmarks.shapes import SHAPES, peak_resident
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
@@ -37,7 +40,7 @@ SMOLLM2 = SHAPES["30m"] | {
     "num_key_value_heads": 3,
     "rope_theta": 100_000.0,
 }
-MODELS = {"smollm2": SMOLLM2, "30m": SHAPES["30m"]}
+MODELS = {"30m": SHAPES["30m"], "smollm2": SMOLLM2}
 METHODS = ("full", "lora", "new-rows")
 ROWS, SEQUENCE = 2, 256
 
@@ -72,8 +75,7 @@ def measured(model: str, method: str) -> dict:
     return {"bytes": peak_resident() - before, "seconds": time.perf_counter() - started}
 
 
-def on_cpu() -> list[dict]:
-    found = []
+def on_cpu() -> Iterator[dict]:
     for model in MODELS:
         for method in METHODS:
             command = [sys.executable, "-m", "benchmarks.plan_checks", "--measure", model, method]
@@ -81,26 +83,23 @@ def on_cpu() -> list[dict]:
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
             plan = plan_stage(stage_of(MODELS[model], method, "cpu-1", SEQUENCE), hardware_named("cpu-1"))
-            found.append({"device": "cpu", "model": model, "method": method, "plan": plan.figures(), "measured": took})
             say(f"{model} {method}: planned {plan.memory.total / 1e6:,.0f} MB, took {took['bytes'] / 1e6:,.0f}")
-    return found
+            yield {"device": "cpu", "model": model, "method": method, "plan": plan.figures(), "measured": took}
 
 
-def on_h200() -> list[dict]:
+def on_h200() -> Iterator[dict]:
     """Llama 3.2 1B's shape in two rows of 8,192 tokens, as `benchmarks.train_step` ran it."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         say("no CUDA plugin: the H200's plan is left out")
-        return []
+        return
     kept = json.loads((RESULTS / "train_step-NVIDIA-H200.json").read_text())["results"]
-    found = []
     for row in kept:
         if (row["model"], row["sequence"], row["program"]) != ("1b", 8192, "cpt_jax") or row["method"] not in METHODS:
             continue
         planned = stage_of(SHAPES["1b"], row["method"], "h200-1", 8192)
         figures = plan_stage(planned, hardware_named("h200-1")).figures()
         took = {"bytes": row["peak_bytes"], "seconds": row["seconds"]}
-        found.append({"device": "H200", "model": "1b", "method": row["method"], "plan": figures, "measured": took})
-    return found
+        yield {"device": "H200", "model": "1b", "method": row["method"], "plan": figures, "measured": took}
 
 
 def main() -> None:
@@ -112,17 +111,23 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measured(*arguments.measure)))
         return
-    results = on_cpu() + on_h200()
-    print("| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |")
-    print("|---|---|---|---|---|---|---|---|")
+    results = []
+    for row in itertools.chain(on_h200(), on_cpu()):
+        results.append(row)
+        write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
+    lines = [
+        "| device | model | method | GB, planned | GB, measured | | s a step, planned | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in results:
         planned, took = row["plan"]["bytes_per_chip"]["total"], row["measured"]["bytes"]
         seconds = row["plan"].get("estimated_step_seconds")
-        shown = "" if seconds is None else f"{seconds:.3f}"
-        print(
-            f"| {row['device']} | {row['model']} | {row['method']} | {planned / 1e9:.2f} | {took / 1e9:.2f} | {planned / took:.2f} | {shown} | {row['measured']['seconds']:.3f} |"
-        )
-    write_json_atomic(RESULTS / "plan_checks.json", {"jax": jax.__version__, "results": results})
+        cells = [row["device"], row["model"], row["method"], f"{planned / 1e9:.2f}", f"{took / 1e9:.2f}"]
+        cells += [f"{planned / took:.2f}", "" if seconds is None else f"{seconds:.3f}"]
+        # A CPU's time depends on what else runs, and is not estimated.
+        cells.append("" if seconds is None else f"{row['measured']['seconds']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    write_section("checks", lines)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
     python -m benchmarks.plans [table] [scaling] [show]
 
 Needs libtpu (pip install libtpu) and no device. A plan takes one to three minutes on two cores. What is in benchmarks/results/plans.json
-is not compiled again (remove it, or an entry of it). `show` prints the tables and draws docs/plans_scaling.png.
+is not compiled again (remove it, or an entry of it). `show` writes the tables into docs/plans.md and draws docs/plans_scaling.png.
 """
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shapes import SHAPES
 from cpt_jax.core.progress import quiet_libraries, say
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.storage import write_json_atomic, write_text_atomic
 from cpt_jax.models.remat import Remat
 from cpt_jax.plan.command import Wanted, stage_of_model
 from cpt_jax.plan.hardware import hardware_named, prepare
@@ -23,7 +24,7 @@ from cpt_jax.plan.search import candidate_of, candidates, named, remat_name
 from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.sharding.mesh import MeshShape
 
-RESULTS, PICTURE = Path("benchmarks/results"), Path("docs/plans_scaling.png")
+RESULTS, PAGE, PICTURE = Path("benchmarks/results"), Path("docs/plans.md"), Path("docs/plans_scaling.png")
 _UNTIED = SHAPES["1b"] | {"tie_word_embeddings": False, "num_key_value_heads": 8, "head_dim": 128}
 # Llama 3.1's configurations.
 MODELS = {
@@ -45,9 +46,9 @@ def stage_of(model: str, method: str, hardware) -> PlannedStage:
     return stage_of_model(MODELS[model], wanted, hardware, MeshShape())
 
 
-def table(found: dict) -> None:
+def table(found: dict, methods: Sequence[str]) -> None:
     """The quickest way on paper that compiles and fits, of two; or the last that was tried."""
-    for method in METHODS:
+    for method in methods:
         for model in MODELS:
             for hardware in map(hardware_named, HARDWARE):
                 key = f"{model} {method} {hardware.name}"
@@ -95,20 +96,22 @@ def yield_result(found: dict, key: str, figures: dict) -> None:
 
 
 def show(found: dict) -> None:
-    """Prints the tables and draws the picture."""
-    print(
-        "| model | method | hardware | mesh | rows x parts | remat | GB a chip | weights | optimizer | temporaries | sent a step, GB | s a step | MFU | chip-hours for 10^9 tokens |"
-    )
-    print("|" + "---|" * 14)
-    for key, plan in found.items():
-        if not key.startswith("scaling"):
-            print(_row(*key.split(), plan))
-    print("\n| chips | mesh | parts | GB a chip | on paper | sent a step, GB: | on paper | s a step | MFU | on paper |")
-    print("|" + "---|" * 10)
+    """Writes the tables into docs/plans.md and draws the picture."""
+    header = "| model | method | hardware | mesh | rows x parts | remat | GB a chip | weights | optimizer | temporaries | sent a step, GB | s a step | MFU | chip-hours for 10^9 tokens |"
+    order = [f"{model} {method} {name}" for model in MODELS for name in HARDWARE for method in METHODS]
+    rows = [_row(*key.split(), found[key]) for key in order if key in found]
+    write_section("llama", [header, "|" + "---|" * 14, *rows])
+    header = "| chips | mesh | parts | GB a chip | on paper | sent a step, GB | on paper | s a step | MFU | on paper |"
     points = [_point(chips, found.get(f"scaling {chips}", {})) for chips in SIDES]
-    for point in points:
-        print(point["row"])
+    write_section("scaling", [header, "|" + "---|" * 10, *(point["row"] for point in points)])
     draw(points)
+
+
+def write_section(name: str, lines: Sequence[str]) -> None:
+    """Lines in the place of those between the marks of docs/plans.md."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    write_text_atomic(PAGE, "\n".join([before + begin, *lines, end]) + rest.partition(end)[2])
 
 
 def _mesh(mesh: dict) -> str:
@@ -203,9 +206,13 @@ def draw(points: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["table", "scaling", "show"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the table")
     arguments = parser.parse_args()
     quiet_libraries()
     prepare(hardware_named("cpu-1"))
     results = json.loads((RESULTS / "plans.json").read_text()) if (RESULTS / "plans.json").exists() else {}
     for part in arguments.parts:
-        {"table": table, "scaling": scaling, "show": show}[part](results)
+        if part == "table":
+            table(results, arguments.methods)
+        else:
+            {"scaling": scaling, "show": show}[part](results)

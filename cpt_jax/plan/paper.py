@@ -41,7 +41,7 @@ def local_rows(stage: Stage, mesh_shape: dict[str, int]) -> int:
 
 def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperStep:
     """A stage's step on a mesh whose `fsdp` is filled in."""
-    stage, network = planned.stage, planned.network(platform)
+    stage, network = planned.stage, planned.network(platform, shape.context)
     sizes = dataclasses.asdict(shape)
     rows, length = local_rows(stage, sizes), stage.sequence_length // shape.context
     with compiling_for(platform):
@@ -71,7 +71,9 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
     whole = item * (_layers(network) / network.config.num_layers + head) / shape.tensor
     whole += 4 * head / shape.tensor if trains else 0
     rounded = item * memory.gradients / 4 / cut
-    temporary = activations + memory.gradients / cut + rounded + memory.logits / shape.tensor + whole
+    # In parts, a part's gradients are added to the sum of those before.
+    gradients = memory.gradients / cut * (1 if stage.accumulate == 1 else 2)
+    temporary = activations + gradients + rounded + memory.logits / shape.tensor + whole
     flops = token_flops(network, planned.method.trains, stage.sequence_length).total
     devices = math.prod(sizes.values())
     return PaperStep(

@@ -22,7 +22,7 @@ from cpt_jax.plan.hardware import Hardware
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.sharding.hardware import compiling_for
-from cpt_jax.sharding.mesh import MeshShape, make_mesh
+from cpt_jax.sharding.mesh import MeshShape, make_mesh, preset
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.program import Settings
 from cpt_jax.training.retention import start_of
@@ -51,14 +51,15 @@ class PlannedStage:
     def method(self) -> Method:
         return self.stage.method
 
-    def network(self, platform: str) -> Network:
-        """As it is compiled for a platform: the layers' loop and the attention kernel are chosen for it."""
+    def network(self, platform: str, context: int = 1) -> Network:
+        """As it is compiled for a platform, rows cut into `context` parts: the layers' loop and the attention kernel are
+        chosen for it."""
         model = Model(config=self.config, weights={}, hf_config=self.hf_config, lora=self.method.lora_config())
         with compiling_for(platform):
             model = model.for_training(platform, self.stage.remat, self.layer_loop)  # type: ignore[arg-type]
             # JAX asks cuDNN's library what it can do, which takes a GPU: another kernel, without the scores either.
             attention = "blocks" if platform == "gpu" else self.attention
-            model = model.attending(attention, self.stage.sequence_length, self.precision.dtype)
+            model = model.attending(attention, self.stage.sequence_length, self.precision.dtype, context=context)
         return model.network
 
 
@@ -114,11 +115,12 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
       UserError: the batch or the sequence cannot be cut over the mesh, the mesh does not cover the devices, or what
         `Hardware.devices` raises.
     """
-    shape = (shape or MeshShape()).over(hardware.chips)
-    planned.stage.check_mesh(shape)
-    mesh = make_mesh(hardware.devices(), shape)
+    stage, devices = planned.stage, hardware.devices()
+    shape = (shape or preset(devices, stage.batch_size // stage.accumulate, stage.sequence_length)).over(len(devices))
+    stage.check_mesh(shape)
+    mesh = make_mesh(devices, shape)
     platform = hardware.platform
-    network = planned.network(platform)
+    network = planned.network(platform, shape.context)
     program, arguments = arguments_of(planned, network, mesh)
     state, frozen, start, batch, _ = arguments
     held = {
