@@ -56,6 +56,9 @@ PLACES = (
 )
 
 
+DATA = {"mixed-packed": ["--domains", 2], "neither": ["--domains", 1, "--packing", "none"]}
+
+
 class Fire:
     """A run of `benchmarks.survivor` in a directory, started as often as it takes."""
 
@@ -66,7 +69,10 @@ class Fire:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={place.devices}",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            # As `cpt` has it: programs are kept for the next session, and may be cut off while they are written.
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory.parent / "compiled"),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         }
         command = [sys.executable, "-m", "benchmarks.survivor", self.directory, "--mesh", place.mesh, *self._options]
         with socket.socket() as free:
@@ -177,11 +183,9 @@ def largest_difference(losses: Sequence[float], others: Sequence[float]) -> floa
 
 def kills(arguments: argparse.Namespace, root: Path) -> bool:
     results, good = {}, True
-    for name, options in {
-        "two domains, packed": ["--domains", 2],
-        "one domain, not packed": ["--domains", 1, "--packing", "none"],
-    }.items():
-        place = root / name.replace(" ", "-").replace(",", "")
+    for name in arguments.data:
+        options = DATA[name]
+        place = root / name
         place.mkdir()
         options = [*options, "--steps", arguments.steps]
         whole, killed = Fire(place / "whole", options), Fire(place / "killed", options)
@@ -198,7 +202,8 @@ def kills(arguments: argparse.Namespace, root: Path) -> bool:
         minutes = (time.monotonic() - started) / 60
         results[name] = {"kills": met, "steps": arguments.steps, "the same, bit for bit": same, "minutes": minutes}
         print(f"{name}: killed {arguments.kills} times {met} in {arguments.steps} steps; the same: {same}", flush=True)
-    write_json_atomic(RESULTS / "survival-kills.json", {"seed": arguments.seed, **results})
+    name = "survival-kills.json" if len(results) > 1 else f"survival-kills-{arguments.data[0]}.json"
+    write_json_atomic(RESULTS / name, {"seed": arguments.seed, **results})
     return good
 
 
@@ -260,6 +265,7 @@ def main() -> None:
         sub.add_argument("--steps", type=int, default=steps)
         if kind == "kills":
             sub.add_argument("--kills", type=int, default=25)
+            sub.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
             sub.add_argument("--seconds", type=float, default=1.5, help="of training that a kill waits at most")
     sub = kinds.add_parser("stations")
     sub.add_argument("recipe")
