@@ -184,10 +184,9 @@ def largest_difference(losses: Sequence[float], others: Sequence[float]) -> floa
 def kills(arguments: argparse.Namespace, root: Path) -> bool:
     results, good = {}, True
     for name in arguments.data:
-        options = DATA[name]
         place = root / name
         place.mkdir()
-        options = [*options, "--steps", arguments.steps]
+        options = [*DATA[name], "--steps", arguments.steps, "--checkpoint-seconds", arguments.checkpoint_seconds]
         whole, killed = Fire(place / "whole", options), Fire(place / "killed", options)
         whole.run(Place())
         started = time.monotonic()
@@ -266,6 +265,7 @@ def main() -> None:
         if kind == "kills":
             sub.add_argument("--kills", type=int, default=25)
             sub.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+            sub.add_argument("--checkpoint-seconds", type=float, default=0.2)
             sub.add_argument("--seconds", type=float, default=1.5, help="of training that a kill waits at most")
     sub = kinds.add_parser("stations")
     sub.add_argument("recipe")
