@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cpt_jax.checkpoint import intact
 from cpt_jax.core.journal import JOURNAL, read_journal
 from cpt_jax.core.storage import write_json_atomic
 
@@ -92,16 +93,25 @@ class Fire:
 
     def sessions(self) -> int:
         """How often training has begun."""
-        return sum(event["event"] == "training" for event in read_journal(self.directory / JOURNAL))
+        return len(self.begun())
 
     def steps(self) -> int:
         path = self.directory / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
+    def begun(self) -> list[int]:
+        """The first step of each session."""
+        return [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
+
     def stepped(self, sessions: int) -> bool:
         """Whether the session after so many has done a step."""
-        begun = [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
-        return len(begun) > sessions and self.steps() >= begun[-1]
+        return self.sessions() > sessions and self.steps() >= self.begun()[-1]
+
+    def saved(self, sessions: int) -> bool:
+        """Whether it has saved one."""
+        return (
+            self.stepped(sessions) and next(iter(intact.steps(self.directory / "checkpoints")), 0) >= self.begun()[-1]
+        )
 
     def writing(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -150,6 +160,9 @@ def kill_often(fire: Fire, kills: int, generator: random.Random, seconds: float)
         if aim == "anywhere":
             time.sleep(generator.uniform(0, 6))
         elif wait_until(lambda before=before: fire.stepped(before), process):
+            if aim == "write":
+                # The first is let through, so that the next session has something new to go on from.
+                wait_until(lambda before=before: fire.saved(before), process)
             time.sleep(generator.uniform(0, seconds))
             if aim == "write":
                 wait_until(fire.writing, process)
@@ -199,8 +212,13 @@ def kills(arguments: argparse.Namespace, root: Path) -> bool:
         }
         good &= all(same.values())
         minutes = (time.monotonic() - started) / 60
-        results[name] = {"kills": met, "steps": arguments.steps, "the same, bit for bit": same, "minutes": minutes}
-        print(f"{name}: killed {arguments.kills} times {met} in {arguments.steps} steps; the same: {same}", flush=True)
+        went_on = {first for first in killed.begun() if first > 1}
+        results[name] = {"kills": met, "went on from checkpoints": len(went_on), "steps": arguments.steps}
+        results[name] |= {"the same, bit for bit": same, "minutes": minutes}
+        print(
+            f"{name}: killed {arguments.kills} times {met} in {arguments.steps} steps, went on from {len(went_on)} checkpoints; the same: {same}",
+            flush=True,
+        )
     name = "survival-kills.json" if len(results) > 1 else f"survival-kills-{arguments.data[0]}.json"
     write_json_atomic(RESULTS / name, {"seed": arguments.seed, **results})
     return good
