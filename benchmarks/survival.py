@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cpt_jax.checkpoint import intact
 from cpt_jax.core.journal import JOURNAL, read_journal
 from cpt_jax.core.storage import write_json_atomic
 
@@ -56,6 +57,9 @@ PLACES = (
 )
 
 
+DATA = {"mixed-packed": ["--domains", 2], "neither": ["--domains", 1, "--packing", "none"]}
+
+
 class Fire:
     """A run of `benchmarks.survivor` in a directory, started as often as it takes."""
 
@@ -66,7 +70,10 @@ class Fire:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={place.devices}",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            # As `cpt` has it: programs are kept for the next session, and may be cut off while they are written.
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory.parent / "compiled"),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         }
         command = [sys.executable, "-m", "benchmarks.survivor", self.directory, "--mesh", place.mesh, *self._options]
         with socket.socket() as free:
@@ -86,16 +93,25 @@ class Fire:
 
     def sessions(self) -> int:
         """How often training has begun."""
-        return sum(event["event"] == "training" for event in read_journal(self.directory / JOURNAL))
+        return len(self.begun())
 
     def steps(self) -> int:
         path = self.directory / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
+    def begun(self) -> list[int]:
+        """The first step of each session."""
+        return [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
+
     def stepped(self, sessions: int) -> bool:
         """Whether the session after so many has done a step."""
-        begun = [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
-        return len(begun) > sessions and self.steps() >= begun[-1]
+        return self.sessions() > sessions and self.steps() >= self.begun()[-1]
+
+    def saved(self, sessions: int) -> bool:
+        """Whether it has saved one."""
+        return (
+            self.stepped(sessions) and next(iter(intact.steps(self.directory / "checkpoints")), 0) >= self.begun()[-1]
+        )
 
     def writing(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -144,6 +160,9 @@ def kill_often(fire: Fire, kills: int, generator: random.Random, seconds: float)
         if aim == "anywhere":
             time.sleep(generator.uniform(0, 6))
         elif wait_until(lambda before=before: fire.stepped(before), process):
+            if aim == "write":
+                # The first is let through, so that the next session has something new to go on from.
+                wait_until(lambda before=before: fire.saved(before), process)
             time.sleep(generator.uniform(0, seconds))
             if aim == "write":
                 wait_until(fire.writing, process)
@@ -177,13 +196,10 @@ def largest_difference(losses: Sequence[float], others: Sequence[float]) -> floa
 
 def kills(arguments: argparse.Namespace, root: Path) -> bool:
     results, good = {}, True
-    for name, options in {
-        "two domains, packed": ["--domains", 2],
-        "one domain, not packed": ["--domains", 1, "--packing", "none"],
-    }.items():
-        place = root / name.replace(" ", "-").replace(",", "")
+    for name in arguments.data:
+        place = root / name
         place.mkdir()
-        options = [*options, "--steps", arguments.steps]
+        options = [*DATA[name], "--steps", arguments.steps, "--checkpoint-seconds", arguments.checkpoint_seconds]
         whole, killed = Fire(place / "whole", options), Fire(place / "killed", options)
         whole.run(Place())
         started = time.monotonic()
@@ -196,9 +212,15 @@ def kills(arguments: argparse.Namespace, root: Path) -> bool:
         }
         good &= all(same.values())
         minutes = (time.monotonic() - started) / 60
-        results[name] = {"kills": met, "steps": arguments.steps, "the same, bit for bit": same, "minutes": minutes}
-        print(f"{name}: killed {arguments.kills} times {met} in {arguments.steps} steps; the same: {same}", flush=True)
-    write_json_atomic(RESULTS / "survival-kills.json", {"seed": arguments.seed, **results})
+        went_on = {first for first in killed.begun() if first > 1}
+        results[name] = {"kills": met, "went on from checkpoints": len(went_on), "steps": arguments.steps}
+        results[name] |= {"the same, bit for bit": same, "minutes": minutes}
+        print(
+            f"{name}: killed {arguments.kills} times {met} in {arguments.steps} steps, went on from {len(went_on)} checkpoints; the same: {same}",
+            flush=True,
+        )
+    name = "survival-kills.json" if len(results) > 1 else f"survival-kills-{arguments.data[0]}.json"
+    write_json_atomic(RESULTS / name, {"seed": arguments.seed, **results})
     return good
 
 
@@ -260,6 +282,8 @@ def main() -> None:
         sub.add_argument("--steps", type=int, default=steps)
         if kind == "kills":
             sub.add_argument("--kills", type=int, default=25)
+            sub.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+            sub.add_argument("--checkpoint-seconds", type=float, default=0.2)
             sub.add_argument("--seconds", type=float, default=1.5, help="of training that a kill waits at most")
     sub = kinds.add_parser("stations")
     sub.add_argument("recipe")

@@ -203,10 +203,7 @@ def _steps(
             attendants.watchdog.beat()
             attendants.metrics_file.write(line)
             losses.append(line["loss"])
-            if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
-                raise UserError(
-                    f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {step}): lower the learning rate, or look at the data there"
-                )
+            _refuse_many_bad_steps(training, line)
             rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
             shown.advance(1, loss=line["loss"], **rates)
 
@@ -241,6 +238,13 @@ def _steps(
     checkpoints.save(state, loader_state, float(np.mean(losses or [np.nan])))
     _wait_for(checkpoints, training, "trained")
     return state
+
+
+def _refuse_many_bad_steps(training: Training, line: dict[str, float]) -> None:
+    if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
+        raise UserError(
+            f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {line['step']}): lower the learning rate, or look at the data there"
+        )
 
 
 def _wait_for(checkpoints: Checkpoints, training: Training, event: str) -> None:

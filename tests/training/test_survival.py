@@ -10,6 +10,8 @@ from benchmarks.survival import Fire, Place, kill_often, largest_difference, mov
 from cpt_jax.data.packing import OPEN_ROWS
 
 STEPS = 400
+# Of what is drawn, one of the first two kills is inside a write.
+SEED = 4
 
 
 @pytest.mark.slow
@@ -22,8 +24,9 @@ def test_sigkill_at_random_instants_changes_no_bit(tmp_path, options, kills):
     options = [*options, "--steps", STEPS]
     whole, killed = Fire(tmp_path / "whole", options), Fire(tmp_path / "killed", options)
     whole.run(Place())
-    met = kill_often(killed, kills, random.Random(1), 0.3)
+    met = kill_often(killed, kills, random.Random(SEED), 0.3)
     assert sum(met.values()) == kills
+    assert killed.begun()[-1] > 1, "it is to go on from a checkpoint"
     killed.run(Place())
     assert killed.losses() == whole.losses()
     assert killed.weights() == whole.weights()
