@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.survival import Fire, Place, kill_often, largest_difference, move_often
+from benchmarks.under_fire import Fire, Place, kill_often, largest_difference, move_often
 from cpt_jax.data.packing import OPEN_ROWS
 
 STEPS = 400
