@@ -72,10 +72,11 @@ from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.rules import partition_spec
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-mesh = make_mesh(topology.devices, MeshShape(fsdp=2, tensor=2))
+shapes = [MeshShape(fsdp=2, tensor=2), MeshShape(context=2, tensor=2)]
 jax.default_backend = lambda: "tpu"
 cases = [((8, 2), 64, (None,), None), ((9, 3), 64, (None,), None), ((8, 4), 128, (512, None), 50.0), ((4, 2), 256, (None,), None)]
-for (heads, groups), head_dim, windows, softcap in cases:
+for shape, ((heads, groups), head_dim, windows, softcap) in [*((shapes[0], case) for case in cases), (shapes[1], cases[2])]:
+    mesh = make_mesh(topology.devices, shape)
     def array(dtype, **named):
         axes, shape = tuple(named), tuple(named.values())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes, shape, mesh)))
