@@ -41,31 +41,34 @@ class Workdir:
 
     def __init__(self, path: Path, recipe: Recipe, *, update: bool = False) -> None:
         self.path = path
-        config = to_json(recipe)
-        existing = path / "config.json"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"work directory {path} is a file: choose another --workdir")
-        if existing.exists():
-            self._check_owner(json.loads(existing.read_text()), config, update)
-        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
-            raise UserError(
-                f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
-            )
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()
         self._lock: IO[str] | None = None
-        if processes.is_first():
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is running in {path}: wait for it, or choose another --workdir"
-                ) from error
-            write_json_atomic(existing, config)
+        # Others would look at it while the first one begins it.
+        if (refusal := processes.told(self._claim(recipe, update) if processes.is_first() else None)) is not None:
+            raise UserError(refusal)
         self.journal = Journal(path / JOURNAL if processes.is_first() else None)
         self.journal.write("run", started=round(process_started(), 3))
+
+    def _claim(self, recipe: Recipe, update: bool) -> str | None:
+        """Locks the directory and writes whose it is; or says why not."""
+        path, config = self.path, to_json(recipe)
+        existing = path / "config.json"
+        if path.exists() and not path.is_dir():
+            return f"work directory {path} is a file: choose another --workdir"
+        if existing.exists():
+            if (refusal := self._owned_by_another(json.loads(existing.read_text()), config, update)) is not None:
+                return refusal
+        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
+            return f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another process is running in {path}: wait for it, or choose another --workdir"
+        write_json_atomic(existing, config)
+        return None
 
     def __enter__(self) -> "Workdir":
         return self
@@ -74,15 +77,16 @@ class Workdir:
         if self._lock is not None:
             self._lock.close()
 
-    def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
+    def _owned_by_another(self, saved: dict, config: dict, update: bool) -> str | None:
         changes = differences(saved, config)
         # Until something was evaluated there is nothing to lose: a recipe that was wrong can be mended in its place.
-        if changes and not update and (self.path / "eval.json").exists():
-            shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
-            raise UserError(
-                f"work directory {self.path} belongs to another recipe ({shown}): choose another --workdir, "
-                "or pass --update to go on with the new one"
-            )
+        if not changes or update or not (self.path / "eval.json").exists():
+            return None
+        shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+        return (
+            f"work directory {self.path} belongs to another recipe ({shown}): choose another --workdir, "
+            "or pass --update to go on with the new one"
+        )
 
     def station(
         self, name: str, inputs: object, outputs: Sequence[Path], build: Callable[[], None], *, together: bool = False
