@@ -17,6 +17,7 @@ ORDER = [
     "evaluate",
     "training",
     "recipe",
+    "plan",
     "cli",
 ]
 ROOT = Path(cpt_jax.__file__).parent

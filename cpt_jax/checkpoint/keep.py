@@ -1,6 +1,7 @@
 """Which checkpoints stay."""
 
 import dataclasses
+import math
 
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -42,4 +43,5 @@ class Keep:
 
 
 def loss_of(metrics: dict[str, float]) -> float:
-    return metrics[METRIC]
+    """What checkpoints are compared by; one whose steps had a loss that is no number is never the best."""
+    return math.inf if math.isnan(metrics[METRIC]) else metrics[METRIC]

@@ -41,3 +41,33 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--heldout-share", type=float, default=0.1, help="of documents, by hash (default 0.1)")
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+
+def plan_of(sub: argparse.ArgumentParser) -> None:
+    """The flags of `plan`."""
+    sub.add_argument("recipe", nargs="?", help="as `cpt run` takes it; or give --model alone")
+    sub.add_argument("--model", help="a config.json, a model's directory or a hub id (default: the recipe's base)")
+    sub.add_argument(
+        "--hardware", required=True, metavar="NAME", help="as in v5p-128, v6e-256, v5e:16x16, v5e-256x2, h100-64, cpu-8"
+    )
+    sub.add_argument("--mesh", metavar="AXIS=SIZE,...", help="as `cpt run` takes it (default: all along fsdp)")
+    sub.add_argument("--stage", metavar="NAME", help="of the recipe (default: each)")
+    of_model = "with --model alone"
+    sub.add_argument("--method", choices=("full", "lora", "new-rows"), help=f"{of_model} (default full)")
+    sub.add_argument("--new-tokens", type=int, metavar="N", help=f"rows that the vocabulary gains, {of_model}")
+    sub.add_argument("--ema", action="store_true", help=f"keep a moving average, {of_model}")
+    sub.add_argument("--sequence", type=int, metavar="TOKENS", help=f"of a row ({of_model}: 8192)")
+    sub.add_argument("--batch", type=int, metavar="ROWS", help=f"of a step ({of_model}: one for each device)")
+    sub.add_argument("--accumulate", type=int, metavar="PARTS", help="that a step is computed in")
+    sub.add_argument("--tokens", type=int, help=f"of the stage ({of_model}: 1,000,000,000)")
+    sub.add_argument(
+        "--remat",
+        metavar="WHAT",
+        help="none, all, or what the backward pass keeps, as in products or attention_out,mlp_up",
+    )
+    sub.add_argument("--price", type=float, help="of a chip's hour, for the cost")
+    sub.add_argument("--search", action="store_true", help="rank meshes, remat policies and batch sizes")
+    sub.add_argument(
+        "--compile", type=int, default=3, metavar="N", help="of what --search ranks on paper, the first N (default 3)"
+    )
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")

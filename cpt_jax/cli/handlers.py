@@ -54,6 +54,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     run(recipe, workdir, update=arguments.update, only=arguments.only, **machine)
 
 
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from cpt_jax.plan.command import Wanted, plan
+
+    names = ("method", "sequence", "batch", "accumulate", "remat", "tokens", "new_tokens", "ema")
+    plan(
+        overrides=overrides,
+        wanted=Wanted(**_named(arguments, *names)),
+        searching=arguments.search,
+        compiled=arguments.compile,
+        json_path=arguments.json,
+        **_named(arguments, "recipe", "model", "hardware", "mesh", "stage", "price"),
+    )
+
+
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a run lies on the machine, and what is watched there; starts it with the other processes, if there are."""
     from cpt_jax.core.processes import Processes

@@ -25,6 +25,9 @@ ROWS = (
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 
 
+PLAN = "Compiles a recipe's steps for hardware that is not here: memory, collectives, time and cost."
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpt", description="Continued pre-training of language models in JAX.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -144,6 +147,8 @@ def parser() -> argparse.ArgumentParser:
     )
     machine(sub)
     sub.set_defaults(only="train")
+
+    _plan(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
     sub = command(

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.cut_vocabulary import Devices, on_mesh
+from cpt_jax.sharding.hardware import backend
 
 # On a CPU more than this gains nothing. An accelerator adds each chunk's gradient to the whole table's in memory: fewer,
 # larger chunks, whose float32 logits still take no more than this.
@@ -173,7 +174,7 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
 
 def chunk_tokens(vocabulary: int) -> int:
     """How many tokens a chunk has at most, on this machine."""
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         return CHUNK_TOKENS
     return CHUNK_TOKENS * max(CHUNK_BYTES // (4 * vocabulary * CHUNK_TOKENS), 1)
 

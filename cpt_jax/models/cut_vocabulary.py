@@ -1,4 +1,4 @@
-"""A loss over the vocabulary on a mesh: which axes cut what, and the sums along them."""
+"""The vocabulary's tables on a mesh: for the loss, which axes cut what, and the sums along them; and the lookup."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from cpt_jax.sharding.rules import RULES, partition_spec
 
@@ -77,6 +77,37 @@ def on_mesh(hidden: Any, tables: Sequence[Any]) -> tuple[Devices, Specs] | None:
     whole = tuple(PartitionSpec(spec[0], None) for spec in names)
     gradients = tuple(PartitionSpec(spec[0], width or None) for spec in names)
     return devices, Specs(rows, PartitionSpec(*rows[:2]), whole, gradients)
+
+
+def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B S"], kind: int) -> Float[Array, "B S D"]:
+    """The tokens' rows of a table, of the kind that `TABLES` names.
+
+    On a mesh no device gathers the table: each looks up, in the part that it has, the tokens of all devices that have
+    other parts of the width, and they exchange what they found.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return table.at[tokens].get(mode="promise_in_bounds")
+    where = partition_spec(TABLES[kind], table.shape, mesh)
+    rows = partition_spec(("batch", "sequence"), tokens.shape, mesh)
+    vocabulary, width = ((_names(part) or ("",))[0] for part in where)
+    exchanged = width != "" and width in _names(rows[0])
+
+    def part(table, tokens):
+        if exchanged:
+            tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        own = tokens - (jax.lax.axis_index(vocabulary) * table.shape[0] if vocabulary else 0)
+        found = table.at[jnp.clip(own, 0, table.shape[0] - 1)].get(mode="promise_in_bounds")
+        if vocabulary:
+            here = (own >= 0) & (own < table.shape[0])
+            found = jax.lax.psum(jnp.where(here[..., None], found, 0), vocabulary)
+        if exchanged:
+            return jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.all_gather(found, width, axis=2, tiled=True) if width else found
+
+    return jax.shard_map(part, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None), check_vma=False)(
+        table, tokens
+    )
 
 
 def _names(part: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.quantised import dense, is_quantised
+from cpt_jax.sharding.hardware import backend
 
 
 def sum_type(dtype: jnp.dtype) -> jnp.dtype:
@@ -27,7 +28,7 @@ def sum_type(dtype: jnp.dtype) -> jnp.dtype:
 def _product(multiply: Callable[..., Array], *operands: Array, dtype: jnp.dtype) -> Array:
     """A product that other layers read: in the type of the sums; accelerators write and read back the half of it, in
     the inputs' type, as everybody does there."""
-    written = sum_type(dtype) if jax.default_backend() == "cpu" else dtype
+    written = sum_type(dtype) if backend() == "cpu" else dtype
     return multiply(*operands, preferred_element_type=written).astype(sum_type(dtype))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cpt_jax.models.cut_vocabulary import looked_up
 from cpt_jax.models.linear import Weight
 from cpt_jax.models.products import matmul, sum_type
 
@@ -30,9 +31,9 @@ class VocabTable(nnx.Module):
     def lookup(self, tokens: Int[Array, "B S"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
         """The tokens' rows, scaled as the model scales them, in the type that products with inputs of `dtype` are summed in."""
         wide = sum_type(dtype)
-        rows = self.base[...].at[jnp.minimum(tokens, self.base_rows - 1)].get(mode="promise_in_bounds").astype(wide)
+        rows = looked_up(self.base[...], jnp.minimum(tokens, self.base_rows - 1), 0).astype(wide)
         if self.new_rows:
-            new = self.new[...].at[jnp.maximum(tokens - self.base_rows, 0)].get(mode="promise_in_bounds").astype(wide)
+            new = looked_up(self.new[...], jnp.maximum(tokens - self.base_rows, 0), 1).astype(wide)
             rows = jnp.where((tokens >= self.base_rows)[..., None], new, rows)
         return rows if self.scale is None else rows * jnp.asarray(self.scale, wide)
 

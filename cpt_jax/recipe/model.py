@@ -19,6 +19,7 @@ from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.models.remat import Remat
+from cpt_jax.sharding import hardware
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 
@@ -115,7 +116,7 @@ class Model:
         """
         config = self.config
         work = Work(
-            backend=jax.default_backend(),
+            backend=hardware.backend(),
             length=length,
             head_dim=config.head_dim,
             windows=tuple(kind.window for kind in config.layer_kinds),

@@ -44,7 +44,7 @@ def token_flops(
     """
     config = network.config
     layers, head = _by_layer(network), _head_products(config)
-    attention = [4.0 * config.num_heads * config.head_dim * keys for keys in _visible_keys(config, sequence_length)]
+    attention = [4.0 * config.num_heads * config.head_dim * keys for keys in visible_keys(config, sequence_length)]
     paths = flatten(network.shapes)
     begins = first_to_train(network, trains)
     forward = sum(sum(layer.values()) for layer in layers) + sum(attention) + sum(head.values())
@@ -85,7 +85,7 @@ def _head_products(config: DecoderConfig) -> dict[str, float]:
     return {f"{head_path(config)}/{name}": 2.0 * rows * config.hidden_size for name, rows in config.table_rows.items()}
 
 
-def _visible_keys(config: DecoderConfig, length: int) -> list[float]:
+def visible_keys(config: DecoderConfig, length: int) -> list[float]:
     """Of each layer, how many keys a query sees on average."""
     pattern = config.layer_pattern or (0,) * config.num_layers
     found = []

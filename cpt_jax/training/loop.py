@@ -132,6 +132,8 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     Raises:
       Preempted: it was asked to end, and has saved where it is.
     """
+    if jax.process_index() > 0:
+        training = dataclasses.replace(training, journal=Journal())
     program = training.program()
     trainable, frozen = place_weights(training.weights, training.trains, training.precision, program.where)
     state = program.begin(trainable)

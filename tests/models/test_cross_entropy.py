@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from cpt_jax.models import cross_entropy
 from cpt_jax.models.cross_entropy import TableUse, Teacher, token_losses
+from cpt_jax.models.cut_vocabulary import TABLES, looked_up
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.rules import partition_spec
 
@@ -150,3 +151,35 @@ def test_on_a_mesh_each_device_takes_its_own_tokens_and_rows(sizes, teacher_tabl
         np.testing.assert_allclose(mine, right, rtol=1e-5, atol=1e-5)
     # The table's gradient lies as the table does.
     assert found[1][1][0].sharding.is_equivalent_to(placed[1].sharding, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "width"),
+    [
+        (dict(fsdp=2, context=2, tensor=2), 8, 12),
+        (dict(replica=2, fsdp=4), 8, 12),
+        (dict(expert=2, tensor=4), 8, 12),
+        # Neither the width nor the rows divide.
+        (dict(fsdp=8), 8, 12),
+        (dict(fsdp=4, tensor=2), 3, 12),
+    ],
+    ids=str,
+)
+def test_on_a_mesh_each_device_looks_up_in_the_part_that_it_has(sizes, batch, width):
+    generator = np.random.default_rng(0)
+    table = jnp.asarray(generator.normal(size=(24, width)), jnp.float32)
+    tokens = jnp.asarray(generator.integers(0, 24, (batch, 6)))
+    wanted = jnp.asarray(generator.normal(size=(batch, 6, width)), jnp.float32)
+    gradient = jax.value_and_grad(lambda table: (looked_up(table, tokens, 0) * wanted).sum())
+    expected = jax.jit(gradient)(table)
+    mesh = make_mesh(shape=MeshShape(**sizes))
+    where = NamedSharding(mesh, partition_spec(TABLES[0], table.shape, mesh))
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradient)(jax.device_put(table, where))
+        text = jax.jit(gradient).lower(jax.device_put(table, where)).compile().as_text()
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+    assert found[1].sharding.is_equivalent_to(where, 2)
+    if where.spec[1] is not None and batch == 8:
+        # The table itself goes nowhere.
+        assert "f32[24,12]" not in text

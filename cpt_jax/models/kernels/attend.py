@@ -15,6 +15,7 @@ from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for, wit
 from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import SAVED, Visible
 from cpt_jax.models.products import sum_type
+from cpt_jax.sharding.hardware import backend
 from cpt_jax.sharding.rules import RULES, partition_spec
 
 Windows = tuple[int | None, ...]
@@ -53,7 +54,7 @@ def attend(
     """
     length, mesh = q.shape[2], jax.sharding.get_abstract_mesh()
     work = Work(
-        backend=jax.default_backend(),
+        backend=backend(),
         length=length,
         head_dim=q.shape[3],
         windows=windows,

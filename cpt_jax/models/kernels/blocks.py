@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.kernels.visible import SAVED, Visible, first_visible, mask
 from cpt_jax.models.products import sum_type
+from cpt_jax.sharding.hardware import backend
 
 # Forward and backward of SmolLM2's heads on two CPU cores, 1,024 tokens: 49 ms with blocks of 64, 48 with 128, 47 with
 # 256, 84 with 512; in packed rows the smaller ones skip more (20, 27, 34, 84). An accelerator wants fewer steps.
@@ -55,7 +56,7 @@ def blocks(
 
 
 def block_size() -> int:
-    return CPU_BLOCK if jax.default_backend() == "cpu" else BLOCK
+    return CPU_BLOCK if backend() == "cpu" else BLOCK
 
 
 def _split(x: Array, axis: int, block: int) -> Array:

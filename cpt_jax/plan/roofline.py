@@ -1,0 +1,199 @@
+"""How long a step takes at best: each operation of the compiled program by its products and its bytes, and each
+collective by its axis (the roofline model: Williams, Waterman & Patterson 2009)."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from cpt_jax.plan.collectives import KINDS, Collective
+from cpt_jax.plan.hlo import Computation, Instruction, Program
+from cpt_jax.plan.stage import CompiledStage
+from cpt_jax.training.flops import token_flops, visible_keys
+
+# Nothing is read or written.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "copy-done", "iota",
+}  # fmt: skip
+# Splash attention's kernels, and how many products of queries with keys each makes.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
+class Roofline(NamedTuple):
+    """Of one device and one step. flops: of products, as compiled; bytes: of main memory, read and written; local:
+    seconds of all operations, each by the slower of the two; exchange: seconds of the collectives, by axes.
+
+    Seconds are None where the device is not known.
+    """
+
+    flops: float
+    bytes: float
+    model_flops: float
+    local: float | None
+    exchange: dict[str, float]
+    peak: float | None
+
+    @property
+    def overlapped(self) -> float | None:
+        """Seconds a step, if collectives run beside the products."""
+        return None if self.local is None else max(self.local, sum(self.exchange.values()))
+
+    @property
+    def in_turn(self) -> float | None:
+        """Seconds a step, if they run one after the other."""
+        return None if self.local is None else self.local + sum(self.exchange.values())
+
+    def mfu(self, seconds: float | None) -> float | None:
+        return None if seconds is None or self.peak is None else self.model_flops / seconds / self.peak
+
+
+def roofline(compiled: CompiledStage, program: Program, found: list[Collective]) -> Roofline:
+    hardware, stage = compiled.hardware, compiled.planned.stage
+    peak, chip = hardware.peak_flops, hardware.chip
+    per_token = token_flops(compiled.network, compiled.planned.method.trains, stage.sequence_length).total
+    fused = {name for _, each, _ in program.walk() if each.op == "fusion" for name in each.called()}
+    flops, moved, local = 0.0, 0.0, 0.0
+    for name, instruction, times in program.walk():
+        if name in fused or instruction.op in _FREE or instruction.op.removesuffix("-start") in KINDS:
+            continue
+        computation = program.computations[name]
+        products = _flops(program, computation, instruction) + _kernel_flops(compiled, instruction)
+        bytes_ = _bytes(program, computation, instruction)
+        flops, moved = flops + times * products, moved + times * bytes_
+        if peak is not None and chip is not None:
+            local += times * max(products / peak, bytes_ / chip.memory_bandwidth)
+    exchange: dict[str, float] = {}
+    for each in found:
+        label = " x ".join(each.axes)
+        exchange[label] = exchange.get(label, 0.0) + each.sent / hardware.bandwidth(compiled.mesh, each.axes)
+    if compiled.network.config.attention not in ("splash", "xla"):
+        # Blocks' loops end where the data says, and other kernels are not in this program: as on paper.
+        paper = _attention_flops(compiled, 1) * 3 * compiled.network.config.num_layers
+        flops, local = flops + paper, local + (0.0 if peak is None else paper / peak)
+    known = peak is not None and chip is not None
+    return Roofline(
+        flops=flops,
+        bytes=moved,
+        model_flops=per_token * stage.batch_size * stage.sequence_length / hardware.chips,
+        local=local if known else None,
+        exchange=exchange if known else {},
+        peak=peak,
+    )
+
+
+def products(program: Program) -> float:
+    """FLOPs of all products of a program, those of kernels left out."""
+    return sum(
+        times * _flops(program, program.computations[name], each)
+        for name, each, times in program.walk()
+        if each.op in ("dot", "convolution")
+    )
+
+
+def _flops(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """Of the products in an operation, fused ones too."""
+    if instruction.op == "fusion":
+        inner = [program.computations[name] for name in instruction.called() if name in program.computations]
+        return sum(_flops(program, each, part) for each in inner for part in each.values())
+    if instruction.op not in ("dot", "convolution"):
+        return 0.0
+    left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+    out = 1.0
+    for size in instruction.arrays[0].dims:
+        out *= size
+    contracted = 1.0
+    if instruction.op == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        for axis in axes.group(1).split(",") if axes and axes.group(1) else []:
+            contracted *= left[int(axis)]
+    else:
+        contracted = _contracted(instruction, left, right)
+    return 2.0 * out * contracted
+
+
+def _contracted(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """How many products a convolution adds up for a number of its result, on average: those with padding are left out
+    (a TPU's compiler writes a product of parts that arrive one by one so)."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 1.0
+    of_left, of_right, of_out = labels.groups()
+    window = {name: text.split("x") for name, text in re.findall(r"(\w+)=([\w-]+)", _window(instruction))}
+    total = float(right[of_right.index("i")])
+    for spatial in sorted(set(of_right) - {"i", "o"}):
+        length, size = left[of_left.index(spatial)], right[of_right.index(spatial)]
+        out, number = instruction.arrays[0].dims[of_out.index(spatial)], int(spatial)
+
+        def setting(name: str, default: int, number: int = number) -> int:
+            return int(window[name][number].split("_")[0]) if name in window else default
+
+        stride, spread, apart = setting("stride", 1), setting("lhs_dilate", 1), setting("rhs_dilate", 1)
+        places = np.arange(out)[:, None] * stride + np.arange(size)[None, :] * apart - setting("pad", 0)
+        inside = (places >= 0) & (places <= (length - 1) * spread) & (places % spread == 0)
+        total *= float(inside.sum()) / out
+    return total
+
+
+def _window(instruction: Instruction) -> str:
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
+    """Of an attention kernel, whose products are not in the text: of a causal row, the half."""
+    if instruction.op != "custom-call":
+        return 0.0
+    return next(
+        (
+            _attention_flops(compiled, count / 2)
+            for name, count in _KERNELS.items()
+            if name in instruction.name + instruction.attributes
+        ),
+        0.0,
+    )
+
+
+def _attention_flops(compiled: CompiledStage, passes: float) -> float:
+    """Of one layer's scores and mixtures on one device, `passes` times."""
+    stage, config = compiled.planned.stage, compiled.network.config
+    keys = visible_keys(config, stage.sequence_length)
+    tokens = stage.batch_size // stage.accumulate * stage.sequence_length / compiled.hardware.chips
+    return 4.0 * passes * config.num_heads * config.head_dim * sum(keys) / len(keys) * tokens
+
+
+def _bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """What an operation reads from and writes to main memory."""
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    read = [sum(array.bytes for array in each.arrays if array.space == 0) for each in operands]
+    written = float(sum(array.bytes for array in instruction.arrays if array.space == 0))
+    if instruction.op in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if instruction.op == "dynamic-update-slice":
+        return 2.0 * (read[1] if len(read) > 1 else 0)
+    if instruction.op in ("copy-start", "slice-start", "async-start", "dynamic-slice-start"):
+        # The result, and the source once more in the same tuple.
+        return float(min(written, sum(read)) if sum(read) else written)
+    if instruction.op.endswith("-done"):
+        return 0.0
+    if instruction.op == "fusion" and (called := instruction.called()) and called[0] in program.computations:
+        return _fusion_bytes(program.computations[called[0]], read, written)
+    return sum(read) + written
+
+
+def _fusion_bytes(inner: Computation, read: list[int], written: float) -> float:
+    """A fusion reads of an operand what it slices out of it, and writes into one what it updates."""
+    for each in inner.values():
+        index = re.match(r"index=(\d+)", each.attributes) if each.op == "parameter" else None
+        if index is None or int(index.group(1)) >= len(read):
+            continue
+        users = [user for user in inner.values() if each.name in user.operands]
+        if users and all(user.op in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") for user in users):
+            number = int(index.group(1))
+            read[number] = min(
+                read[number], sum(user.bytes for user in users if not user.op.startswith("dynamic-update"))
+            )
+    for each in inner.values():
+        if each.op == "dynamic-update-slice" and (each.root or each.bytes > 0.5 * written > 0):
+            written -= each.bytes - inner[each.operands[1]].bytes
+    return sum(read) + max(0.0, written)

@@ -1,0 +1,139 @@
+"""Compiled programs read: loops, products and collectives of programs whose counts are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cpt_jax.plan.collectives import axes_of, collectives
+from cpt_jax.plan.hlo import Instruction, parse
+from cpt_jax.plan.roofline import products
+from cpt_jax.sharding.mesh import AXES, MeshShape, make_mesh
+
+
+def compiled(function, mesh, *arguments):
+    """The text of a program; arguments are (shape, the mesh's axes)."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+        for shape, axes in arguments
+    ]
+    with jax.set_mesh(mesh):
+        return parse(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def test_a_loop_multiplies_what_is_in_it():
+    def looped(x, weights):
+        return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
+
+    program = compiled(looped, make_mesh(jax.devices()[:1]), ((8, 16), ()), ((5, 16, 16), ()))
+    assert products(program) == 5 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind", "devices", "sent"),
+    [
+        # A float32 array of 1024 x 64, cut in 4 along its rows: gathered, each device sends three quarters of it.
+        (("fsdp",), "all-gather", 4, 1024 * 64 * 4 * 3 / 4),
+        (("tensor",), "all-gather", 2, 1024 * 64 * 4 / 2),
+        (("fsdp", "tensor"), "all-gather", 8, 1024 * 64 * 4 * 7 / 8),
+    ],
+)
+def test_a_gather_goes_along_the_axes_that_cut_the_array(axes, kind, devices, sent):
+    mesh = make_mesh(shape=MeshShape(fsdp=4, tensor=2))
+
+    def gathered(x):
+        return jax.lax.with_sharding_constraint(jnp.sin(x), PartitionSpec())
+
+    (found,) = collectives(compiled(gathered, mesh, ((1024, 64), (axes,))), dict(mesh.shape))
+    assert (found.kind, found.axes, found.devices, found.count) == (kind, axes, devices, 1)
+    assert found.sent == pytest.approx(sent)
+
+
+def test_a_sum_in_a_loop_is_counted_as_often_as_it_runs():
+    mesh = make_mesh(shape=MeshShape(replica=2, fsdp=2, tensor=2))
+
+    def summed(x, weights):
+        def step(x, weight):
+            return jax.lax.with_sharding_constraint(x @ weight, PartitionSpec()), None
+
+        return jax.lax.scan(step, x, weights)[0]
+
+    # The contracted axis is cut over tensor: one all-reduce of 32 x 64 a step.
+    program = compiled(summed, mesh, ((32, 64), ()), ((7, 64, 64), (None, "tensor", None)))
+    found = [each for each in collectives(program, dict(mesh.shape)) if each.kind == "all-reduce"]
+    assert [(each.axes, each.devices, each.count) for each in found] == [(("tensor",), 2, 7)]
+    assert found[0].sent == pytest.approx(7 * 32 * 64 * 4 * 2 / 2)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes", "devices"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",), 2),
+        ("replica_groups=[4,2]<=[8]", ("tensor",), 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("fsdp",), 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ("fsdp",), 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}, use_global_device_ids=true", ("fsdp", "tensor"), 8),
+        ("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", ("fsdp",), 4),
+        ("replica_groups={}", ("fsdp", "tensor"), 8),
+    ],
+)
+def test_every_way_in_which_groups_are_written(attributes, axes, devices):
+    op = "collective-permute" if "pairs" in attributes else "all-reduce"
+    instruction = Instruction("x", "f32[4]", op, (), attributes, False)
+    assert axes_of(instruction, dict(zip(AXES, (1, 4, 1, 1, 2), strict=True))) == (axes, devices)
+
+
+# As a TPU's compiler writes it: no count beside the loop, a gather in three fused steps, a cache's memory space.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%step_one (a: bf16[8,16]) -> bf16[64,16] {
+  %a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%a), channel_id=5, replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="2"}
+}
+
+%step_two (b: bf16[8,16]) -> bf16[64,16] {
+  %b = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%b), channel_id=5, replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="2"}
+}
+
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(32)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%body (q: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %q = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%q), index=1
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%n, %one)
+  %f1 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kOutput, calls=%step_one
+  %f2 = bf16[64,16]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kOutput, calls=%step_two
+  ROOT %out = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%next, %x)
+}
+
+ENTRY %main (x: bf16[8,16]) -> bf16[8,16] {
+  %x.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%zero, %x.1)
+  %loop = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
+  ROOT %end = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_gather_in_steps_of_a_tpus_program_is_counted_once_a_turn():
+    program = parse(TPU)
+    (found,) = collectives(program, dict(zip(AXES, (1, 8, 1, 1, 1), strict=True)))
+    assert (found.kind, found.axes, found.count, found.largest) == ("all-gather", ("fsdp",), 32, 64 * 16 * 2)
+    assert program.computations["body"]["f1"].arrays[0].space == 1
+
+
+def test_groups_along_a_part_of_an_axis():
+    text = "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}"
+    sizes = dict(zip(AXES, (1, 4, 1, 1, 2), strict=True))
+    assert axes_of(Instruction("x", "f32[4]", "all-gather", (), text, False), sizes) == (("tensor",), 2)
+    text = "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}"
+    assert axes_of(Instruction("x", "f32[4]", "all-gather", (), text, False), sizes) == (("fsdp",), 4)

@@ -1,0 +1,59 @@
+"""Where a run's wall time went, over restarts."""
+
+import json
+
+import pytest
+
+from cpt_jax.recipe.goodput import CAUSES, goodput, goodput_section
+
+EVENTS = [
+    {"at": 102, "event": "run", "started": 100},
+    {"at": 103, "event": "begin", "station": "evaluate-base-last"},
+    {"at": 107, "event": "done", "station": "evaluate-base-last"},
+    {"at": 107, "event": "begin", "station": "stage-lora"},
+    {"at": 110, "event": "training", "station": "stage-lora", "first": 1, "lost_seconds": 0, "compile_seconds": 0},
+    # Killed at 140 after four steps, of which two were saved; started again at 200.
+    {"at": 203, "event": "run", "started": 200},
+    {"at": 203, "event": "begin", "station": "stage-lora"},
+    {"at": 205, "event": "training", "station": "stage-lora", "first": 3, "lost_seconds": 8, "compile_seconds": 0},
+    {"at": 226, "event": "trained", "station": "stage-lora", "checkpoint_seconds": 1},
+    {"at": 226, "event": "done", "station": "stage-lora"},
+    {"at": 226, "event": "begin", "station": "export"},
+    {"at": 230, "event": "done", "station": "export"},
+]
+STEPS = [
+    {"compute_seconds": 3, "compile_seconds": 6, "data_seconds": 0, "checkpoint_seconds": 0},
+    {"compute_seconds": 4, "compile_seconds": 0, "data_seconds": 1, "checkpoint_seconds": 2},
+    {"compute_seconds": 3, "compile_seconds": 7, "data_seconds": 0, "checkpoint_seconds": 0},
+    {"compute_seconds": 4, "compile_seconds": 0, "data_seconds": 6, "checkpoint_seconds": 0},
+]
+
+
+def test_every_second_has_a_cause(tmp_path):
+    lines = [*map(json.dumps, EVENTS), '{"at": 231, "eve']
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    metrics = tmp_path / "stages" / "1-lora" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps(step) + "\n" for step in STEPS))
+    seconds = goodput(tmp_path)
+    assert list(seconds) == list(CAUSES)
+    assert sum(seconds.values()) == pytest.approx(230 - 100)
+    rest = seconds.pop("not running, or cut off")
+    assert seconds == {
+        "training": 14,
+        "start": 3 + 3 + 3 + 2,
+        "compilation": 13,
+        "data": 7,
+        "checkpoints": 3,
+        "evaluation": 4,
+        "vocabulary, preparation, export": 4,
+        "steps computed again": 8,
+    }
+    assert rest == pytest.approx(130 - 14 - 11 - 13 - 7 - 3 - 4 - 4 - 8)
+    section = goodput_section(tmp_path)
+    assert "Goodput: 11% of 2 min 10 s trained" in section
+    assert all(cause in section for cause in CAUSES)
+
+
+def test_without_events_there_is_no_section(tmp_path):
+    assert goodput_section(tmp_path) == ""
