@@ -160,7 +160,7 @@ def test_skypilot_takes_it():
     task = sky.Task.from_yaml_config(config, env_overrides=RUN)
     assert task.num_nodes == 2
     assert all(resources.use_spot for resources in task.resources)
-    with pytest.raises(ValueError, match="WORKDIR|RECIPE"):
+    with pytest.raises(ValueError, match=r"RECIPE|WORKDIR"):
         sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
 
 
