@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
 from cpt_jax.core.stores import location
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     machine(sub)
     sub.set_defaults(only="train")
 
-    _plan(command(commands, "plan", handlers.plan, PLAN, overrides=True))
+    plan_of(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")
     sub = command(

@@ -115,7 +115,7 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
         `Hardware.devices` raises.
     """
     shape = (shape or MeshShape()).over(hardware.chips)
-    check_cut(planned.stage, shape)
+    planned.stage.check_mesh(shape)
     mesh = make_mesh(hardware.devices(), shape)
     platform = hardware.platform
     network = planned.network(platform)
@@ -156,24 +156,6 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
         seconds=time.perf_counter() - started,
         **made,
     )
-
-
-def check_cut(stage: Stage, shape: MeshShape) -> None:
-    """Raises a UserError where a part of the batch cannot be cut over the mesh."""
-    along = [name for name in RULES["batch"] if getattr(shape, name) != 1]
-    rows, devices = stage.batch_size // stage.accumulate, 1
-    for name in along:
-        devices *= getattr(shape, name)
-    axes = " x ".join(f"{name} {getattr(shape, name)}" for name in along)
-    if rows % devices:
-        parts = f" in {stage.accumulate} parts of {rows}" if stage.accumulate > 1 else ""
-        raise UserError(
-            f"stage {stage.name!r}: a batch of {stage.batch_size} rows{parts} does not divide over the mesh's {axes} (= {devices}): give a multiple, or a smaller {along[-1]}"
-        )
-    if stage.sequence_length % shape.context:
-        raise UserError(
-            f"stage {stage.name!r}: rows of {stage.sequence_length} tokens do not divide over the mesh's context {shape.context}"
-        )
 
 
 def arguments_of(planned: PlannedStage, network: Network, mesh: Mesh) -> tuple[Any, tuple]:

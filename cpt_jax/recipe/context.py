@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from cpt_jax.checkpoint.base import MADE_OF, resolve_base
 from cpt_jax.core import processes
 from cpt_jax.core.checksums import checksums
@@ -15,9 +18,9 @@ from cpt_jax.data.chat_template import ChatTemplate, read_template
 from cpt_jax.data.records import Unreadable
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
-from cpt_jax.recipe.recipe import Domain, Recipe
+from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.stations import Workdir, identity
-from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.sharding.mesh import MeshShape, make_mesh, preset
 from cpt_jax.training.guard import HANG_SECONDS
 from cpt_jax.training.profile import ProfiledSteps
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -32,7 +35,7 @@ class RunContext:
         self.marks: dict[str, str] = {}
         self.plan: Plan | None = None
         self.profiled: ProfiledSteps | None = None
-        self.mesh = MeshShape()
+        self.mesh: MeshShape | None = None
         self.hang_seconds: float | None = HANG_SECONDS
         self.unreadable: Unreadable = "stop"
 
@@ -73,8 +76,19 @@ class RunContext:
                 f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
             )
         for stage in self.recipe.stages:
-            dtype, mesh = self.recipe.precision.dtype, self.mesh
-            model.attending(self.recipe.attention, stage.sequence_length, dtype, context=mesh.context)
+            context = self.mesh_of(stage).shape["context"]
+            model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype, context=context)
+
+    def mesh_of(self, stage: Stage) -> Mesh:
+        """The devices that a stage trains on.
+
+        Raises:
+          UserError: the stage's rows or their tokens do not divide over them.
+        """
+        rows, length = stage.batch_size // stage.accumulate, stage.sequence_length
+        mesh = make_mesh(shape=self.mesh or preset(jax.devices(), rows, length))
+        stage.check_mesh(MeshShape(**mesh.shape))
+        return mesh
 
     def _source_identity(self) -> list:
         if self.workdir.mirror is None or not self.source.is_relative_to(self.path):

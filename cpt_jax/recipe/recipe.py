@@ -1,6 +1,7 @@
 """The recipe: everything that decides what a run computes. It is saved as the run's config.json, which replays it."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
@@ -16,6 +17,8 @@ from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.optim.schedules import Cosine, Schedule
+from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher, Retention, check_retention
 from cpt_jax.vocab.extend import ContinuedBPE, Extension
 from cpt_jax.vocab.gate import Limits
@@ -94,6 +97,21 @@ class Stage:
         if not self.name or "/" in self.name or self.name in ("base", "extended", "export"):
             raise UserError(
                 f"stage name {self.name!r}: give one without '/' that is not 'base', 'extended' or 'export'"
+            )
+
+    def check_mesh(self, shape: MeshShape) -> None:
+        """Raises a UserError where a part of the batch cannot be cut over a mesh (whose `fsdp` is known)."""
+        sizes = {axis: getattr(shape, axis) for axis in RULES["batch"]}
+        rows, devices = self.batch_size // self.accumulate, math.prod(sizes.values())
+        if rows % devices:
+            axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+            parts = f" in {self.accumulate} parts of {rows}" if self.accumulate > 1 else ""
+            raise UserError(
+                f"stage {self.name!r}: a batch of {self.batch_size} rows{parts} does not divide over the mesh's {axes} (= {devices}): give a multiple, or another --mesh"
+            )
+        if self.sequence_length % shape.context:
+            raise UserError(
+                f"stage {self.name!r}: rows of {self.sequence_length} tokens do not divide over the mesh's context {shape.context}"
             )
 
     @property

@@ -27,7 +27,7 @@ from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
-from cpt_jax.sharding.mesh import MeshShape, make_mesh
+from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
@@ -60,7 +60,7 @@ def run(
         files_of(domain.corpus)
     with ends_when_asked(), Workdir(workdir, recipe, update=update) as claimed:
         pipeline = Pipeline(recipe, claimed)
-        pipeline.profiled, pipeline.mesh = profiled, mesh or MeshShape()
+        pipeline.profiled, pipeline.mesh = profiled, mesh
         pipeline.hang_seconds, pipeline.unreadable = hang_seconds, unreadable
         pipeline.run(only)
     if not processes.is_first():
@@ -186,8 +186,8 @@ class Pipeline(Results):
             model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
             model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
             loader, length = self._loader(stage, seed), stage.sequence_length
-            dtype, mesh = self.recipe.precision.dtype, self.mesh
-            model = model.attending(self.recipe.attention, length, dtype, loader.documents, mesh.context)
+            dtype, context = self.recipe.precision.dtype, self.mesh_of(stage).shape["context"]
+            model = model.attending(self.recipe.attention, length, dtype, loader.documents, context)
             self.lineage.forget()
             trained = train(self._training(stage, model, loader, directory, seed), self.plan)
             self.lineage.remember(stage, trained)
@@ -230,7 +230,7 @@ class Pipeline(Results):
             steps=stage.steps,
             accumulate=stage.accumulate,
             precision=self.recipe.precision,
-            mesh=make_mesh(shape=self.mesh),
+            mesh=self.mesh_of(stage),
             directory=directory,
             checkpoint_seconds=stage.checkpoint_seconds,
             retention=stage.retention,

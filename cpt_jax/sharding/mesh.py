@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from cpt_jax.core.errors import UserError
@@ -66,15 +67,51 @@ class MeshShape:
         return shape
 
 
+def preset(devices: Sequence[Any], rows: int, length: int) -> MeshShape:
+    """The shape for steps of `rows` rows of `length` tokens where none is given: a replica for each slice (or all along
+    fsdp, where there is one), as much fsdp as the rows divide into, and context for the rest.
+
+    Raises:
+      UserError: there are more devices than can be given a part.
+    """
+    slices = len({_slice(device) for device in devices})
+    replica = slices if rows % slices == 0 and len(devices) % slices == 0 else 1
+    fsdp = math.gcd(len(devices) // replica, rows // replica)
+    context = len(devices) // (replica * fsdp)
+    if length % context:
+        raise UserError(
+            f"{rows} rows of {length} tokens do not divide over {len(devices)} devices: make batch_size a multiple of {len(devices)}, or give --mesh"
+        )
+    return MeshShape(replica=replica, fsdp=fsdp, context=context)
+
+
 def make_mesh(devices: Sequence[Any] | None = None, shape: MeshShape | None = None) -> Mesh:
     """A mesh of `AXES` over all devices, by default all along fsdp.
 
-    Axes are Auto: the compiler propagates shardings from the arguments' and the constraints in the model.
+    On TPUs the axes lie along the links, and slices along `replica` where that is a multiple of them. Axes are Auto:
+    the compiler propagates shardings from the arguments' and the constraints in the model.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict((shape or MeshShape()).over(len(devices)))
-    grid = np.asarray(devices).reshape([sizes[name] for name in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    chosen = (shape or MeshShape()).over(len(devices))
+    sizes = [getattr(chosen, name) for name in AXES]
+    return Mesh(_grid(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def _grid(devices: list[Any], sizes: list[int]) -> np.ndarray:
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(sizes)
+    slices = len({_slice(device) for device in devices})
+    if slices > 1 and sizes[0] % slices == 0:
+        across = [slices] + [1] * (len(sizes) - 1)
+        within = [sizes[0] // slices, *sizes[1:]]
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    if slices > 1:
+        return np.asarray(sorted(devices, key=lambda device: (_slice(device), device.id))).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
