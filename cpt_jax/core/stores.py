@@ -7,12 +7,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from cpt_jax.core.checksums import checksums, sha256
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import disk_full_is_told
 
+# Files fetched at a time: most are small, and waited for more than transferred.
+_AT_ONCE = 16
 # A local path, or an address in a store: as a Path, s3:// would lose a slash.
 Location = Path | str
 
@@ -112,23 +116,26 @@ class Store:
         Returns:
           The names of those that the store does not have, or not as they were.
         """
-        wanted = [name for name, digest in listed.items() if not _is(directory / name, digest)]
-        prefix, wrong = f"{below}/" if below else "", []
-        for name in wanted:
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            try:
-                self._files.get_file(self._at(prefix + name), str(partial))
-            except FileNotFoundError:
-                wrong.append(name)
-                continue
-            if sha256(partial) == listed[name]:
-                partial.replace(path)
-            else:
-                partial.unlink()
-                wrong.append(name)
-        return wrong
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            there = pool.map(lambda name: self._fetched(directory, name, listed[name], below), listed)
+            return [name for name, is_there in zip(listed, there, strict=True) if not is_there]
+
+    def _fetched(self, directory: Path, name: str, digest: str, below: str) -> bool:
+        path = directory / name
+        if _is(path, digest):
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with disk_full_is_told(path):
+                self._files.get_file(self._at(f"{below}/{name}" if below else name), str(partial))
+        except FileNotFoundError:
+            return False
+        if not _is(partial, digest):
+            partial.unlink()
+            return False
+        partial.replace(path)
+        return True
 
 
 def _is(path: Path, digest: str) -> bool:

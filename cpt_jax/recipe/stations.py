@@ -202,12 +202,15 @@ class Workdir:
 
     def fetch_done(self) -> None:
         """Has the outputs of all stations that are done on this machine."""
-        for mark in (self.path / MARKS).glob("*.json") if self.mirror is not None else ():
+        if self.mirror is None:
+            return
+        for mark in (self.path / MARKS).glob("*.json"):
             content = json.loads(mark.read_text())
-            if content["done"]:
-                self._has(content, [])
-                for stage in {Path(name).parent for name in content["files"] if name.startswith("stages/")}:
-                    self.mirror.checkpoints(self.path / stage, Keep()).fetch()
+            if not content["done"]:
+                continue
+            self.mirror.fetch(content["files"], [])
+            for stage in {Path(name).parent for name in content["files"] if name.startswith("stages/")}:
+                self.mirror.checkpoints(self.path / stage, Keep()).fetch()
 
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""
