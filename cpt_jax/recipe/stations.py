@@ -95,11 +95,14 @@ class Workdir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        try:
             if self.mirror is not None:
                 self.mirror.keep_small()
                 self.mirror.lease.give_back()
+        finally:
+            self._lock.close()
 
     def keep(self, *names: str) -> None:
         """What no station has as its output: in the store too, if the directory is in one."""

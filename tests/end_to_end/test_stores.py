@@ -67,14 +67,15 @@ def test_a_killed_run_is_continued_on_another_machine(place, on_disk):
     store = Store(f"{RUNS}/killed")
     often = ["--stages.1.checkpoint_seconds", "0"]
     first = run(place, "one", "killed", *often)
-    while not any(name.startswith("stages/2-lora/checkpoints/8.json") for name in store.names()):
+    while not any(name.startswith("stages/2-lora/checkpoints/3.json") for name in store.names()):
         assert first.poll() is None, first.communicate()[1][-4000:]
         time.sleep(0.05)
     _, errors = end(run(place, "two", "killed", *often), 2)
     assert "is running in s3://bucket/runs/killed" in errors
     first.kill()
     first.communicate()
-    out, errors = end(run(place, "two", "killed", *often))
+    # How often it is saved does not change what is computed, but what the recipe says.
+    out, errors = end(run(place, "two", "killed", "--update"))
     assert "report: s3://bucket/runs/killed/report.html" in out
     assert "stage-lora: continues after step" in errors
     assert "stage-rows" not in errors
@@ -83,7 +84,8 @@ def test_a_killed_run_is_continued_on_another_machine(place, on_disk):
         assert store.read(name) == on_disk(name), name
     # As many checkpoints as the stage keeps, and no lease.
     left = {name.split("/")[3] for name in store.names("stages/2-lora/checkpoints")}
-    assert left == {"19", "19.json", "20", "20.json"}
+    assert {"20", "20.json"} < left
+    assert len(left) == 4
     assert store.read(".lease.json") is None
 
 
