@@ -123,10 +123,14 @@ class StoredCheckpoints:
         _all_here(f"{self._store.address}/{step} is listed")
 
     def _prune(self) -> None:
+        """Removes what does not stay, and what a process that was killed left of an upload."""
         losses = {step: self._listing(step)["loss"] for step in self.steps()}
-        for step in losses.keys() - self._keep.kept(losses):
+        kept = self._keep.kept(losses)
+        for step in losses.keys() - kept:
             self._store.remove(f"{step}.json")
-            self._store.remove(str(step))
+        for part in {name.partition("/")[0] for name in self._store.names()}:
+            if int(part.partition(".")[0]) not in kept:
+                self._store.remove(part)
 
 
 def _all_here(name: str) -> None:

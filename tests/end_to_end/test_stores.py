@@ -75,7 +75,7 @@ def test_a_killed_run_is_continued_on_another_machine(place, on_disk):
     first.kill()
     first.communicate()
     # How often it is saved does not change what is computed, but what the recipe says.
-    out, errors = end(run(place, "two", "killed", "--update"))
+    out, errors = end(run(place, "two", "killed", "--update", often[0], "60"))
     assert "report: s3://bucket/runs/killed/report.html" in out
     assert "stage-lora: continues after step" in errors
     assert "stage-rows" not in errors
