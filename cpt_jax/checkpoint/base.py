@@ -13,6 +13,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.models.linear import merge_lora
 
+# Of a directory that was made of files: which, and as they were.
+MADE_OF = "made_of.json"
 _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"}
 
 
@@ -62,7 +64,7 @@ def _made(files: list[Path], cache: Path, make: Callable[[], None]) -> Path:
     """`cache`, made of these files, unless it was made of them as they are now."""
     states = [(file.resolve(), file.stat()) for file in files]
     origin = [{"file": str(file), "bytes": s.st_size, "modified": s.st_mtime_ns} for file, s in states]
-    mark = cache / "made_of.json"
+    mark = cache / MADE_OF
     if not mark.exists() or json.loads(mark.read_text()) != origin:
         make()
         write_json_atomic(mark, origin)

@@ -15,7 +15,7 @@ from cpt_jax.core.checksums import checksums, difference
 
 CHECKSUMS = "checksums.json"
 # orbax writes these when the checkpoint gets its name.
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -28,7 +28,7 @@ class Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _write_checksums(directory: Path) -> None:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.relative_to(directory).name not in _LATER]
+    files = [path for path in directory.rglob("*") if path.is_file() and path.relative_to(directory).name not in LATER]
     (directory / CHECKSUMS).write_text(json.dumps(checksums(directory, files), indent=1))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -28,6 +29,19 @@ class Keep:
         for field in ("last", "every", "best"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise UserError(f"keep: {field} is {value}: give a number of at least 1")
+
+    def kept(self, losses: Mapping[int, float]) -> set[int]:
+        """Of checkpoints with these losses by step, those that stay."""
+        steps = sorted(losses)
+        kept = set(steps[-self.last :])
+        behind = None
+        for step in steps if self.every is not None else ():
+            if behind is None or step - behind >= (self.every or 0):
+                kept.add(step)
+                behind = step
+        if self.best is not None:
+            kept |= set(sorted(steps, key=lambda step: loss_of({METRIC: losses[step]}))[: self.best])
+        return kept
 
     def policy(self) -> policies.PreservationPolicy:
         """As orbax has it."""

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from cpt_jax.checkpoint.intact import Checksummed, fault, steps
 from cpt_jax.checkpoint.keep import METRIC, Keep, loss_of
+from cpt_jax.checkpoint.stored import StoredCheckpoints, own_parts
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
 from cpt_jax.core.storage import disk_full_is_told
@@ -28,8 +29,10 @@ class Checkpoints:
       UserError: there are some, and none is intact.
     """
 
-    def __init__(self, directory: Path, keep: Keep | None = None) -> None:
-        self._directory, self._saving = directory.absolute(), False
+    def __init__(self, directory: Path, keep: Keep | None = None, stored: StoredCheckpoints | None = None) -> None:
+        self._directory, self._saving, self._stored = directory.absolute(), False, stored
+        if stored is not None:
+            stored.fetch()
         if not _agreed(lambda: _set_aside_damaged(self._directory)):
             raise UserError(f"{directory} has checkpoints, and none is intact: remove it to begin the stage anew")
         options = ocp.CheckpointManagerOptions(
@@ -40,8 +43,12 @@ class Checkpoints:
             enable_async_checkpointing=True,
             temporary_path_class=Checksummed,
         )
+        handlers = None
+        if stored is not None:
+            options.multiprocessing_options, handlers = own_parts()
+            self._directory.mkdir(parents=True, exist_ok=True)
         with disk_full_is_told(directory):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(self, state: Any, loader_state: dict, loss: float) -> None:
         """Saves a TrainState and the loader's state under the state's step, unless that step is there.
@@ -52,12 +59,17 @@ class Checkpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
+        if self._stored is not None:
+            # What is uploaded may not be removed meanwhile.
+            self._finish()
+            self._stored.wait()
         self._saving = True
+        save = ocp.args.StandardSave if self._stored is None else ocp.args.PyTreeSave
         with disk_full_is_told(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave({"state": json.dumps(loader_state)})
+                    state=save(state), loader=ocp.args.JsonSave({"state": json.dumps(loader_state)})
                 ),
                 metrics={METRIC: loss},
             )
@@ -68,21 +80,34 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), loader=ocp.args.JsonRestore())
-        )
+        if self._stored is None:
+            restore = ocp.args.StandardRestore(abstract)
+        else:
+            placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+            restore = ocp.args.PyTreeRestore(abstract, restore_args=placed)
+        found = self._manager.restore(step, args=ocp.args.Composite(state=restore, loader=ocp.args.JsonRestore()))
         return found["state"], json.loads(found["loader"]["state"])
 
     def check(self) -> None:
         """Raises what went wrong in the background once that has ended, not only at the next save."""
         if self._saving and not self._manager.is_saving_in_progress():
-            self.wait()
+            self._finish()
+        if self._stored is not None:
+            self._stored.check()
 
     def wait(self) -> None:
         """Returns when the save in the background is complete."""
-        self._saving = False
+        self._finish()
+        if self._stored is not None:
+            self._stored.wait()
+
+    def _finish(self) -> None:
+        """Returns when it is complete on this machine."""
+        saving, self._saving = self._saving, False
         with disk_full_is_told(self._directory):
             self._manager.wait_until_finished()
+        if saving and self._stored is not None:
+            self._stored.put(self._manager.latest_step() or 0)
 
     def close(self) -> None:
         with disk_full_is_told(self._directory):

@@ -17,6 +17,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from cpt_jax.core.stores import cache_of, is_address
     from cpt_jax.recipe.defaults import adapt_recipe, explain
     from cpt_jax.recipe.run import run
 
@@ -38,7 +39,9 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "workdir",
     )
     machine = _machine(arguments)
-    recipe, reasons = adapt_recipe(**_named(arguments, *names))
+    given = _named(arguments, *names)
+    given["workdir"] = Path(cache_of(arguments.workdir) if is_address(arguments.workdir) else arguments.workdir)
+    recipe, reasons = adapt_recipe(**given)
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
     run(recipe, arguments.workdir, update=arguments.update, **machine)

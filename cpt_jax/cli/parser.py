@@ -6,6 +6,7 @@ from typing import Any
 
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
+from cpt_jax.core.stores import location
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
 ROWS = (
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--new", required=True, help="what is to be learnt", **spec)
     sub.add_argument("--replay", default=[], help="what is to be kept, replayed in training", **spec)
     sub.add_argument("--watch", default=[], help="what is measured only", **spec)
-    sub.add_argument("--workdir", required=True, type=Path)
+    sub.add_argument("--workdir", required=True, type=location, help="a directory, or an address as s3://BUCKET/RUN")
     sub.add_argument(
         "--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)"
     )
@@ -126,7 +127,9 @@ def parser() -> argparse.ArgumentParser:
         commands, "run", handlers.run, "Runs a recipe; called again, it continues where it stopped.", overrides=True
     )
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
-    sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
+    sub.add_argument(
+        "--workdir", type=location, help="a directory, or an address as s3://BUCKET/RUN (default: runs/NAME)"
+    )
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
@@ -141,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
         overrides=True,
     )
     sub.add_argument("recipe", help="module:function, a function of configs/, or a saved config.json")
-    sub.add_argument("--workdir", type=Path, help="default: runs/NAME")
+    sub.add_argument(
+        "--workdir", type=location, help="a directory, or an address as s3://BUCKET/RUN (default: runs/NAME)"
+    )
     sub.add_argument(
         "--update", action="store_true", help="go on with a changed recipe; what it does not touch is kept"
     )
@@ -224,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(data, "prepare", handlers.data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
     sub.add_argument("--tokenizer", required=True, type=Path)
     sub.add_argument("--input", required=True, **spec)
-    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--out", required=True, type=location)
     text_field(sub)
     chat(sub)
 
@@ -269,8 +274,8 @@ def parser() -> argparse.ArgumentParser:
     json_out(sub)
 
     sub = command(commands, "export", handlers.export, "A run's result as a HF model directory, or as a PEFT adapter.")
-    sub.add_argument("--run", required=True, type=Path)
-    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--run", required=True, type=location)
+    sub.add_argument("--out", required=True, type=location)
     unset = "(default: as the recipe says)"
     sub.add_argument("--weights", choices=("ema", "last"), help=unset)
     sub.add_argument(

@@ -8,10 +8,11 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.stores import Location, glob_addresses, is_address, open_binary
 from cpt_jax.data import conversations
 from cpt_jax.data.conversations import Message, Unusable, holds_conversation
 
@@ -24,8 +25,8 @@ Format = Literal["text", "chat"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst),
-    `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
+    """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst), also
+    in a store (s3://, gs://; no .arrayrecord), `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
 
     A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
     held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a
@@ -139,15 +140,19 @@ def texts_of(corpora: Iterable[Corpus]) -> Iterator[str]:
             yield document.text
 
 
-def files_of(corpus: Corpus) -> list[Path]:
+def files_of(corpus: Corpus) -> list[Location]:
     """The files a corpus is read from, sorted; none for `tfds:` and `hf:`."""
     if corpus.spec.startswith(("tfds:", "hf:")):
         return []
+    if is_address(corpus.spec):
+        if not (addresses := glob_addresses(corpus.spec)):
+            raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")
+        return list(addresses)
     paths = sorted(Path(name) for name in glob.glob(str(Path(corpus.spec).expanduser()), recursive=True))
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")
-    return paths
+    return list(paths)
 
 
 def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
@@ -160,8 +165,8 @@ def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
             yield from _file_records(path, corpus, skipped)
 
 
-def _file_records(path: Path, corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
-    suffixes = [suffix for suffix in path.suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
+def _file_records(path: Location, corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
+    suffixes = [suffix for suffix in PurePosixPath(path).suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
     kind = suffixes[0] if suffixes else ""
     if kind == ".jsonl":
         yield from _json_lines(_lines(path, skipped), skipped)
@@ -169,6 +174,8 @@ def _file_records(path: Path, corpus: Corpus, skipped: SkipCounts) -> Iterator[d
         yield from _paragraphs(_lines(path, skipped), corpus.text_field)
     elif kind == ".parquet":
         yield from _parquet_rows(path, corpus)
+    elif kind == ".arrayrecord" and is_address(path):
+        raise UserError(f"corpus {corpus.name}: {path}: ArrayRecord files are read from a local disk: copy it there")
     elif kind == ".arrayrecord":
         yield from _json_lines(_array_records(path), skipped)
     else:
@@ -178,17 +185,18 @@ def _file_records(path: Path, corpus: Corpus, skipped: SkipCounts) -> Iterator[d
         )
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
+def _open(path: Location) -> IO[bytes]:
+    suffix = PurePosixPath(path).suffix
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(open_binary(path) if is_address(path) else path, "rb"))
+    if suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb")))  # type: ignore[arg-type]
-    return path.open("rb")
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open_binary(path)))  # type: ignore[arg-type]
+    return open_binary(path)
 
 
-def _lines(path: Path, skipped: SkipCounts) -> Iterator[str]:
+def _lines(path: Location, skipped: SkipCounts) -> Iterator[str]:
     try:
         with _open(path) as file:
             for line in file:
@@ -227,12 +235,12 @@ def _paragraphs(lines: Iterable[str], field: str) -> Iterator[dict]:
         yield {field: "".join(block).rstrip("\n")}
 
 
-def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[dict]:
+def _parquet_rows(path: Location, corpus: Corpus) -> Iterator[dict]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(open_binary(path) if is_address(path) else path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is truncated or no Parquet file ({error})") from error
     names, chat = file.schema_arrow.names, corpus.format == "chat"
@@ -247,7 +255,7 @@ def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def _array_records(path: Path) -> Iterator[str]:
+def _array_records(path: Location) -> Iterator[str]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(path))

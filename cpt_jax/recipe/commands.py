@@ -8,6 +8,7 @@ from pathlib import Path
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, is_address, written_to
 from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import SkipCounts, corpora_of, named_corpora, read, texts_of
@@ -79,7 +80,7 @@ def data_prepare(
     text_field: str,
     chat: Sequence[str],
     chat_template: Path | None,
-    out: Path,
+    out: Location,
 ) -> None:
     """`cpt data prepare`."""
     reader = Tokenizer(tokenizer)
@@ -88,8 +89,10 @@ def data_prepare(
         def told(count: int, name: str = corpus.name) -> None:
             say(f"{name}: {count:,} documents")
 
-        skipped, directory = SkipCounts(), out / corpus.name
-        manifest = prepare_corpus(corpus, read(corpus, skipped), skipped, reader, chat_template, directory, told)
+        skipped = SkipCounts()
+        directory = f"{out}/{corpus.name}" if is_address(out) else Path(out) / corpus.name
+        with written_to(directory) as local:
+            manifest = prepare_corpus(corpus, read(corpus, skipped), skipped, reader, chat_template, local, told)
         left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
         learnt = f" ({manifest.trained_tokens:,} of them learnt)" if corpus.format == "chat" else ""
         print(

@@ -3,12 +3,14 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from cpt_jax.checkpoint.base import resolve_base
+from cpt_jax.checkpoint.base import MADE_OF, resolve_base
 from cpt_jax.core import processes
+from cpt_jax.core.checksums import checksums
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan
 from cpt_jax.data.chat import ChatEncoder
@@ -37,13 +39,13 @@ class RunContext:
         self.hang_seconds: float | None = HANG_SECONDS
         self.unreadable: Unreadable = "stop"
 
-    def _station(self, name: str, inputs: object, outputs: list[Path], build, *, together: bool = False) -> None:
+    def _station(self, name: str, inputs: object, outputs: list[Path], build, **how: Any) -> None:
         def work() -> None:
             if self.plan is not None:
                 self.plan.begin(name)
             build()
 
-        self.marks[name] = self.workdir.station(name, inputs, outputs, work, together=together)
+        self.marks[name] = self.workdir.station(name, inputs, outputs, work, **how)
         if self.plan is not None:
             self.plan.end(name)
             if self.workdir.was_done(name):
@@ -51,13 +53,14 @@ class RunContext:
 
     def resolve(self) -> None:
         """The base as a model directory, its configuration, tokenizer and chat template checked."""
-        # What has to be fetched, or made, is there when the first process comes back.
-        if processes.is_first():
+        # What has to be fetched, or made, is there when the first process comes back; where each has a copy of the
+        # directory, each makes its own.
+        if processes.is_first() and self.workdir.mirror is None:
             resolve_base(self.recipe.base, self.path / "source")
         processes.wait("the base is there")
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
-        self.marks["base"] = json.dumps(identity(self.source))
+        self.marks["base"] = json.dumps(self._source_identity())
         self.lineage = Lineage(self.recipe, self.path, self.source, self.base_tokenizer.size)
         model = self.lineage.after("base", "last")
         if self.recipe.vocabulary is None:
@@ -86,6 +89,12 @@ class RunContext:
         mesh = make_mesh(shape=self.mesh or preset(jax.devices(), rows, length))
         stage.check_mesh(MeshShape(**mesh.shape))
         return mesh
+
+    def _source_identity(self) -> list:
+        if self.workdir.mirror is None or not self.source.is_relative_to(self.path):
+            return identity(self.source)
+        # Made anew on each machine: other times, the same content.
+        return sorted(checksums(self.source, (path for path in self.source.iterdir() if path.name != MADE_OF)).items())
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -13,6 +13,7 @@ from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.core.stores import Store, is_address, refusals_are_told
 from cpt_jax.recipe.recipe import Recipe
 
 # Where a model that is no directory yet (GGUF, adapter, remote) is unpacked when a command has no work directory.
@@ -25,6 +26,8 @@ def find_model(name: str) -> Path:
     Raises:
       UserError: there is none, or the run has no export yet.
     """
+    if is_address(name):
+        name = _stored_model(name.rstrip("/"))
     path = Path(name).expanduser()
     config = path / "config.json"
     # A run's config.json is its recipe.
@@ -36,6 +39,18 @@ def find_model(name: str) -> Path:
         path = path / "export"
         name = str(path)
     return resolve_base(name, CACHE / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
+
+
+def _stored_model(address: str) -> str:
+    """The address itself, or, of a run, its export's."""
+    store = Store(address)
+    with refusals_are_told(address):
+        config = store.read("config.json")
+        if config is None or "stages" not in json.loads(config):
+            return address
+        if store.read("export/config.json") is None:
+            raise UserError(f"{address} is a run without an export: finish it, or give a model's directory")
+    return f"{address}/export"
 
 
 def find_recipe(name: str) -> Recipe:

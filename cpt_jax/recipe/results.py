@@ -82,6 +82,7 @@ class Results(RunContext):
         done = {f"evaluate-{file.stem}" for file in files if f"evaluate-{file.stem}" in self.marks}
         entries = [entry for file in files if f"evaluate-{file.stem}" in done for entry in json.loads(file.read_text())]
         write_json_atomic(self.path / "eval.json", entries)
+        self.workdir.keep("eval.json")
 
     @property
     def _last_stage(self) -> str:
@@ -90,9 +91,10 @@ class Results(RunContext):
     def export(self) -> None:
         out, export, stage = self.path / "export", self.recipe.export, self._last_stage
         inputs = [to_json(export), self.marks.get(f"stage-{stage}", self.marks["base-model"])]
-        self._station("export", inputs, [out], lambda: self.write_export(export, out))
-        if export.interpolate_base:
-            # What leaves the house is none of the models evaluated so far.
+        # What leaves the house is none of the models evaluated so far, if the base is mixed into it.
+        mixed = bool(export.interpolate_base)
+        self._station("export", inputs, [out], lambda: self.write_export(export, out), everywhere=mixed)
+        if mixed:
             self.evaluate("export", "last")
 
     def write_export(self, export: Export, out: Path) -> None:
@@ -130,11 +132,12 @@ class Results(RunContext):
                 )
             write_text_atomic(out, "".join(parts))
 
-        self._station("samples", [to_json(settings), self.marks["export"]], [out], write)
+        self._station("samples", [to_json(settings), self.marks["export"]], [out], write, everywhere=False)
 
     def report(self) -> None:
         if not processes.is_first():
             return
         write_json_atomic(self.path / "timings.json", self.workdir.seconds)
         write_report(self.path)
+        self.workdir.keep("timings.json", "report.html", "plots")
         say(f"whole run: {clock(sum(self.workdir.seconds.values()))} of work")

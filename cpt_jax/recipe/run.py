@@ -12,6 +12,7 @@ from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
 from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.stores import Location, Store, is_address, state_of, written_to
 from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
@@ -34,7 +35,7 @@ from cpt_jax.training.profile import ProfiledSteps
 
 def run(
     recipe: Recipe,
-    workdir: Path,
+    workdir: Location,
     *,
     update: bool = False,
     only: str | None = None,
@@ -43,7 +44,7 @@ def run(
     hang_seconds: float | None = HANG_SECONDS,
     unreadable: Unreadable = "stop",
 ) -> None:
-    """Runs a recipe in `workdir`; called again, it continues where it stopped. Ends with the domain table and the
+    """Runs a recipe in `workdir`, a directory or an address in a store; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
 
     `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
@@ -64,10 +65,10 @@ def run(
         pipeline.run(only)
     if not processes.is_first():
         return
-    entries = json.loads((workdir / "eval.json").read_text())
+    entries = json.loads((claimed.path / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
     if only is None:
-        print(f"\nmodel:  {workdir / 'export'}\nreport: {workdir / 'report.html'}")
+        print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
 class Pipeline(Results):
@@ -95,7 +96,7 @@ class Pipeline(Results):
 
     def hold_out(self, domain: Domain) -> None:
         out = self._data(domain)
-        files = [identity(path) for path in files_of(domain.corpus)]
+        files = [state_of(str(file)) if is_address(file) else identity(Path(file)) for file in files_of(domain.corpus)]
         self._station(
             f"hold-out-{domain.name}",
             [to_json(domain), files],
@@ -166,7 +167,7 @@ class Pipeline(Results):
             prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
 
         inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
-        self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise)
+        self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise, beside="train-*.arrayrecord")
 
     # Training
 
@@ -239,6 +240,7 @@ class Pipeline(Results):
             keep=stage.keep,
             hang_seconds=self.hang_seconds,
             journal=self.workdir.journal,
+            stored=None if self.workdir.mirror is None else self.workdir.mirror.checkpoints(directory, stage.keep),
         )
 
     def _plan(self) -> Plan:
@@ -261,22 +263,27 @@ class Pipeline(Results):
         return Plan(work | {"export": 10 / rate, "samples": 20 / rate}, rate)
 
 
-def export_run(run_directory: Path, out: Path, changes: dict[str, Any]) -> None:
+def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) -> None:
     """Exports a finished run's result elsewhere, otherwise than its recipe says in what `changes` of its `Export`.
 
     Raises:
       UserError: no run, not finished, no such weights, or there is something at `out`.
     """
-    if out.exists():
+    if Store(str(out)).names() if is_address(out) else Path(out).exists():
         raise UserError(f"{out} exists: give another --out, or remove it first")
-    config = run_directory / "config.json"
-    if not config.exists():
+    if is_address(run_directory):
+        config = Store(str(run_directory)).read("config.json")
+    else:
+        path = Path(run_directory) / "config.json"
+        config = path.read_bytes() if path.exists() else None
+    if config is None:
         raise UserError(f"{run_directory} is no run's directory (no config.json)")
-    recipe = from_json(Recipe, json.loads(config.read_text()))
+    recipe = from_json(Recipe, json.loads(config))
     export = dataclasses.replace(recipe.export, **changes)
     recipe.check_export(export)
-    with Workdir(run_directory, recipe) as claimed:
+    with Workdir(run_directory, recipe) as claimed, written_to(out) as local:
+        claimed.fetch_done()
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
-        pipeline.write_export(export, out)
+        pipeline.write_export(export, local)
     print(out)

@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, is_address
+from cpt_jax.recipe.mirror import MARKS, Mirror
 from cpt_jax.recipe.recipe import Recipe
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
@@ -39,53 +42,94 @@ class Workdir:
         (and `update` is not set); nothing in it is changed then.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, update: bool = False) -> None:
-        self.path = path
-        config = to_json(recipe)
-        existing = path / "config.json"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"work directory {path} is a file: choose another --workdir")
-        if existing.exists():
-            self._check_owner(json.loads(existing.read_text()), config, update)
-        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
-            raise UserError(
-                f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
-            )
+    def __init__(self, location: Location, recipe: Recipe, *, update: bool = False) -> None:
+        self.location = location
+        self.mirror = Mirror(str(location)) if is_address(location) else None
+        self.path = path = Path(location) if self.mirror is None else self.mirror.path
         self.seconds: dict[str, float] = {}
         self._found_done: set[str] = set()
         self._lock: IO[str] | None = None
-        if processes.is_first():
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is running in {path}: wait for it, or choose another --workdir"
-                ) from error
-            write_json_atomic(existing, config)
+        # Others would look at it while the first one begins it.
+        if (refusal := processes.told(self._claimed(recipe, update) if processes.is_first() else None)) is not None:
+            raise UserError(refusal)
+        path.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(path / JOURNAL if processes.is_first() else None)
         self.journal.write("run", started=round(process_started(), 3))
+
+    def _claimed(self, recipe: Recipe, update: bool) -> str | None:
+        """Makes it this run's, in the store too; or says why not."""
+        if self.mirror is None:
+            return self._claim(recipe, update)
+        try:
+            if (refusal := self.mirror.lease.take()) is not None:
+                return refusal
+            if (refusal := self.mirror.begin() or self._claim(recipe, update)) is None:
+                self.mirror.keep([self.path / "config.json"])
+            else:
+                self.mirror.lease.give_back()
+            return refusal
+        except UserError as error:
+            return str(error)
+
+    def _claim(self, recipe: Recipe, update: bool) -> str | None:
+        """Locks the directory and writes whose it is; or says why not."""
+        path, config = self.path, to_json(recipe)
+        existing = path / "config.json"
+        if path.exists() and not path.is_dir():
+            return f"work directory {path} is a file: choose another --workdir"
+        if existing.exists():
+            if (refusal := self._owned_by_another(json.loads(existing.read_text()), config, update)) is not None:
+                return refusal
+        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
+            return f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another process is running in {path}: wait for it, or choose another --workdir"
+        write_json_atomic(existing, config)
+        return None
 
     def __enter__(self) -> "Workdir":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
+        if self._lock is None:
+            return
+        try:
+            if self.mirror is not None:
+                self.mirror.keep_small()
+                self.mirror.lease.give_back()
+        finally:
             self._lock.close()
 
-    def _check_owner(self, saved: dict, config: dict, update: bool) -> None:
+    def keep(self, *names: str) -> None:
+        """What no station has as its output: in the store too, if the directory is in one."""
+        if self.mirror is not None:
+            self.mirror.keep(self.path / name for name in names)
+
+    def _owned_by_another(self, saved: dict, config: dict, update: bool) -> str | None:
         changes = differences(saved, config)
         # Until something was evaluated there is nothing to lose: a recipe that was wrong can be mended in its place.
-        if changes and not update and (self.path / "eval.json").exists():
-            shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
-            raise UserError(
-                f"work directory {self.path} belongs to another recipe ({shown}): choose another --workdir, "
-                "or pass --update to go on with the new one"
-            )
+        if not changes or update or not (self.path / "eval.json").exists():
+            return None
+        shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+        return (
+            f"work directory {self.location} belongs to another recipe ({shown}): choose another --workdir, "
+            "or pass --update to go on with the new one"
+        )
 
     def station(
-        self, name: str, inputs: object, outputs: Sequence[Path], build: Callable[[], None], *, together: bool = False
+        self,
+        name: str,
+        inputs: object,
+        outputs: Sequence[Path],
+        build: Callable[[], None],
+        *,
+        together: bool = False,
+        beside: str | None = None,
+        everywhere: bool = True,
     ) -> str:
         """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
         processes the first does it, and all others wait, or all do it `together`.
@@ -94,23 +138,23 @@ class Workdir:
           inputs: JSON of all that decides the outputs, the fingerprints of earlier stations among it.
           outputs: what it writes: removed before it is begun with other inputs, kept when it is continued.
           build: does the work; may find outputs of an interrupted try with the same inputs.
+          beside: a pattern of files beside the first output that belong to it.
+          everywhere: whether other processes need the outputs.
         """
-        mark = self.path / ".stations" / f"{name}.json"
         # Files have other times on other hosts: the first process's count.
         expected = processes.told(fingerprint({"inputs": inputs, "format": FORMAT}))
         first = processes.is_first()
-        found = json.loads(mark.read_text()) if first and mark.exists() else {}
-        done_before = found.get("seconds", 0.0) if found.get("fingerprint") == expected else 0.0
-        done = found.get("fingerprint") == expected and found["done"] and all(path.exists() for path in outputs)
-        if processes.told(done):
+        found = self._mark(name) if first else {}
+        begun = found.get("fingerprint") == expected
+        done_before = found.get("seconds", 0.0) if begun else 0.0
+        if processes.told(first and begun and found["done"] and self._has(found, outputs)):
+            self._fetch_for_others(found, outputs, everywhere)
             self.seconds[name] = done_before
             self._found_done.add(name)
             return expected
-        if first:
-            if found.get("fingerprint") != expected:
-                for path in outputs:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            write_json_atomic(mark, {"fingerprint": expected, "done": False, "seconds": done_before})
+        if not processes.told(begun):
+            self._remove(outputs)
+        self._write_mark(name, {"fingerprint": expected, "done": False, "seconds": done_before})
         processes.wait(f"{name} begins")
         started = time.monotonic()
         self.journal.write("begin", station=name)
@@ -119,9 +163,57 @@ class Workdir:
         processes.wait(f"{name} is done")
         self.journal.write("done", station=name)
         self.seconds[name] = done_before + time.monotonic() - started
-        if first:
-            write_json_atomic(mark, {"fingerprint": expected, "done": True, "seconds": self.seconds[name]})
+        mark = {"fingerprint": expected, "done": True, "seconds": self.seconds[name]}
+        if first and self.mirror is not None:
+            further = outputs[0].parent.glob(beside) if beside else ()
+            mark["files"] = self.mirror.keep([*outputs, *further])
+        self._write_mark(name, mark)
+        self._fetch_for_others(mark, outputs, everywhere)
         return expected
+
+    def _mark(self, name: str) -> dict:
+        mark = self.path / MARKS / f"{name}.json"
+        return json.loads(mark.read_text()) if mark.exists() else {}
+
+    def _write_mark(self, name: str, content: dict) -> None:
+        if not processes.is_first():
+            return
+        mark = self.path / MARKS / f"{name}.json"
+        write_json_atomic(mark, content)
+        if self.mirror is not None:
+            self.mirror.keep([mark])
+
+    def _has(self, mark: dict, outputs: Sequence[Path]) -> bool:
+        if self.mirror is None:
+            return all(path.exists() for path in outputs)
+        return self.mirror.fetch(mark["files"], outputs)
+
+    def _fetch_for_others(self, mark: dict, outputs: Sequence[Path], everywhere: bool) -> None:
+        """What the first process has is on the others' disks too, where they have their own."""
+        if self.mirror is None or not everywhere:
+            return
+        files = processes.told(mark.get("files"))
+        if not processes.is_first():
+            self.mirror.fetch(files, outputs)
+
+    def _remove(self, outputs: Sequence[Path]) -> None:
+        if processes.is_first() or self.mirror is not None:
+            for path in outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if processes.is_first() and self.mirror is not None:
+            self.mirror.remove(outputs)
+
+    def fetch_done(self) -> None:
+        """Has the outputs of all stations that are done on this machine."""
+        if self.mirror is None:
+            return
+        for mark in (self.path / MARKS).glob("*.json"):
+            content = json.loads(mark.read_text())
+            if not content["done"]:
+                continue
+            self.mirror.fetch(content["files"], [])
+            for stage in {Path(name).parent for name in content["files"] if name.startswith("stages/")}:
+                self.mirror.checkpoints(self.path / stage, Keep()).fetch()
 
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.checkpoint.keep import Keep
+from cpt_jax.checkpoint.stored import StoredCheckpoints
 from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import Journal
@@ -64,6 +65,7 @@ class Training:
     keep: Keep = Keep()
     hang_seconds: float | None = HANG_SECONDS
     journal: Journal = dataclasses.field(default_factory=Journal)
+    stored: StoredCheckpoints | None = None
 
     def program(self) -> Program:
         paths = frozenset(path for path in flatten(self.weights) if self.trains(path))
@@ -139,7 +141,7 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     state = program.begin(trainable)
     start = start_of(trainable, training.retention)
     del trainable
-    checkpoints = Checkpoints(training.directory / "checkpoints", training.keep)
+    checkpoints = Checkpoints(training.directory / "checkpoints", training.keep, training.stored)
     if (found := checkpoints.restore(state)) is not None:
         state, loader_state = found
         training.loader.restore(loader_state)
@@ -150,6 +152,8 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     finally:
         attendants.close()
     if jax.process_count() > 1:
+        if training.stored is not None:
+            training.stored.fetch()
         return read_trained(training.directory / "checkpoints")
     trained = {"last": state.trainable} | ({} if state.average is None else {"ema": state.average})
     return jax.tree.map(np.asarray, trained)

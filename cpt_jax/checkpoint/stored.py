@@ -1,0 +1,149 @@
+"""Checkpoints in an object store, where processes have no file system in common.
+
+Each process writes its own part of a checkpoint to its own disk (orbax, an array a directory of chunks, each chunk by
+one process), and uploads it in the background. When all have done that, the first one writes STEP.json, which lists all
+files: a checkpoint without it is not there. To continue, each process fetches the whole.
+"""
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import multihost
+
+from cpt_jax.checkpoint.intact import CHECKSUMS, LATER
+from cpt_jax.checkpoint.keep import METRIC, Keep
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.processes import WAIT_SECONDS
+from cpt_jax.core.stores import Store
+
+# Of the files below state/, those that differ between processes.
+_CHUNK = re.compile(r"state/.*/[0-9.]+")
+_LISTED = re.compile(r"([0-9]+)\.json")
+
+
+class StoredCheckpoints:
+    """Those of one stage.
+
+    Args:
+      store: of the stage; checkpoints are below checkpoints/.
+      directory: the stage's on this process's disk.
+      log: called before a checkpoint is listed, to put there what else is to be as new as it is.
+    """
+
+    def __init__(self, store: Store, directory: Path, keep: Keep, log: Callable[[], None] = lambda: None) -> None:
+        self._store, self._directory, self._keep, self._log = (
+            store.below("checkpoints"),
+            directory / "checkpoints",
+            keep,
+            log,
+        )
+        self._stage, self._metrics = store, directory / "metrics.jsonl"
+        self._uploading: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def steps(self) -> Sequence[int]:
+        """Of the checkpoints that are there, the newest first."""
+        found = [match[1] for name in self._store.names() if (match := _LISTED.fullmatch(name))]
+        return sorted(map(int, found), reverse=True)
+
+    def _listing(self, step: int) -> dict:
+        return json.loads(self._store.read(f"{step}.json") or b"{}")
+
+    def fetch(self) -> None:
+        """Makes the newest checkpoint the only one on this process's disk, whole, and its metrics lie beside it.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        newest = next(iter(self.steps()), None)
+        for path in self._directory.glob("*"):
+            if path.name != str(newest):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if newest is None:
+            return
+        listed = self._listing(newest)["files"]
+        if wrong := self._store.fetch(self._directory / str(newest), listed, str(newest)):
+            raise UserError(
+                f"{self._store.address}/{newest} is damaged ({wrong[0]}): remove {newest}.json beside it, and run the recipe again: it goes on from the one before"
+            )
+        own = {name: digest for name, digest in listed.items() if Path(name).name not in LATER}
+        (self._directory / str(newest) / CHECKSUMS).write_text(json.dumps(own, indent=1))
+        if (metrics := self._stage.read("metrics.jsonl")) is not None:
+            self._metrics.write_bytes(metrics)
+
+    def put(self, step: int) -> None:
+        """Begins to upload a checkpoint that is complete on this process's disk."""
+        self.wait()
+        self._uploading = threading.Thread(target=self._put, args=(step,), name=f"upload of step {step}", daemon=True)
+        self._uploading.start()
+
+    def check(self) -> None:
+        """Raises what went wrong in the background."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Returns when what was begun is in the store."""
+        if self._uploading is not None:
+            self._uploading.join()
+            self._uploading = None
+        self.check()
+
+    def _put(self, step: int) -> None:
+        try:
+            self._upload(step)
+        except Exception as error:
+            self._error = error
+
+    def _upload(self, step: int) -> None:
+        local, own = self._directory / str(step), jax.process_index()
+        files = [path for path in local.rglob("*") if path.is_file() and path != local / CHECKSUMS]
+        if own:
+            files = [path for path in files if _CHUNK.fullmatch(str(path.relative_to(local)))]
+        listed = self._store.upload(local, files, str(step))
+        if own:
+            self._store.write(f"{step}.of-{own}", json.dumps(listed).encode())
+        _all_here(f"{self._store.address}/{step} is uploaded")
+        if own == 0:
+            for other in range(1, jax.process_count()):
+                listed |= json.loads(self._store.read(f"{step}.of-{other}") or b"{}")
+                self._store.remove(f"{step}.of-{other}")
+            self._stage.write("metrics.jsonl", self._metrics.read_bytes())
+            self._log()
+            loss = json.loads((local / "metrics" / "metrics").read_text())[METRIC]
+            self._store.write(f"{step}.json", json.dumps({"loss": loss, "files": listed}).encode())
+            self._prune()
+        _all_here(f"{self._store.address}/{step} is listed")
+
+    def _prune(self) -> None:
+        """Removes what does not stay, and what a process that was killed left of an upload."""
+        losses = {step: self._listing(step)["loss"] for step in self.steps()}
+        kept = self._keep.kept(losses)
+        for step in losses.keys() - kept:
+            self._store.remove(f"{step}.json")
+        for part in {name.partition("/")[0] for name in self._store.names()}:
+            if int(part.partition(".")[0]) not in kept:
+                self._store.remove(part)
+
+
+def _all_here(name: str) -> None:
+    """Returns when all processes have come here; not in the main thread, which has barriers of its own."""
+    if jax.process_count() > 1:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=WAIT_SECONDS * 1000)
+
+
+def own_parts() -> tuple[ocp.options.MultiprocessingOptions, dict[str, ocp.CheckpointHandler]]:
+    """What makes orbax write each process's part to its own disk: its options, and the handlers of what is saved."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0, use_replica_parallel=False))
+    )
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone, type_handler_registry=arrays)
+    return alone, {"state": state, "loader": ocp.JsonCheckpointHandler(multiprocessing_options=alone)}
