@@ -151,5 +151,14 @@ def _short(value: Any) -> str:
 
 
 def fingerprint(document: Any) -> str:
-    """SHA-256 of a JSON document, independent of its keys' order."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """SHA-256 of a JSON document, independent of its keys' order, and of whether a whole number has a point (a recipe's
+    alpha=8 comes back from its file as 8.0)."""
+    return hashlib.sha256(json.dumps(_plain(document), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _plain(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {name: _plain(value) for name, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_plain(value) for value in document]
+    return int(document) if isinstance(document, float) and document.is_integer() else document

@@ -66,6 +66,9 @@ def test_differences_name_place_and_values():
     assert differences(to_json(recipe()), to_json(changed)) == ["seed: 0 in the work directory, 5 given"]
     assert differences(to_json(recipe()), to_json(recipe())) == []
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert (
+        fingerprint([{"alpha": 8}, True]) == fingerprint([{"alpha": 8.0}, True]) != fingerprint([{"alpha": 8.5}, True])
+    )
 
 
 def test_partition_and_combine_are_inverse():
