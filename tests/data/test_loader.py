@@ -9,7 +9,7 @@ import pytest
 from loader_inputs import END, START, Letters, documents, loader
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.packing import SplitDocuments
+from cpt_jax.data.packing import SplitDocuments, documents_in_a_row
 from cpt_jax.data.prepare import NOT_LEARNT, prepare
 from cpt_jax.data.sources import SkipCounts
 
@@ -171,3 +171,18 @@ def test_without_packing_a_row_is_one_document_and_it_continues_bit_for_bit(dire
         for name, array in expected.items():
             assert array.dtype == other[name].dtype
             np.testing.assert_array_equal(array, other[name])
+
+
+def test_no_row_has_more_documents_than_attention_is_told(directories, monkeypatch):
+    def most(found) -> int:
+        ids = np.concatenate([next(found)["segment_ids"] for _ in range(20)])
+        # The padding behind them is one more.
+        return int((ids.max(1) + (ids == 0).any(1)).max())
+
+    usual = loader(directories)
+    assert 2 < most(usual) <= usual.documents
+    monkeypatch.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
+    few = loader(directories)
+    assert most(few) == few.documents == 3
+    # Twice as many as a usual row has, in powers of two.
+    assert [documents_in_a_row(2048, 1 / mean) for mean in (5000, 300, 100, 10)] == [16, 16, 64, 512]
