@@ -57,8 +57,8 @@ def prepared(directory: Path) -> dict[str, Path]:
 class Ledgered:
     """A loader that writes down what each step takes: a number a piece of a document, row by row."""
 
-    def __init__(self, loader: Any, path: Path, first_row: int) -> None:
-        self._loader, self._path, self._first_row, self._step = loader, path, first_row, 0
+    def __init__(self, loader: Any, path: Path) -> None:
+        self._loader, self._path, self._step = loader, path, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -74,7 +74,7 @@ class Ledgered:
         batch = next(self._loader)
         self._step += 1
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": self._step, "first_row": self._first_row, "rows": pieces(batch)}) + "\n")
+            file.write(json.dumps({"step": self._step, "rows": pieces(batch)}) + "\n")
         return batch
 
 
@@ -117,15 +117,13 @@ def training(directory: Path, data: Path, arguments: argparse.Namespace) -> Any:
     settings = dict(
         sequence_length=LENGTH, batch_size=ROWS, start_id=0, end_id=1, tokenizer=_Numbers.fingerprint, seed=1
     )
-    process, processes = jax.process_index(), jax.process_count()
-    settings |= dict(packing=arguments.packing, process_index=process, process_count=processes)
-    loader = Loader(SHARES[arguments.domains], prepared(data), **settings)
+    loader = Loader(SHARES[arguments.domains], prepared(data), packing=arguments.packing, **settings)
     return Training(
         name="stage-fire",
         network=model.network,
         weights=model.weights,
         trains=Full().trains,
-        loader=Ledgered(loader, directory / f"ledger-{process}.jsonl", process * ROWS // processes),  # pyright: ignore
+        loader=Ledgered(loader, directory / f"ledger-{jax.process_index()}.jsonl"),  # pyright: ignore
         optimizer=AdamW(learning_rate=arguments.learning_rate),
         schedule=Cosine(),
         ema=EMA(decay=0.9),

@@ -108,19 +108,16 @@ class Fire:
         return (self.directory / "weights.sha256").read_text()
 
     def ledger(self) -> list[list]:
-        """The rows of each step, in order; of a step that was computed again, those of the last time."""
-        steps: dict[int, dict[int, list]] = {}
-        for path in sorted(self.directory.glob("ledger-*.jsonl"), key=lambda path: path.stat().st_mtime):
+        """The rows of each step, in order: the same in all processes, and each time that it was computed."""
+        steps: dict[int, list] = {}
+        for path in self.directory.glob("ledger-*.jsonl"):
             for line in path.read_text().splitlines():
                 # A line may have been cut off.
                 if line.endswith("}"):
                     entry = json.loads(line)
-                    for index, row in enumerate(entry["rows"]):
-                        steps.setdefault(entry["step"], {}).setdefault(entry["first_row"] + index, []).append(row)
-        for step, rows in steps.items():
-            same = all(row == found[0] for found in rows.values() for row in found)
-            assert same, f"step {step} was given other documents when it was computed again"
-        return [[rows[row][0] for row in sorted(rows)] for _, rows in sorted(steps.items())]
+                    rows = steps.setdefault(entry["step"], entry["rows"])
+                    assert rows == entry["rows"], f"step {entry['step']} was given other documents in {path.name}"
+        return [rows for _, rows in sorted(steps.items())]
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120.0) -> bool:
