@@ -246,7 +246,9 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "all-gather" in done.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["mesh"]["fsdp"] == 4
-    done = subprocess.run([*command, "--batch", "3"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--mesh", "fsdp=4", "--batch", "3"], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (2, "error: ")
 
 

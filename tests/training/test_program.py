@@ -140,7 +140,7 @@ def test_times_add_up_and_rates_follow_from_them(directories, tmp_path):
     run = training(directories, tmp_path, LoRA(rank=4, alpha=8), steps=4, checkpoint_seconds=0.0)
     train(run)
     for line in lines(tmp_path):
-        parts = line["data_seconds"] + line["checkpoint_seconds"] + line["compute_seconds"]
+        parts = sum(line[f"{part}_seconds"] for part in ("data", "checkpoint", "compile", "compute"))
         assert parts == pytest.approx(line["seconds"])
         assert min(line["data_seconds"], line["compute_seconds"]) > 0
         flops = line["tokens_per_second"] * run.flops(32)
@@ -151,7 +151,7 @@ def test_times_add_up_and_rates_follow_from_them(directories, tmp_path):
         name: np.float32(1) for name in ("loss", "learning_rate", "gradient_norm", "skipped", "skipped_in_a_row")
     }
     metrics |= {"nats": np.ones(1), "tokens": np.full(1, 50.0), "positions": np.int32(100)}
-    line = metrics_line(3, metrics, ("zh",), {"seconds": 2.0}, 6e9, 1e12)
+    line = metrics_line(3, metrics, ("zh",), {"seconds": 2.0}, 6e9, 1e12, {})
     assert (line["tokens"], line["tokens_per_second"], line["mfu"]) == (50, 50.0, pytest.approx(0.3))
 
 
