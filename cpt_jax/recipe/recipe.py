@@ -182,7 +182,7 @@ class Recipe:
     pad_vocabulary_to: int = 128
     # What computes attention in training; "auto" takes the best for the device, the rows and the type.
     attention: AttentionChoice = "auto"
-    # Layers compiled as a loop ("scan") or one by one ("unroll"); "auto": one by one on a CPU, where that is faster.
+    # Layers compiled as a loop ("scan") or one by one ("unroll"); "auto": one by one on CPUs and GPUs, which is faster.
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     export: Export = Export()
     seed: int = 0
