@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from cpt_jax.checkpoint.intact import Checksummed, fault, steps
 from cpt_jax.checkpoint.keep import METRIC, Keep, loss_of
 from cpt_jax.checkpoint.stored import StoredCheckpoints, own_parts
+from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
 from cpt_jax.core.storage import disk_full_is_told
@@ -33,7 +33,7 @@ class Checkpoints:
         self._directory, self._saving, self._stored = directory.absolute(), False, stored
         if stored is not None:
             stored.fetch()
-        if not _agreed(lambda: _set_aside_damaged(self._directory)):
+        if not processes.told(processes.is_first() and _set_aside_damaged(self._directory)):
             raise UserError(f"{directory} has checkpoints, and none is intact: remove it to begin the stage anew")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=(keep or Keep()).policy(),
@@ -112,13 +112,6 @@ class Checkpoints:
     def close(self) -> None:
         with disk_full_is_told(self._directory):
             self._manager.close()
-
-
-def _agreed(check: Any) -> bool:
-    """What the first process finds, in all of them."""
-    if jax.process_count() == 1:
-        return check()
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(jax.process_index() == 0 and check())))
 
 
 def _set_aside_damaged(directory: Path) -> bool:

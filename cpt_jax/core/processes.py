@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from typing import Any
 
 from cpt_jax.core.errors import UserError
@@ -46,8 +45,7 @@ class Processes:
         """
         import jax
 
-        if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         try:
             jax.distributed.initialize(self.coordinator, self.count, self.index)
         except ValueError as error:
