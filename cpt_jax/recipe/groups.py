@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from cpt_jax.core import processes
 from cpt_jax.core.config import fingerprint, to_json
 from cpt_jax.core.errors import Preempted
 from cpt_jax.core.progress import say
+from cpt_jax.core.tree import Tree
 from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.recipe.run import Pipeline
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import Begun, Workdir
-from cpt_jax.training.loop import Training
-from cpt_jax.training.memory import stage_memory
+from cpt_jax.training.loop import Training, train
+from cpt_jax.training.memory import device_memory, stage_memory
 from cpt_jax.training.stacked import joint_settings
 from cpt_jax.training.together import train_together
 
@@ -89,6 +88,9 @@ def run_group(
             workdir = claimed.enter_context(Workdir(place(name), recipes[name], update=update, shared=shared))
             pipelines[name] = Pipeline(recipes[name], workdir)
             pipelines[name].until_training()
+            if len(recipes) > 1:
+                # A run's own time left says little among others.
+                pipelines[name].plan = None
 
         for name in recipes:
             attempt(name, lambda name=name: begin(name))
@@ -96,7 +98,9 @@ def run_group(
         for index in range(stages):
             _stage_of_all(pipelines, index, most, attempt)
             for name, pipeline in list(pipelines.items()):
-                attempt(name, lambda pipeline=pipeline: _evaluated(pipeline, pipeline.recipe.stages[index]))
+                attempt(
+                    name, lambda pipeline=pipeline, index=index: _evaluated(pipeline, pipeline.recipe.stages[index])
+                )
         for name, pipeline in list(pipelines.items()):
             attempt(name, lambda pipeline=pipeline: pipeline.finish(only))
             if name in pipelines:
@@ -144,7 +148,10 @@ def _parts(waiting: Sequence[_Waiting], most: int | None) -> list[list[_Waiting]
     for each in waiting:
         for part in parts:
             trainings = [other.training for other in (*part, each)]
-            if len(part) < (most or most_by_memory(each.training)) and joint_settings(trainings) is not None:
+            if (
+                len(part) < (most or most_by_memory(each.stage, each.training))
+                and joint_settings(trainings) is not None
+            ):
                 part.append(each)
                 break
         else:
@@ -152,19 +159,22 @@ def _parts(waiting: Sequence[_Waiting], most: int | None) -> list[list[_Waiting]
     return parts
 
 
+def _trained(part: Sequence[_Waiting]) -> list[dict[str, Tree] | Exception]:
+    if len(part) == 1:
+        return [train(part[0].training, part[0].pipeline.plan)]
+    label = f"stage-{part[0].stage.name} of {len(part)} runs"
+    return train_together([each.training for each in part], [each.pipeline.makes_loader for each in part], label)
+
+
 def _train_part(part: Sequence[_Waiting], attempt: Callable[[str, Callable[[], Any]], None]) -> None:
-    first = part[0]
-    label = f"stage-{first.stage.name}" + (f" of {len(part)} runs" if len(part) > 1 else f" of {first.name}")
     try:
-        results = train_together(
-            [each.training for each in part], [each.pipeline.makes_loader for each in part], label
-        )
+        results = _trained(part)
     except Preempted:
         raise
     except Exception as error:
         if len(part) > 1 and "RESOURCE_EXHAUSTED" in str(error):
             error.__traceback__ = None
-            say(f"{label}: too large for the memory, half as many go together")
+            say(f"{len(part)} runs together are too large for the memory: half as many go together")
             middle = len(part) // 2
             _train_part(part[:middle], attempt)
             _train_part(part[middle:], attempt)
@@ -180,34 +190,18 @@ def _train_part(part: Sequence[_Waiting], attempt: Callable[[str, Callable[[], A
         attempt(each.name, lambda each=each, result=result: end(each, result))
 
 
-def most_by_memory(training: Training) -> int:
+def most_by_memory(stage: Stage, training: Training) -> int:
     """How many runs like this one there is memory for, on paper."""
-    config, rows = training.network.config, training.loader.sequence_length
     memory = stage_memory(
         training.network,
         training.trains,
         training.optimizer,
         ema=training.ema,
         precision=training.precision,
-        rows=training.rows // training.accumulate,
-        sequence_length=rows,
-        scores=config.attention != "blocks",
+        rows=stage.batch_size // stage.accumulate,
+        sequence_length=stage.sequence_length,
+        scores=training.network.config.attention != "blocks",
     )
     # While states are stacked, each is there twice.
     one = memory.held + max(memory.held, memory.temporary)
     return max(1, int(USABLE * device_memory() / one))
-
-
-def device_memory() -> int:
-    """Bytes that the first device has, or may take of the host's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return free_host_memory()
-
-
-def free_host_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -75,6 +75,8 @@ def run(
 class Pipeline(VocabularyStations):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 
+    makes_loader: functools.partial[Loader]
+
     def run(self, only: str | None) -> None:
         self.until_training()
         for index, stage in enumerate(self.recipe.stages):

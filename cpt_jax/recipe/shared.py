@@ -51,13 +51,17 @@ class SharedStations:
             with atomic_directory(place) as partial:
                 _link_files(run, outputs, partial / _FILES)
 
-    def base(self, base: str, cache: Path) -> None:
-        """Makes a base that is no directory yet (`resolve_base`) once, and links it into a run's `cache`."""
+    def source(self, base: str) -> Path:
+        """The base as a model directory (`resolve_base`): itself, or made here once."""
         with self.turn("source", key := fingerprint(base)):
-            place = self._place("source", key)
-            if resolve_base(base, place) == place and not cache.exists():
-                with atomic_directory(cache) as partial:
-                    _link_files(place, [place], partial)
+            return resolve_base(base, self._place("source", key))
+
+    def base(self, base: str, cache: Path) -> None:
+        """Links a base that had to be made into a run's `cache`."""
+        found = self.source(base)
+        if found.is_relative_to(self.directory) and not cache.exists():
+            with atomic_directory(cache) as partial:
+                _link_files(found, [found], partial)
 
 
 def _link_files(root: Path, paths: Iterable[Path], out: Path) -> None:
