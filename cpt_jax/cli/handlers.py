@@ -74,6 +74,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a run lies on the machine, and what is watched there; starts it with the other processes, if there are."""
     from cpt_jax.core.processes import Processes
+    from cpt_jax.recipe.shared import SharedStations
     from cpt_jax.sharding.mesh import MeshShape
     from cpt_jax.training.profile import ProfiledSteps
 
@@ -86,6 +87,7 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh),
         "hang_seconds": arguments.hang_seconds or None,
         "unreadable": arguments.unreadable,
+        "shared": None if arguments.shared is None else SharedStations(arguments.shared),
     }
 
 
