@@ -7,6 +7,7 @@ from typing import Literal
 import grain
 import numpy as np
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.data.prepare import NOT_LEARNT
 from cpt_jax.data.records import Records
 
@@ -57,7 +58,7 @@ class Documents:
         long_documents: LongDocuments = "split",
         epochs: int | None = None,
     ) -> None:
-        self._records, self._frame = records, frame
+        self.records, self._frame = records, frame
         self._length, self._long = sequence_length, long_documents
         self.size = max(1, min(BLOCK_DOCUMENTS, int(BLOCK_TOKENS / max(mean_tokens, 1))))
         numbers = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(epochs)
@@ -73,7 +74,7 @@ class Documents:
         return self._blocks[number] if number < len(self._blocks) else None
 
     def _read(self, numbers: np.ndarray) -> Block:
-        read = self._records.read(numbers.tolist())
+        read = self.records.read(numbers.tolist())
         records = [b"" if record is None else record for record in read]
         stored = np.frombuffer(b"".join(records), "<u4")
         lengths = np.array([len(record) // 4 for record in records], np.int64)
@@ -120,6 +121,7 @@ class Reader:
         # The number of the block at hand, and that of the one that is read.
         self._at, self._read_at = 0, -1
         self._block: Block | None = None
+        self._fruitless = 0
         self.go(position)
 
     def go(self, position: Sequence[int]) -> None:
@@ -161,6 +163,7 @@ class Reader:
             if block.whole or block.learnt[first + 1 : first + 1 + length].any():
                 if self._low is None:
                     self._low = first
+                self._fruitless = 0
                 return self._base + first - self._low, length
         return None
 
@@ -171,6 +174,12 @@ class Reader:
             # What is taken of the next one is counted from its begin.
             self._low = 0
         self._at, self._index = self._at + 1, 0
+        self._fruitless += len(block.predictions)
+        if self._fruitless > 2 * len(self._documents.records):
+            raise UserError(
+                f"{self._documents.records}: none of {len(self._documents.records):,} documents can be used: they cannot "
+                "be read, or are longer than a row and left out"
+            )
 
     def taken(self) -> Taken:
         parts = [(block, low, len(block.tokens)) for block, low in self._kept]

@@ -95,6 +95,7 @@ class Loader:
             packing=packing,
             seed=seed,
         )
+        self._mixed = mixed
         batches = MixedRows(mixed, pack_domains).batch(batch_size, drop_remainder=True)
         self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
         # Before the interpreter takes grain's modules apart.
@@ -119,6 +120,12 @@ class Loader:
         state = self.state()
         _rows_state(state["rows"])["raised"] = to_json(raised)
         self.restore(state)
+
+    def shares_now(self) -> dict[str, float]:
+        """Each domain's share of the rows that are packed next, with what was raised."""
+        row = _rows_state(self.state()["rows"])["row"]
+        shares = self._mixed.shares(self.names, self._mixed.mixture, self.raised(), row, 1)
+        return dict(zip(self.names, shares[0].tolist(), strict=True))
 
     def epochs(self) -> dict[str, float]:
         """How often each domain has been read, up to what is packed."""

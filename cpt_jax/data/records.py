@@ -109,4 +109,4 @@ class Records:
         return None
 
     def __repr__(self) -> str:
-        return f"Records({str(self._directory)!r})"
+        return str(self._directory)
