@@ -121,6 +121,7 @@ class Reader:
         # The number of the block at hand, and that of the one that is read.
         self._at, self._read_at = 0, -1
         self._block: Block | None = None
+        # Documents passed since the last block that a piece came from.
         self._fruitless = 0
         self.go(position)
 
@@ -163,7 +164,8 @@ class Reader:
             if block.whole or block.learnt[first + 1 : first + 1 + length].any():
                 if self._low is None:
                     self._low = first
-                self._fruitless = 0
+                # This block counts for nothing at its end.
+                self._fruitless = -len(block.predictions)
                 return self._base + first - self._low, length
         return None
 

@@ -1,5 +1,6 @@
 """The pipeline: every station of a recipe, in order, each skipped when it is done."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from cpt_jax.core.stores import Location, Store, is_address, state_of, written_t
 from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
+from cpt_jax.data.mixture import domains_of, mean_shares
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import SkipCounts, files_of
@@ -24,10 +26,11 @@ from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
-from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.recipe.watching import Watched
 from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.training.ending import ended_early
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
@@ -71,7 +74,7 @@ def run(
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
-class Pipeline(Results):
+class Pipeline(Watched):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 
     def run(self, only: str | None) -> None:
@@ -83,7 +86,7 @@ class Pipeline(Results):
         self.vocabulary()
         if self.recipe.vocabulary is not None:
             self.evaluate("extended", "last")
-        for name in {name: None for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             self.prepare(next(domain for domain in self.recipe.domains if domain.name == name))
         for index, stage in enumerate(self.recipe.stages):
             self.train(index, stage)
@@ -175,8 +178,14 @@ class Pipeline(Results):
         directory = self.lineage.directory(index, stage)
         names = [earlier.name for earlier in self.recipe.stages[:index]]
         upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
-        data = [self.marks[f"data-{name}"] for name in stage.mixture]
+        data = [self.marks[f"data-{name}"] for name in domains_of(stage.mixture)]
+        self.measure_base(stage)
         settings = to_json(stage)
+        # A stage that is under way goes on with what is changed of these.
+        changeable = [settings.pop(field) for field in ("mixture", "max_epochs", "watch")]
+        if stage.watch is not None and stage.watch.budget is None:
+            # It only measures.
+            changeable[-1] = None
         # How often it is saved, what of that stays, and what is computed twice, does not change what is computed.
         for field in ("checkpoint_seconds", "keep", "remat"):
             settings.pop(field)
@@ -189,21 +198,21 @@ class Pipeline(Results):
             dtype, context = self.recipe.precision.dtype, self.mesh_of(stage).shape["context"]
             model = model.attending(self.recipe.attention, length, dtype, loader.documents, context)
             self.lineage.forget()
-            trained = train(self._training(stage, model, loader, directory, seed), self.plan)
+            with contextlib.closing(loader):
+                trained = train(self._training(stage, model, loader, directory, seed), self.plan)
             self.lineage.remember(stage, trained)
 
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
-        inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
+        inputs = [settings, precision, padding, self.recipe.seed + index, upstream]
+        last, _ = ended_early(directory) or (stage.steps, "")
         # Without its last checkpoint, which may have been damaged and removed, a stage is not done.
-        outputs = [directory, directory / "checkpoints" / str(stage.steps)]
-        self._station(f"stage-{stage.name}", inputs, outputs, build, together=True)
+        outputs = [directory, directory / "checkpoints" / str(last)]
+        how = {"changeable": [*changeable, data], "together": True}
+        self._station(f"stage-{stage.name}", inputs, outputs, build, **how)
 
     def _loader(self, stage: Stage, seed: int) -> Loader:
         directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
-        for name, share in stage.mixture.items():
-            tokens = read_manifest(directories[name]).tokens
-            if (epochs := stage.steps * stage.batch_size * stage.sequence_length * share / tokens) > 4:
-                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
+        self._tell_repetitions(stage, directories)
         return Loader(
             stage.mixture,
             directories,
@@ -213,9 +222,25 @@ class Pipeline(Results):
             end_id=self.tokenizer.end_id,
             tokenizer=self.tokenizer.fingerprint,
             seed=seed,
+            steps=stage.steps,
             packing=stage.packing,
+            pack_domains=stage.pack_domains,
+            long_documents=stage.long_documents,
+            max_epochs=stage.max_epochs,
             unreadable=self.unreadable,
         )
+
+    def _tell_repetitions(self, stage: Stage, directories: dict[str, Path]) -> None:
+        tokens = {name: read_manifest(directories[name]).tokens for name in domains_of(stage.mixture)}
+        for name, share in mean_shares(stage.mixture, tokens).items():
+            epochs = stage.steps * stage.batch_size * stage.sequence_length * share / tokens[name]
+            most = (stage.max_epochs or {}).get(name)
+            if most is not None and epochs > most:
+                say(
+                    f"stage {stage.name}: {name} is small: after {most} epochs (of {epochs:.1f}) its share goes to the others"
+                )
+            elif epochs > 4:
+                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
 
     def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path, seed: int) -> Training:
         return Training(
@@ -240,6 +265,7 @@ class Pipeline(Results):
             keep=stage.keep,
             hang_seconds=self.hang_seconds,
             journal=self.workdir.journal,
+            watching=self.watching(stage, model),
             stored=None if self.workdir.mirror is None else self.workdir.mirror.checkpoints(directory, stage.keep),
         )
 
@@ -254,7 +280,7 @@ class Pipeline(Results):
         work = {"evaluate-base-last": before / 2}
         if grows:
             work |= {"tokenizer": 25 / rate, "base-model": 3 / rate, "evaluate-extended-last": after / 2}
-        for name in {name for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             work[f"data-{name}"] = 5 / rate
         for stage in self.recipe.stages:
             work[f"stage-{stage.name}"] = stage.steps * stage.batch_size * stage.sequence_length + 15 / rate

@@ -19,13 +19,14 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
+from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.stores import Location, is_address
 from cpt_jax.recipe.mirror import MARKS, Mirror
 from cpt_jax.recipe.recipe import Recipe
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 4
+FORMAT = 5
 
 
 def identity(path: Path) -> list:
@@ -130,6 +131,7 @@ class Workdir:
         together: bool = False,
         beside: str | None = None,
         everywhere: bool = True,
+        changeable: object = None,
     ) -> str:
         """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
         processes the first does it, and all others wait, or all do it `together`.
@@ -140,12 +142,20 @@ class Workdir:
           build: does the work; may find outputs of an interrupted try with the same inputs.
           beside: a pattern of files beside the first output that belong to it.
           everywhere: whether other processes need the outputs.
+          changeable: JSON of what decides them too, of which another may be given while it is under way: it is
+            continued then. Once it is done it is made anew.
         """
         # Files have other times on other hosts: the first process's count.
-        expected = processes.told(fingerprint({"inputs": inputs, "format": FORMAT}))
+        content = {"inputs": inputs, "format": FORMAT}
+        expected = processes.told(fingerprint(content if changeable is None else content | {"changeable": changeable}))
+        fixed = processes.told(fingerprint(content))
         first = processes.is_first()
         found = self._mark(name) if first else {}
         begun = found.get("fingerprint") == expected
+        if first and not begun and found.get("fixed") == fixed and not found["done"]:
+            begun = True
+            say(f"{name}: goes on with what was changed of its mixture, limits or watch")
+            self.journal.write("changed", station=name)
         done_before = found.get("seconds", 0.0) if begun else 0.0
         if processes.told(first and begun and found["done"] and self._has(found, outputs)):
             self._fetch_for_others(found, outputs, everywhere)
@@ -154,7 +164,7 @@ class Workdir:
             return expected
         if not processes.told(begun):
             self._remove(outputs)
-        self._write_mark(name, {"fingerprint": expected, "done": False, "seconds": done_before})
+        self._write_mark(name, {"fingerprint": expected, "fixed": fixed, "done": False, "seconds": done_before})
         processes.wait(f"{name} begins")
         started = time.monotonic()
         self.journal.write("begin", station=name)
@@ -163,7 +173,7 @@ class Workdir:
         processes.wait(f"{name} is done")
         self.journal.write("done", station=name)
         self.seconds[name] = done_before + time.monotonic() - started
-        mark = {"fingerprint": expected, "done": True, "seconds": self.seconds[name]}
+        mark = {"fingerprint": expected, "fixed": fixed, "done": True, "seconds": self.seconds[name]}
         if first and self.mirror is not None:
             further = outputs[0].parent.glob(beside) if beside else ()
             mark["files"] = self.mirror.keep([*outputs, *further])

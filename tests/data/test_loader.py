@@ -86,6 +86,11 @@ def test_a_long_document_is_cut_or_left_out(tmp_path):
     assert one_document(tmp_path / "fits", range(10, 25), sequence_length=16, long_documents="leave out")
 
 
+def test_a_domain_of_which_no_document_can_be_used_is_told(directories):
+    with pytest.raises(UserError, match="en: none of 60 documents can be used"):
+        next(loader(directories, {"en": 1.0}, sequence_length=1, long_documents="leave out"))
+
+
 @pytest.mark.parametrize("packing", ["best fit", "concatenate"])
 def test_weights_are_those_of_the_targets_and_follow_a_split(tmp_path, packing):
     """Of a conversation, framed by nothing but its template."""
