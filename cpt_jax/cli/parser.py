@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
@@ -117,9 +117,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
     sub.add_argument("--mean-teacher", type=float, metavar="WEIGHT", help="of staying near the moving average's")
     sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
-    sub.add_argument(
-        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
-    )
+    replay_and_forgetting(sub)
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
