@@ -100,7 +100,7 @@ def _overridden(recipe, overrides: list[str]):
 def _extension(arguments: argparse.Namespace, new_tokens: int, candidates: Path | None):
     from cpt_jax.recipe.tokenizer_commands import extension_of
 
-    names = ("method", "scores", "ban", "scripts", "min_frequency", "max_piece_characters", "sample_bytes")
+    names = ("method", "scores", "ban", "scripts", "min_frequency", "max_piece_characters", "tolerance", "sample_bytes")
     return extension_of(new_tokens=new_tokens, candidates=candidates, **_named(arguments, *names))
 
 
