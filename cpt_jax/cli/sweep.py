@@ -30,7 +30,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
         type=_number_or("auto", "never"),
         default="auto",
         metavar="auto|never|N",
-        help="runs that differ only in numbers as one program, at most N (default auto: as many as there is memory for)",
+        help="runs that differ only in numbers as one program, at most N (default auto: as many as there is memory for, on a CPU one by one)",
     )
     sub.add_argument(
         "--at-once",

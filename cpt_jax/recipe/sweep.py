@@ -22,7 +22,7 @@ AtOnce = Literal["auto"] | int
 class Manner:
     """How the runs of a sweep are brought through.
 
-    together: how many may be one program at most; "auto": as many as there is memory for. at_once: how many processes,
+    together: how many may be one program at most; "auto": as many as there is memory for, on a CPU one. at_once: how many processes,
     each with a run of its own; "auto": by memory and cores. queue: a batch system that gets a job a run, with
     `queue_arguments` of its own. exports: each run with its export, samples and report. update: go on with changed
     recipes.
@@ -52,10 +52,16 @@ class Manner:
         """As `run` takes it."""
         return None if self.exports else "train"
 
-    @property
     def most_together(self) -> int | None:
-        """None: as many as there is memory for."""
-        return None if self.together == "auto" else 1 if self.together == "never" else self.together
+        """None: as many as there is memory for. On CPUs "auto" is one: products of many small matrices are slower there
+        than the same products one by one (LOG.md)."""
+        import jax
+
+        if self.queue is not None or self.at_once != 1 or self.together == "never":
+            return 1
+        if self.together == "auto":
+            return 1 if jax.default_backend() == "cpu" else None
+        return self.together
 
 
 def sweep(
@@ -115,7 +121,8 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
 
     pace = Pace(list(left.values()))
     with ends_when_asked():
-        for names in groups_of(left, manner.most_together):
+        most = manner.most_together()
+        for names in groups_of(left, most):
             say(f"sweep: {_told(names, list(directory.recipes))}{pace.left()}")
             started = time.monotonic()
 
@@ -131,7 +138,7 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
                 shared=directory.shared,
                 only=manner.only,
                 update=manner.update,
-                most=manner.most_together,
+                most=most,
                 on_failure=failed,
                 on_done=done,
             )
@@ -178,10 +185,9 @@ def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manne
     """What a sweep would do, a line a run."""
     from cpt_jax.recipe.groups import groups_of
 
-    alone = manner.queue is not None or manner.at_once != 1
     done = {name for name in recipes if directory.is_done(name, manner.exports)}
     left = {name: recipe for name, recipe in recipes.items() if name not in done}
-    groups = groups_of(left, 1 if alone else manner.most_together)
+    groups = groups_of(left, manner.most_together())
     lines = [f"{len(recipes)} runs in {directory.location}, {len(done)} of them done"]
     lines += [f"  {name}: done" for name in recipes if name in done]
     for names in groups:
