@@ -32,6 +32,12 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
         "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
     )
     sub.add_argument("--min-frequency", type=int, metavar="N", help="of a learnt piece in the text (default 2)")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="merge pairs that are at most so frequent in the old text against the new (default 0: old text is cut as before; 0.01 where it holds some of the new language)",
+    )
     sub.add_argument("--max-piece-characters", type=int, metavar="N", help="(default 16)")
     sub.add_argument(
         "--sample-bytes",

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
+from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
             help="when no step ends for so long, say where it hangs; after as long again exit with 75 (default 1800; 0: never)",
         )
         sub.add_argument(
+            "--shared", type=Path, metavar="DIR", help="where the runs of a sweep find what they have in common"
+        )
+        sub.add_argument(
             "--unreadable",
             choices=("stop", "skip"),
             default="stop",
@@ -151,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     machine(sub)
     sub.set_defaults(only="train")
 
+    sweep_of(command(commands, "sweep", sweep, HELP))
     plan_of(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

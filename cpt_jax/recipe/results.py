@@ -38,7 +38,7 @@ class Results(RunContext):
             if processes.is_first():
                 write_json_atomic(out, entries)
 
-        self._station(name, inputs, [out], build, together=True)
+        self._station(name, inputs, [out], build, together=True, common=stage_name in ("base", "extended"))
         if processes.is_first():
             self._collect()
 

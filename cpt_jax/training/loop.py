@@ -70,11 +70,12 @@ class Training:
     stored: StoredCheckpoints | None = None
     watching: Watching | None = None
 
-    def program(self) -> Program:
+    def settings(self) -> Settings:
+        """What is compiled into its step."""
         paths = frozenset(path for path in flatten(self.weights) if self.trains(path))
         if not paths:
             raise UserError(f"stage {self.name!r}: the method trains none of the model's weights")
-        settings = Settings(
+        return Settings(
             network=self.network,
             trains=paths,
             names=self.loader.names,
@@ -86,7 +87,9 @@ class Training:
             z_loss=self.z_loss,
             mesh=self.mesh,
         )
-        return settings.program()
+
+    def program(self) -> Program:
+        return self.settings().program()
 
     def controls(self) -> Callable[[int], Controls]:
         """What the step with a number (from 0) is given."""
