@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.prepare import NOT_LEARNT
+from cpt_jax.data.prepare import NOT_LEARNT, encode_record
 from cpt_jax.data.records import Records
 
 # What becomes of documents longer than a row: they go on in another one, or their rest is left out, or all of them.
@@ -75,34 +75,18 @@ class Documents:
 
     def _read(self, numbers: np.ndarray) -> Block:
         read = self.records.read(numbers.tolist())
-        records = [b"" if record is None else record for record in read]
+        start, end = (b"", b"") if self._frame is None else (encode_record([token]) for token in self._frame)
+        records = [b"" if record is None else start + record + end for record in read]
         stored = np.frombuffer(b"".join(records), "<u4")
         lengths = np.array([len(record) // 4 for record in records], np.int64)
         learnt = stored < NOT_LEARNT
-        whole = bool(learnt.all())
-        tokens = (stored & np.uint32(NOT_LEARNT - 1)).astype(np.int32)
-        # A record that could not be read is no document, and not an empty one.
-        there = np.array([record is not None for record in read])
-        if self._frame is not None:
-            tokens, learnt, lengths = _framed(tokens, learnt, lengths, self._frame)
+        tokens = (stored & np.uint32(NOT_LEARNT - 1)).view(np.int32)
         begins = np.cumsum(lengths) - lengths
-        predictions = np.where(there, np.maximum(lengths - 1, 0), 0)
+        predictions = np.maximum(lengths - 1, 0)
         if self._long != "split":
             rest = self._length if self._long == "cut" else 0
             predictions = np.where(predictions > self._length, rest, predictions)
-        return Block(tokens, learnt, begins.tolist(), predictions.tolist(), whole)
-
-
-def _framed(
-    tokens: np.ndarray, learnt: np.ndarray, lengths: np.ndarray, frame: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    places = np.arange(len(tokens)) + np.repeat(2 * np.arange(len(lengths)) + 1, lengths)
-    ends = np.cumsum(lengths + 2)
-    out = np.empty(len(tokens) + 2 * len(lengths), np.int32)
-    out[places], out[ends - lengths - 2], out[ends - 1] = tokens, frame[0], frame[1]
-    counted = np.ones(len(out), bool)
-    counted[places] = learnt
-    return out, counted, lengths + 2
+        return Block(tokens, learnt, begins.tolist(), predictions.tolist(), bool(learnt.all()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Loader:
         unreadable: Unreadable = "stop",
     ) -> None:
         check_mixture(mixture)
+        # All domains have to be limited for that; one whose share is 0 may be left.
+        self.may_end = bool(max_epochs)
         if steps is None and changes(mixture):
             raise ValueError("a mixture that changes needs the number of steps")
         self.names, self.sequence_length = domains_of(mixture), sequence_length

@@ -150,33 +150,24 @@ def filled(
       rows: of each piece.
       names: the number that each domain has in the batch.
     """
-    count = max(rows) + 1
-    order = np.argsort(rows, kind="stable")
-    row, length = np.asarray(rows)[order], np.asarray(pieces.lengths)[order]
-    domain = np.asarray(pieces.domains)[order]
-    bases = np.cumsum([0, *(len(each.tokens) for each in taken)])[:-1]
-    source = np.asarray(pieces.places)[order] + bases[domain]
-    before = np.cumsum(length) - length
-    new_row = np.concatenate([[True], row[1:] != row[:-1]])
-    first = np.maximum.accumulate(np.where(new_row, np.arange(len(row)), 0))
-    segment = np.arange(len(row)) - first + 1
-    position = (np.arange(int(length.sum())) - np.repeat(before, length)).astype(np.int32)
-    at = np.repeat(row * sequence_length + before - before[first], length) + position
-    where = np.repeat(source, length) + position
-    tokens, learnt = (np.concatenate([getattr(each, field) for each in taken]) for field in ("tokens", "learnt"))
-    values = {
-        "inputs": tokens[where],
-        "targets": tokens[where + 1],
-        "positions": position,
-        "segment_ids": np.repeat(segment.astype(np.int32), length),
-        "domains": np.repeat(np.asarray(names, np.int32)[domain], length),
-        "weights": learnt[where + 1].astype(np.float32),
-    }
-    out = {}
-    for field, given in values.items():
-        array = np.zeros(count * sequence_length, given.dtype)
-        array[at] = given
-        out[field] = array.reshape(count, sequence_length)
+    shape = (max(rows) + 1, sequence_length)
+    whole = ("inputs", "targets", "positions", "segment_ids", "domains")
+    out = {field: np.zeros(shape, np.int32) for field in whole} | {"weights": np.zeros(shape, np.float32)}
+    inputs, targets, positions, segments, domains, weights = out.values()
+    counted = np.arange(sequence_length, dtype=np.int32)
+    used, documents = [0] * shape[0], [0] * shape[0]
+    # Slices: index arrays over all tokens at once take as long for documents of 80 tokens, and 5 times for long ones.
+    for domain, first, length, row in zip(pieces.domains, pieces.places, pieces.lengths, rows, strict=True):
+        source, begin = taken[domain], used[row]
+        end, behind = begin + length, first + length
+        used[row] = end
+        documents[row] += 1
+        inputs[row, begin:end] = source.tokens[first:behind]
+        targets[row, begin:end] = source.tokens[first + 1 : behind + 1]
+        positions[row, begin:end] = counted[:length]
+        segments[row, begin:end] = documents[row]
+        domains[row, begin:end] = names[domain]
+        weights[row, begin:end] = source.learnt[first + 1 : behind + 1]
     return out
 
 

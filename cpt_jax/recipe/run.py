@@ -95,6 +95,8 @@ class Pipeline(VocabularyStations, Watched):
             self.hold_out(domain)
         self.plan = self._plan()
         self.evaluate("base", "last")
+        for stage in self.recipe.stages:
+            self.measure_base(stage)
         self.vocabulary()
         if self.recipe.vocabulary is not None:
             self.evaluate("extended", "last")

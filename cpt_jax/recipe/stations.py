@@ -42,6 +42,7 @@ class Begun(NamedTuple):
 
     name: str
     fingerprint: str
+    # Without what may change while it is under way.
     fixed: str
     outputs: Sequence[Path]
     done: bool
