@@ -8,6 +8,7 @@ from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
+from cpt_jax.data.cleaning import Cleaning
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import check_mixture
 from cpt_jax.data.packing import Packing
@@ -36,6 +37,8 @@ class Domain:
     role: Role
     # The share of documents (or groups) that neither the tokenizer nor training ever sees, chosen by hash.
     heldout: Holdout = Holdout()
+    # What is left out of training besides: filtered, said before, or part of an evaluation set.
+    cleaning: Cleaning = Cleaning()
 
     @property
     def name(self) -> str:
@@ -223,6 +226,7 @@ class Recipe:
 __all__ = [
     "Anchor",
     "ByPath",
+    "Cleaning",
     "Domain",
     "Embeddings",
     "Evaluation",

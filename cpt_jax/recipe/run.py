@@ -12,13 +12,16 @@ from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
 from cpt_jax.core.storage import write_text_atomic
-from cpt_jax.core.stores import Location, Store, is_address, state_of, written_to
-from cpt_jax.data.chat import prepare_corpus
-from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
+from cpt_jax.core.stores import Location, Store, is_address, written_to
+from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
+from cpt_jax.data.holdout import read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
-from cpt_jax.data.prepare import read_manifest
+from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.prepare import MANIFEST, STATISTICS, read_manifest
 from cpt_jax.data.records import Unreadable
-from cpt_jax.data.sources import SkipCounts, files_of
+from cpt_jax.data.sources import SkipCounts, corpus_state, files_of
+from cpt_jax.data.steps import Task
+from cpt_jax.data.tfds_format import DATASET_INFO, FEATURES
 from cpt_jax.recipe.copies import copy_tokenizer, link_directory
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
@@ -26,7 +29,7 @@ from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
-from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.recipe.stations import Workdir
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
@@ -96,10 +99,11 @@ class Pipeline(Results):
 
     def hold_out(self, domain: Domain) -> None:
         out = self._data(domain)
-        files = [state_of(str(file)) if is_address(file) else identity(Path(file)) for file in files_of(domain.corpus)]
+        # What is left out of training does not change what is held out.
+        given = {field: value for field, value in to_json(domain).items() if field != "cleaning"}
         self._station(
             f"hold-out-{domain.name}",
-            [to_json(domain), files],
+            [given, corpus_state(domain.corpus)],
             [out / "heldout.jsonl", out / "heldout_hashes.bin"],
             lambda: write_heldout(domain.corpus, domain.heldout, out),
         )
@@ -160,14 +164,26 @@ class Pipeline(Results):
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
 
+        others = [each for each in self.recipe.domains if domain.cleaning.evaluation_words is not None]
+        task = Task(
+            corpus=domain.corpus,
+            place=out,
+            tokenizer=self.path / "tokenizer",
+            template=self.template_file,
+            cleaning=domain.cleaning,
+            apart=MeasuredApart(holdout=domain.heldout, directory=out),
+            measured=tuple((each.name, self._data(each)) for each in others),
+        )
+
         def tokenise() -> None:
             say(f"data: tokenising {domain.name}")
-            skipped = SkipCounts()
-            documents = learnable_documents(domain.corpus, domain.heldout, out, skipped)
-            prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
+            prepare_corpus(task)
 
-        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
-        self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise, beside="train-*.arrayrecord")
+        heldout = [self.marks[f"hold-out-{each.name}"] for each in others]
+        cleaning = [to_json(domain.cleaning), heldout, evaluation_state(domain.cleaning)]
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given(), cleaning]
+        outputs = [out / name for name in (MANIFEST, STATISTICS, DATASET_INFO, FEATURES)]
+        self._station(f"data-{domain.name}", inputs, outputs, tokenise, beside="train-*.arrayrecord")
 
     # Training
 
