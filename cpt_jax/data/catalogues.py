@@ -81,7 +81,7 @@ def _tfds_source(spec: str) -> Sequence[Any]:
         # A data source reads ArrayRecord without TensorFlow; as_dataset would need it.
         builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else _tfds_builder(name)
     except tfds.core.registered.DatasetNotFoundError as error:
-        known = [each for each in tfds.list_builders() if each]
+        known = tfds.list_builders(with_community_datasets=False)
         raise UserError(
             f"{spec}: TFDS has no data set {nearest(name.partition('/')[0], known)}: give another name"
         ) from error

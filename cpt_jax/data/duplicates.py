@@ -83,7 +83,9 @@ def near_duplicates(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    index = _datasketch().MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    # Candidates are compared afterwards: what is missed costs, and what is looked at in vain does not. At 0.8 in common,
+    # 98 of 100 pairs are candidates.
+    index = _datasketch().MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.02, 0.98))
     stored = _Stored(signatures)
     candidates = np.flatnonzero(np.concatenate(left_out) == KEPT)
     firsts, seconds = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]

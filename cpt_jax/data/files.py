@@ -200,10 +200,15 @@ def _parquet_rows(path: Location, columns: Iterable[str] | None, stretch: Stretc
 def _array_reader(path: Location) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
+    reader = ArrayRecordReader(str(path))
+    if reader.ok():
+        return reader
     try:
-        return ArrayRecordReader(str(path))
-    except (RuntimeError, ValueError) as error:
+        # Which says why.
+        reader.close()
+    except RuntimeError as error:
         raise UserError(f"{path} is truncated or no ArrayRecord file ({error})") from error
+    raise UserError(f"{path} is truncated or no ArrayRecord file")
 
 
 def _array_records(path: Location, stretch: Stretch) -> Iterator[str]:

@@ -9,8 +9,8 @@ from cpt_jax.data.catalogues import is_catalogued, named_stretches
 from cpt_jax.data.files import WHOLE, Stretch, stretches
 from cpt_jax.data.sources import Corpus, Document, SkipCounts, document_of, files_of, stretch_of
 
-# Text of a split. At 4 MB a second and core, a shard is some 16 seconds of work, which is what a kill can cost.
-SPLIT_BYTES = 64 << 20
+# Text of a split. At 4 MB a second and core, a shard is some 8 seconds of work, which is what a kill can cost.
+SPLIT_BYTES = 32 << 20
 # The loader keeps every shard open.
 MOST_SPLITS = 4096
 
