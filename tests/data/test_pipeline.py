@@ -106,7 +106,7 @@ def test_what_is_left_out_is_counted_with_samples(place, tmp_path):
     assert manifest.skipped["duplicate"] == 9 + 50 + 1
     assert manifest.skipped["near duplicate"] == 1
     assert manifest.skipped["5 words in a row of held"] >= 1
-    total = sum(1 for file in ("a", "b") for _ in (place / f"{file}.jsonl").open())
+    total = sum((place / f"{file}.jsonl").read_text().count("\n") for file in "ab")
     assert manifest.records + sum(manifest.skipped.values()) == total
     left_out = json.loads((tmp_path / "out" / "statistics.json").read_text())["left_out"]
     assert left_out["near duplicate"][0][1].startswith("Says: ")
