@@ -1,5 +1,6 @@
 """A corpus prepared by one process, by several, with kills, or again: the same bytes; and what others read of them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -43,7 +44,7 @@ def place(tmp_path_factory):
 CLEANING = Cleaning(duplicates=True, near_duplicates=0.8, filters=("symbols",), evaluation_words=8)
 
 
-def task(root: Path, out: Path, **changes) -> Task:
+def task(root: Path, out: Path | str, **changes) -> Task:
     corpus = Corpus(name="mixed", spec=str(root / "?.jsonl"))
     return Task(**(dict(corpus=corpus, place=out, tokenizer=root / "tokenizer") | changes))
 
@@ -157,6 +158,30 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(place, tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "out").glob("train-*")) == sorted(again.shards)
 
 
+@pytest.mark.parametrize("cleaning", [Cleaning(), CLEANING], ids=["as it is", "cleaned"])
+def test_a_store_holds_the_same(place, tmp_path, cleaning):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for file in ("a.jsonl", "b.jsonl"):
+        store.pipe_file(f"/{tmp_path.name}/text/{file}", (place / file).read_bytes())
+    here = prepare_corpus(task(place, tmp_path / "out", cleaning=cleaning), 1, split_bytes=SPLIT)
+    corpus = Corpus(name="mixed", spec=f"memory://{tmp_path.name}/text/*.jsonl")
+    given = task(place, tmp_path, corpus=corpus, cleaning=cleaning, place=f"memory://{tmp_path.name}/out")
+    there = prepare_corpus(given, 1, split_bytes=SPLIT)
+    # It was made from other files.
+    assert dataclasses.replace(there, source=here.source) == here
+    found = {
+        str(Path(path).relative_to(f"/{tmp_path.name}/out")): store.cat_file(path)
+        for path in store.find(f"/{tmp_path.name}/out")
+    }
+    expected = contents(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert {name for name in found if found[name] != expected[name]} == {"manifest.json"}
+    assert prepare_corpus(given, 1, split_bytes=SPLIT) == there
+
+
+WRITTEN = ".work/written-" + "[0-9]" * 5
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -184,7 +209,7 @@ def test_a_kill_costs_what_was_not_done(place, tmp_path, workers):
     subprocess.run([*command, tmp_path / "whole", "1"], check=True)
     out = tmp_path / "killed"
     process = subprocess.Popen([*command, out, str(workers)])
-    while len(done := list(out.glob(".work/written-*"))) < 3:
+    while len(list(out.glob(WRITTEN))) < 3:
         assert process.poll() is None
         time.sleep(0.005)
     workers_of_it = children(process.pid)
@@ -196,7 +221,7 @@ def test_a_kill_costs_what_was_not_done(place, tmp_path, workers):
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in workers_of_it)
     assert not (out / "manifest.json").exists()
-    done = [path.name.removeprefix("written-") for path in out.glob(".work/written-*") if path.suffix != ".partial"]
+    done = [path.name.removeprefix("written-") for path in out.glob(WRITTEN)]
     assert 3 <= len(done) < len(read_manifest(tmp_path / "whole").shards)
     times = {name: (out / f"train-{name}.arrayrecord").stat().st_mtime_ns for name in done}
     subprocess.run([*command, out, str(workers)], check=True)
