@@ -45,8 +45,8 @@ def prepare_with_beam(
       UserError: Beam is not installed, or whatever is wrong with the corpus.
     """
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # type: ignore[import-not-found]
+        from apache_beam.options.pipeline_options import PipelineOptions  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise UserError(f"--runner {runner} needs Apache Beam: pip install apache-beam, or cpt_jax[beam]") from error
     given = [f"--runner={_RUNNERS[runner]}", *options]

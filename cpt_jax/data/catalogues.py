@@ -30,17 +30,16 @@ def named_records(spec: str, stretch: Stretch = WHOLE) -> Iterator[dict]:
     Raises:
       UserError: there is no such data set or no such split, or a package is missing.
     """
+    source: Any = _source(spec)
     if spec.startswith("tfds:"):
-        source: Any = _tfds_source(spec)
         for index in range(stretch[0], len(source) if stretch[1] is None else stretch[1]):
             record = source[index]
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
         return
-    source = _hf_source(spec)
     if stretch == WHOLE:
         yield from source
     elif _counted(source):
-        yield from source.select(range(stretch[0], stretch[1]))
+        yield from source.select(range(stretch[0], stretch[1] or len(source)))
     else:
         for shard in range(stretch[0], stretch[1] or source.num_shards):
             yield from source.shard(source.num_shards, shard)
@@ -48,7 +47,7 @@ def named_records(spec: str, stretch: Stretch = WHOLE) -> Iterator[dict]:
 
 def named_stretches(spec: str) -> list[Stretch]:
     """A named data set cut into stretches: of a fixed number of records, or, where it is streamed, of one of its files."""
-    source = _tfds_source(spec) if spec.startswith("tfds:") else _hf_source(spec)
+    source = _source(spec)
     if not _counted(source):
         return [(shard, shard + 1) for shard in range(source.num_shards)]
     count = len(source)
@@ -65,6 +64,10 @@ def named_state(spec: str) -> list:
     return [spec, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
+def _source(spec: str) -> Any:
+    return _tfds_source(spec) if spec.startswith("tfds:") else _hf_source(spec)
+
+
 def _counted(source: Any) -> bool:
     return hasattr(source, "__len__")
 
@@ -75,12 +78,13 @@ def _first_line(error: Exception) -> str:
 
 def _tfds_source(spec: str) -> Sequence[Any]:
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     name, split = name_and_split(spec)
     try:
         # A data source reads ArrayRecord without TensorFlow; as_dataset would need it.
         builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else _tfds_builder(name)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         raise UserError(
             f"{spec}: TFDS has no data set {nearest(name.partition('/')[0], known)}: give another name"
@@ -130,10 +134,10 @@ def _hf_source(spec: str) -> Any:
                 if split is not None:
                     raise UserError(f"{spec}: {path} was saved without splits: leave out {':' + split!r}")
                 return source
-            _check_split(spec, split or "train", list(source))
+            _check_split(spec, split or "train", list(map(str, source)))
             return source[split or "train"]
         source = datasets.load_dataset(str(path) if path.exists() else name, streaming=True)
-        _check_split(spec, split or "train", list(source))
+        _check_split(spec, split or "train", list(map(str, source)))
         return source[split or "train"]
 
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import regex
 
@@ -142,7 +143,7 @@ def _imported(spec: str, module: str, name: str) -> Callable[..., str | None]:
         ) from error
     if not callable(function):
         raise UserError(f"filter {spec!r} is no function: give one that takes a text")
-    return function
+    return cast(Callable[..., str | None], function)
 
 
 def first_reason(filters: Sequence[Filter], text: str) -> str | None:

@@ -26,6 +26,7 @@ from cpt_jax.data.tfds_format import array_of, dataset_files, example_of
 # What is encoded at once: the encodings of a batch take some 100 bytes for each of its characters.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20
 SHARD_TOKENS = 50_000_000
+COUNTS = ["records", "bytes", "characters", "tokens", "trained_tokens"]
 MANIFEST, STATISTICS = "manifest.json", "statistics.json"
 NOT_LEARNT = 1 << 31
 _DESCRIPTION = (
@@ -137,7 +138,7 @@ def write_shard(
     may grow while `batches` are read."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    counts = collections.Counter(dict.fromkeys(("records", "bytes", "characters", "tokens", "trained_tokens"), 0))
+    counts = dict.fromkeys(COUNTS, 0)
     # Groups of one record: training reads documents one by one, in random order.
     writer = None if path is None else ArrayRecordWriter(str(path), "group_size:1")
     for batch, ids in batches:
@@ -156,7 +157,7 @@ def write_shard(
     if path is not None and writer is not None:
         writer.close()
         shard = Shard(records=counts["records"], bytes=path.stat().st_size, sha256=sha256(path))
-    return Written(shard=shard, counts=dict(counts), skipped=dict(skipped), statistics=statistics.to_json())
+    return Written(shard=shard, counts=counts, skipped=dict(skipped), statistics=statistics.to_json())
 
 
 def write_manifest(
