@@ -87,21 +87,22 @@ def near_duplicates(
     # 98 of 100 pairs are candidates.
     index = _datasketch().MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.02, 0.98))
     stored = _Stored(signatures)
-    candidates = np.flatnonzero(np.concatenate(left_out) == KEPT)
-    firsts, seconds = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    found = np.concatenate(left_out)
+    candidates = np.flatnonzero(found == KEPT)
+    # A pair as one number, so that one that several bands give is looked at once.
+    pairs = np.zeros(0, np.int64)
     for band in range(index.b):
         first, second = _pairs(stored.column(band * index.r, (band + 1) * index.r)[candidates])
-        first, second = candidates[first], candidates[second]
-        alike = stored.agreement(first, second) >= threshold
-        firsts.append(first[alike])
-        seconds.append(second[alike])
-    first, second = np.concatenate(firsts), np.concatenate(seconds)
-    links = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(stored.count, stored.count))
-    groups = connected_components(links, directed=False)[1]
-    earliest = np.full(groups.max(initial=0) + 1, stored.count, np.int64)
-    np.minimum.at(earliest, groups, np.arange(stored.count))
-    found = np.concatenate(left_out)
-    found[(earliest[groups] != np.arange(stored.count)) & (found == KEPT)] = NEAR
+        new = np.setdiff1d(candidates[first] * stored.count + candidates[second], pairs)
+        alike = stored.agreement(*np.divmod(new, stored.count)) >= threshold
+        pairs = np.union1d(pairs, new[alike])
+    documents, ends = np.unique(np.divmod(pairs, max(1, stored.count)), return_inverse=True)
+    first, second = ends.reshape(2, -1)
+    links = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(len(documents), len(documents)))
+    groups = connected_components(links, directed=False)[1] if len(documents) else np.zeros(0, np.int64)
+    # Documents are in the corpus's order: the first of a group is the first that is met.
+    earliest = np.unique(groups, return_index=True)[1]
+    found[np.delete(documents, earliest)] = NEAR
     return np.split(found, stored.firsts[1:-1])
 
 
