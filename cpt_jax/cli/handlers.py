@@ -168,13 +168,6 @@ def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
     )
 
 
-def data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import data_prepare
-
-    names = ("tokenizer", "text_field", "chat", "chat_template", "out")
-    data_prepare(inputs=arguments.input, **_named(arguments, *names))
-
-
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.evaluate_command import evaluate_model
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
+from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
@@ -228,13 +229,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")
     json_out(sub)
 
-    data = group("data", "prepare corpora")
-    sub = command(data, "prepare", handlers.data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
-    sub.add_argument("--tokenizer", required=True, type=Path)
-    sub.add_argument("--input", required=True, **spec)
-    sub.add_argument("--out", required=True, type=location)
-    text_field(sub)
-    chat(sub)
+    data = group("data", "prepare corpora, and look at them")
+    data_prepare_of(command(data, "prepare", data_prepare, "Corpora to sharded, tokenised ArrayRecord."))
+    data_stats_of(command(data, "stats", data_stats, "What is in corpora, and what is left out of them."))
 
     sub = command(commands, "eval", handlers.evaluate, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)

@@ -8,6 +8,7 @@ from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
+from cpt_jax.data.cleaning import Cleaning
 from cpt_jax.data.documents import LongDocuments
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import Mixture, Phase, Phases, Ramp, Temperature, check_mixture, domains_of
@@ -39,6 +40,8 @@ class Domain:
     role: Role
     # The share of documents (or groups) that neither the tokenizer nor training ever sees, chosen by hash.
     heldout: Holdout = Holdout()
+    # What is left out of training besides: filtered, said before, or part of an evaluation set.
+    cleaning: Cleaning = Cleaning()
 
     @property
     def name(self) -> str:
@@ -259,6 +262,7 @@ class Recipe:
 __all__ = [
     "Anchor",
     "ByPath",
+    "Cleaning",
     "Domain",
     "Embeddings",
     "Evaluation",

@@ -13,20 +13,23 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.stores import Location, Store, is_address, state_of, written_to
+from cpt_jax.core.stores import Location, Store, is_address, written_to
 from cpt_jax.core.tree import Tree
-from cpt_jax.data.chat import prepare_corpus
-from cpt_jax.data.holdout import learnable_documents, read_heldout, write_heldout
+from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
+from cpt_jax.data.holdout import read_heldout, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import domains_of, mean_shares
-from cpt_jax.data.prepare import read_manifest
+from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.prepare import MANIFEST, STATISTICS, read_manifest
 from cpt_jax.data.records import Unreadable
-from cpt_jax.data.sources import SkipCounts, files_of
+from cpt_jax.data.sources import corpus_state, files_of
+from cpt_jax.data.steps import Task
+from cpt_jax.data.tfds_format import DATASET_INFO, FEATURES
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.shared import SharedStations
-from cpt_jax.recipe.stations import Begun, Workdir, identity
+from cpt_jax.recipe.stations import Begun, Workdir
 from cpt_jax.recipe.vocabulary_stations import VocabularyStations
 from cpt_jax.recipe.watching import Watched
 from cpt_jax.sharding.mesh import MeshShape
@@ -116,10 +119,11 @@ class Pipeline(VocabularyStations, Watched):
 
     def hold_out(self, domain: Domain) -> None:
         out = self._data(domain)
-        files = [state_of(str(file)) if is_address(file) else identity(Path(file)) for file in files_of(domain.corpus)]
+        # What is left out of training does not change what is held out.
+        given = {field: value for field, value in to_json(domain).items() if field != "cleaning"}
         self._station(
             f"hold-out-{domain.name}",
-            [to_json(domain), files],
+            [given, corpus_state(domain.corpus)],
             [out / "heldout.jsonl", out / "heldout_hashes.bin"],
             lambda: write_heldout(domain.corpus, domain.heldout, out),
             common=True,
@@ -128,21 +132,26 @@ class Pipeline(VocabularyStations, Watched):
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
 
+        others = [each for each in self.recipe.domains if domain.cleaning.evaluation_words is not None]
+        task = Task(
+            corpus=domain.corpus,
+            place=out,
+            tokenizer=self.path / "tokenizer",
+            template=self.template_file,
+            cleaning=domain.cleaning,
+            apart=MeasuredApart(holdout=domain.heldout, directory=out),
+            measured=tuple((each.name, self._data(each)) for each in others),
+        )
+
         def tokenise() -> None:
             say(f"data: tokenising {domain.name}")
-            skipped = SkipCounts()
-            documents = learnable_documents(domain.corpus, domain.heldout, out, skipped)
-            prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
+            prepare_corpus(task)
 
-        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
-        self._station(
-            f"data-{domain.name}",
-            inputs,
-            [out / "manifest.json"],
-            tokenise,
-            beside="train-*.arrayrecord",
-            common=True,
-        )
+        heldout = [self.marks[f"hold-out-{each.name}"] for each in others]
+        cleaning = [to_json(domain.cleaning), heldout, evaluation_state(domain.cleaning)]
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given(), cleaning]
+        outputs = [out / name for name in (MANIFEST, STATISTICS, DATASET_INFO, FEATURES)]
+        self._station(f"data-{domain.name}", inputs, outputs, tokenise, beside="train-*.arrayrecord", common=True)
 
     # Training
 
@@ -153,7 +162,6 @@ class Pipeline(VocabularyStations, Watched):
                 trained = train(training, self.plan)
             self.lineage.remember(stage, trained)
 
-        self.measure_base(stage)
         name, inputs, outputs, changeable = self._stage_station(index, stage)
         self._station(name, inputs, outputs, build, together=True, changeable=changeable)
 
