@@ -24,7 +24,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not (self.amount >= 0 and math.isfinite(self.amount)):
-            raise UserError(f"the budget is {self.amount}: give 0 or more, as in 1% (of the base's loss) or 0.05 (loss)")
+            raise UserError(
+                f"the budget is {self.amount}: give 0 or more, as in 1% (of the base's loss) or 0.05 (loss)"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
@@ -78,7 +80,11 @@ class Answer:
         low, high, best = self.replay.low, self.replay.high, self.replay.best
         smallest, largest = (percent(share) for share in self.measured)
         if high <= self.measured[0]:
-            needed = "no replay is needed" if self.measured[0] == 0 else f"{smallest} of replay, the least that was run, is enough"
+            needed = (
+                "no replay is needed"
+                if self.measured[0] == 0
+                else f"{smallest} of replay, the least that was run, is enough"
+            )
             return f"{start}{needed}: at {smallest}, {self.old} changes by {_change(self.old_without)}."
         if math.isinf(low):
             return (
@@ -88,8 +94,12 @@ class Answer:
         if math.isinf(high):
             more = f"; whether that is enough, the runs do not tell: none had more than {largest}"
             return f"{start}replay {percent(low)} or more{more}."
-        shown = f"replay {between(low, high)}" if low > self.measured[0] or low == 0 else f"replay up to {percent(high)}"
-        cost = f", which costs {self.new} {_change(self.cost)} against {smallest} of replay" if math.isfinite(best) else ""
+        shown = (
+            f"replay {between(low, high)}" if low > self.measured[0] or low == 0 else f"replay up to {percent(high)}"
+        )
+        cost = (
+            f", which costs {self.new} {_change(self.cost)} against {smallest} of replay" if math.isfinite(best) else ""
+        )
         return f"{start}{shown}{cost}."
 
 
@@ -169,7 +179,9 @@ def _estimate(draws: np.ndarray, best: float) -> Estimate:
     return Estimate(best=float(best), low=float(low), high=float(high))
 
 
-def _smallest_enough(law: Law, limit: float, measured: tuple[float, float], tokens: float, size: float | None) -> Estimate:
+def _smallest_enough(
+    law: Law, limit: float, measured: tuple[float, float], tokens: float, size: float | None
+) -> Estimate:
     smallest, largest = measured
     fine = np.geomspace(max(smallest, 1e-4), largest, 2000)
     grid = np.unique(np.concatenate([[smallest], fine]))

@@ -8,9 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.laws.answer import Budget, Estimate, answer, fit_both
-from cpt_jax.laws.answer import HIGH as HIGH_QUANTILE
-from cpt_jax.laws.answer import LOW as LOW_QUANTILE
+from cpt_jax.laws.answer import HIGH, LOW, Budget, Estimate, answer, fit_both
 from cpt_jax.laws.points import Point
 
 # alpha, s and beta, and one more to see the error.
@@ -31,7 +29,7 @@ class CriticalLaw:
         """The critical share of new text in a run of so many tokens, between 0 and 1."""
         all_fits = np.concatenate([self.parameters[None], self.draws])
         ratios = np.clip(all_fits[:, 0] * (tokens / self.token_unit) ** all_fits[:, 1] + all_fits[:, 2], 0, 1)
-        low, high = np.quantile(ratios[1:], [LOW_QUANTILE, HIGH_QUANTILE]) if len(self.draws) else (ratios[0], ratios[0])
+        low, high = np.quantile(ratios[1:], [LOW, HIGH]) if len(self.draws) else (ratios[0], ratios[0])
         return Estimate(best=float(ratios[0]), low=float(low), high=float(high))
 
 

@@ -56,7 +56,9 @@ class Law:
         """Settings at these shares of replay."""
         one = np.ones(len(replay))
         own = 1.0 if size is None or self.size_unit == 1.0 else size / self.size_unit
-        return Settings(size=one * own, tokens=one * tokens / self.token_unit, share=1 - replay if self.is_new else replay)
+        return Settings(
+            size=one * own, tokens=one * tokens / self.token_unit, share=1 - replay if self.is_new else replay
+        )
 
     def predict(self, replay: np.ndarray, tokens: float, size: float | None) -> Float[np.ndarray, "replay"]:
         """Losses at shares of replay."""
@@ -110,7 +112,9 @@ def fit_law(points: Sequence[Point], domain: str, *, is_new: bool, draws: int = 
     """
     used = trained(points, domain)
     if len(missing := [point.name for point in used if point.size is None]) not in (0, len(used)):
-        raise UserError(f"the model size is known of some runs only: add it for {missing[0]!r}, or leave the column out")
+        raise UserError(
+            f"the model size is known of some runs only: add it for {missing[0]!r}, or leave the column out"
+        )
     at, size_unit, token_unit = settings_of(
         [p.size for p in used], [p.tokens for p in used], [1 - p.share if is_new else p.share for p in used]
     )
@@ -205,7 +209,13 @@ def _cost(form: Form, at: Settings, targets: np.ndarray, x: np.ndarray, delta: f
 
 
 def _draws(
-    form: Form, at: Settings, target: np.ndarray, best: np.ndarray, delta: float, count: int, random: np.random.Generator
+    form: Form,
+    at: Settings,
+    target: np.ndarray,
+    best: np.ndarray,
+    delta: float,
+    count: int,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """Parameters of fits on data drawn anew: the law plus its residuals in another order (with repetition), their signs at
     random (a run that went astray shall widen the interval, not move it), widened for the parameters that the fit
@@ -219,7 +229,9 @@ def _draws(
     signs = random.choice([-1.0, 1.0], (count, len(target)))
     targets = np.tile(fitted + width * signs * random.choice(residuals, (count, len(target))), (3, 1))
     drawn = form.with_usual_ranges(count, random)
-    drawn = Form(free=drawn.free, fixed={name: np.tile(value, 3 if np.ndim(value) else 1) for name, value in drawn.fixed.items()})
+    drawn = Form(
+        free=drawn.free, fixed={name: np.tile(value, 3 if np.ndim(value) else 1) for name, value in drawn.fixed.items()}
+    )
     nearby = best + random.normal(0, 0.5, (count, len(best)))
     starts = np.concatenate([np.tile(best, (count, 1)), nearby, _starts(form, at, target, count, random)])
     found, cost = _minimise(drawn, at, targets, starts, delta)

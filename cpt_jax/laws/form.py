@@ -179,7 +179,11 @@ def form_for(at: Settings, domain: str) -> Form:
     free: tuple[str, ...] = ()
     needed = 1 + sum(len(step) for step in steps if step[0] in ("E", "A", "B"))
     if len(at) < needed or at.distinct < needed - 1:
-        varied = [name for name, count in (("share of replay", shares), ("tokens", tokens), ("model size", sizes)) if count > 1]
+        varied = [
+            name
+            for name, count in (("share of replay", shares), ("tokens", tokens), ("model size", sizes))
+            if count > 1
+        ]
         raise UserError(
             f"the law of {domain!r} has {needed - 1} parameters and needs {needed} runs that differ in {', '.join(varied)}; "
             f"there are {at.distinct}: run {max(1, needed - at.distinct)} more"
@@ -191,7 +195,9 @@ def form_for(at: Settings, domain: str) -> Form:
     return Form(free=tuple(name for name in PARAMETERS if name in free), fixed=fixed)
 
 
-def settings_of(sizes: Sequence[float | None], tokens: Sequence[float], shares: Sequence[float]) -> tuple[Settings, float, float]:
+def settings_of(
+    sizes: Sequence[float | None], tokens: Sequence[float], shares: Sequence[float]
+) -> tuple[Settings, float, float]:
     """Settings relative to the geometric means of sizes and tokens, and these two units. Sizes that are not all known
     count as one."""
     known = [size for size in sizes if size is not None]

@@ -83,7 +83,11 @@ def read_points(path: Path) -> list[Point]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
     elif path.suffix == ".jsonl":
-        rows = [_object(line, f"{path}, line {n}") for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        rows = [
+            _object(line, f"{path}, line {n}")
+            for n, line in enumerate(path.read_text().splitlines(), 1)
+            if line.strip()
+        ]
     else:
         raise UserError(f"{path}: give a .csv or .jsonl table, or a run's directory")
     return [_point(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
