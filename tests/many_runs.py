@@ -17,12 +17,27 @@ def losses(share: float, tokens: float = 1e6) -> dict[str, float]:
 
 
 def write_run(
-    path: Path, share: float, seed: int = 0, *, tokens: int = 1_000_000, rate: float = 1e-3, noise: float = 0.0, watch: bool = False
+    path: Path,
+    share: float,
+    seed: int = 0,
+    *,
+    tokens: int = 1_000_000,
+    rate: float = 1e-3,
+    noise: float = 0.0,
+    watch: bool = False,
 ) -> None:
     """One run's config.json, eval.json and metrics."""
     mixture = {"zh": 1 - share, "en": share} if share else {"zh": 1.0}
-    domains = [{"corpus": {"name": name, "spec": f"{name}.jsonl"}, "role": role} for name, role in (("zh", "new"), ("en", "replay"))]
-    stage = {"name": "lora", "tokens": tokens, "mixture": mixture, "optimizer": {"kind": "AdamW", "learning_rate": rate}}
+    domains = [
+        {"corpus": {"name": name, "spec": f"{name}.jsonl"}, "role": role}
+        for name, role in (("zh", "new"), ("en", "replay"))
+    ]
+    stage = {
+        "name": "lora",
+        "tokens": tokens,
+        "mixture": mixture,
+        "optimizer": {"kind": "AdamW", "learning_rate": rate},
+    }
     config = {"kind": "Recipe", "name": path.name, "base": "tiny", "seed": seed, "domains": domains, "stages": [stage]}
     chance = random.Random(f"{share} {seed} {rate} {tokens}")
     final = {name: value * math.exp(chance.gauss(0, noise)) for name, value in losses(share, tokens).items()}
@@ -38,8 +53,15 @@ def write_run(
     steps = range(1, 41)
     way = {step: 1 - math.exp(-step / 10) for step in steps}
     between = {step: {name: BASE[name] + way[step] * (final[name] - BASE[name]) for name in BASE} for step in steps}
-    lines = [{"step": step, "tokens": tokens // 40, **{f"nats/{name}": 2 * between[step][name] for name in mixture}} for step in steps]
+    lines = [
+        {"step": step, "tokens": tokens // 40, **{f"nats/{name}": 2 * between[step][name] for name in mixture}}
+        for step in steps
+    ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if watch:
-        seen = [{"step": step, "tokens": step * tokens // 40, "bits_per_byte": between[step]} for step in steps if step % 5 == 0]
+        seen = [
+            {"step": step, "tokens": step * tokens // 40, "bits_per_byte": between[step]}
+            for step in steps
+            if step % 5 == 0
+        ]
         (directory / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seen))

@@ -106,7 +106,8 @@ class Answer:
 def percent(share: float) -> str:
     """A share as text, to two digits: 0.4%, 7.6%, 12%."""
     value = 100 * share
-    return f"{value:.0f}%" if abs(value) >= 9.95 or value == 0 else f"{float(f'{value:.2g}'):g}%"
+    digits = 0 if abs(value) >= 9.95 or value == 0 else 1 if abs(value) >= 0.995 else 2
+    return f"{value:.{digits}f}%"
 
 
 def between(low: float, high: float) -> str:

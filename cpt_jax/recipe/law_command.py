@@ -37,7 +37,8 @@ def law(
     if json_path is not None:
         write_json_atomic(json_path, study.as_json())
     if html_path is not None:
-        body = study_section(study, unit, html_path.parent / "plots")
+        body = f'<div class="answer"><p>{html.escape(study.asked.sentence)}</p></div>'
+        body += study_section(study, unit, html_path.parent / "plots")
         body += "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
         runs = len(study.laws[0].points)
         write_text_atomic(

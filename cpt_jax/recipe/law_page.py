@@ -169,8 +169,7 @@ def study_section(study: Study, unit: str, plots: Path) -> str:
     course = f"<p>{html.escape(critical_text(study.critical))}.</p>" if study.critical else ""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*map(formula, study.laws), *study.asked.notes))
     return (
-        f'<h2>How much to replay</h2><div class="answer"><p>{html.escape(study.asked.sentence)}</p></div>'
-        f"<div class=figures>{figures}</div>{table}{course}{trust}"
+        f"<h2>How much to replay</h2><div class=figures>{figures}</div>{table}{course}{trust}"
         f"<details><summary>The laws and what was assumed</summary><ul class=note>{notes}</ul>"
         "<p class=note>Form: Que et al. 2024 (arXiv 2406.01375). Intervals: 90% of laws fitted on data drawn anew from this one and its residuals.</p></details>"
     )

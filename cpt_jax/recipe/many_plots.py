@@ -29,7 +29,8 @@ def _colours(settings: Sequence[Setting]) -> list:
 
 def points_plot(settings: Sequence[Setting], front: Sequence[Setting], new: str, old: str, directory: Path) -> str:
     """New-domain against old-domain bits per byte, a point a setting (its seeds as dots, their range as a cross): down and
-    left is better; the front as a line, the old domain's base as a dashed one."""
+    left is better; the front as a line, numbered from the best on the new domain; the old domain's base as a dashed
+    line."""
     figure, (axis,) = new_figure(1, WIDTH, HEIGHT)
     axis.grid(axis="x", color="#e6e8ec", linewidth=0.8)
     for setting, colour in zip(settings, _colours(settings), strict=True):
@@ -42,12 +43,15 @@ def points_plot(settings: Sequence[Setting], front: Sequence[Setting], new: str,
     axis.plot(
         [s.mean(new) for s in front], [s.mean(old) for s in front], color=ACCENT, linewidth=1.2, alpha=0.7, zorder=1
     )
-    named = front if len(front) <= 8 else [front[0], front[len(front) // 2], front[-1]]
-    for setting in named:
-        text = setting.label if len(setting.label) <= 26 else setting.label[:25] + "…"
+    for number, setting in enumerate(front, 1):
         axis.annotate(
-            text, (setting.mean(new), setting.mean(old)), xytext=(6, 5), textcoords="offset points", fontsize=8
-        )  # fmt: skip
+            str(number),
+            (setting.mean(new), setting.mean(old)),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=9,
+            fontweight="bold",
+        )
     base = settings[0].runs[0].base[old]
     axis.axhline(base, color=GREY, linestyle="--", linewidth=1, zorder=0)
     axis.annotate(f"base {base:.3f}", (1, base), xycoords=("axes fraction", "data"), xytext=(0, 3),

@@ -20,7 +20,7 @@ STYLE = """
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 0 1.4rem; }
 .sortable th { cursor: pointer; } .sortable th[data-order="1"]::after { content: " ▲"; } .sortable
 th[data-order="-1"]::after { content: " ▼"; } .sortable td a { color: inherit; } tr.front td:first-child { border-left:
-3px solid var(--accent); } .answer p { overflow-wrap: anywhere; } li { overflow-wrap: anywhere; }
+3px solid var(--accent); } .runs { white-space: normal; min-width: 9rem; max-width: 20rem; } .answer p { overflow-wrap: anywhere; } li { overflow-wrap: anywhere; }
 """
 # Sorts a table by the column whose head is touched, by `data-value` where a cell has one.
 SCRIPT = """<script>
@@ -50,9 +50,10 @@ def write_runs_report(paths: Sequence[Path], out: Path) -> Path:
         next((n for n, role in domains.items() if role in roles), None) for roles in (("new",), ("replay", "watch"))
     )
     front = pareto_front(settings, new, old) if new and old else []
+    answer, law = _law(runs, new, old, plots) if new and old else ([], "")
     sections = [
-        _trade(settings, front, new, old, plots) if new and old else "",
-        _law(runs, new, old, plots) if new and old else "",
+        _trade(settings, front, new, old, answer, plots) if new and old else "",
+        law,
         _table(settings, front, list(domains), out),
         _curves(settings, domains, plots),
         _left_out(left_out),
@@ -64,7 +65,9 @@ def write_runs_report(paths: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _trade(settings: Sequence[Setting], front: Sequence[Setting], new: str, old: str, plots: Path) -> str:
+def _trade(
+    settings: Sequence[Setting], front: Sequence[Setting], new: str, old: str, answer: Sequence[str], plots: Path
+) -> str:
     best = front[0]
     words = [
         f"The best on <b>{html.escape(new)}</b> is <b>{html.escape(best.label)}</b>: {best.mean(new):.3f} bits per byte "
@@ -76,29 +79,28 @@ def _trade(settings: Sequence[Setting], front: Sequence[Setting], new: str, old:
             f"The best on <b>{html.escape(old)}</b> of those that no other beats on both is <b>{html.escape(keeper.label)}</b>: "
             f"{keeper.mean(old):.3f} ({keeper.change(old):+.1%}), with {html.escape(new)} at {keeper.mean(new):.3f} ({keeper.change(new):+.1%})."
         )
-    names = "; ".join(html.escape(setting.label) for setting in front)
-    note = f"On the Pareto front, from best on {html.escape(new)} to best on {html.escape(old)}: {names}. Down and left is better."
+    names = "".join(f"<li>{html.escape(setting.label)}</li>" for setting in front)
+    note = f"The Pareto front, from best on {html.escape(new)} to best on {html.escape(old)}; down and left is better, the base dashed."
     return (
-        f'<div class="answer">{"".join(f"<p>{line}</p>" for line in words)}</div><h2>New against old</h2>'
-        f"<div class=figures><figure>{points_plot(settings, front, new, old, plots)}</figure></div><p class=note>{note}</p>"
+        f'<div class="answer">{"".join(f"<p>{line}</p>" for line in [*words, *answer])}</div><h2>New against old</h2>'
+        f"<figure class=small>{points_plot(settings, front, new, old, plots)}</figure>"
+        f"<p class=note>{note}</p><ol class=note>{names}</ol>"
     )
 
 
-def _law(runs: Sequence[RunFacts], new: str, old: str, plots: Path) -> str:
+def _law(runs: Sequence[RunFacts], new: str, old: str, plots: Path) -> tuple[list[str], str]:
+    """The answer for the top of the page, if there is a law, and the law's section."""
     of_law, others = alike(runs)
     if len({run.replay for run in of_law}) == 1:
-        return ""
+        return [], ""
     points = points_of(of_law)
     try:
         study = Study.of(points, fit_both(points, old, new), BUDGET)
     except UserError as error:
-        return f"<h2>How much to replay</h2><p>No law was fitted: {html.escape(str(error))}.</p>"
-    apart = (
-        f"<p class=note>Fitted on {len(of_law)} runs; {len(others)} that differ in other settings are left out.</p>"
-        if others
-        else ""
-    )
-    return study_section(study, "bits per byte", plots) + apart
+        return [], f"<h2>How much to replay</h2><p>No law was fitted: {html.escape(str(error))}.</p>"
+    apart = f"; {len(others)} that differ in other settings are left out" if others else ""
+    note = f"<p class=note>Fitted on {len(of_law)} runs{apart}.</p>"
+    return [html.escape(study.asked.sentence)], study_section(study, "bits per byte", plots) + note
 
 
 def _table(settings: Sequence[Setting], front: Sequence[Setting], domains: Sequence[str], out: Path) -> str:
@@ -151,7 +153,7 @@ def _links(setting: Setting, out: Path) -> str:
         report, name = run.path / "report.html", html.escape(run.name)
         place = html.escape(Path(os.path.relpath(report, out.parent)).as_posix())
         links.append(f'<a href="{place}">{name}</a>' if report.exists() else name)
-    return f"<small>{', '.join(links)}</small>"
+    return f"<small class=runs>{', '.join(links)}</small>"
 
 
 def _curves(settings: Sequence[Setting], domains: Sequence[str], plots: Path) -> str:
