@@ -209,9 +209,17 @@ def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.report import compare_reports, write_report
+    from cpt_jax.recipe.many import is_sweep
+    from cpt_jax.recipe.many_report import write_runs_report
+    from cpt_jax.recipe.report import write_report
 
-    for run in arguments.run:
-        print(write_report(run))
-    if len(arguments.run) > 1:
-        print(compare_reports(arguments.run, arguments.out))
+    runs = arguments.run
+    for run in runs:
+        if not is_sweep(run):
+            print(write_report(run))
+    if is_sweep(runs[0]) or len(runs) > 1:
+        print(
+            write_runs_report(
+                runs, arguments.out or (Path("compare.html") if len(runs) > 1 else runs[0] / "report.html")
+            )
+        )

@@ -7,6 +7,7 @@ from typing import Any
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
 from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
+from cpt_jax.cli.laws import LAW, law, law_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
@@ -290,8 +291,13 @@ def parser() -> argparse.ArgumentParser:
     json_out(sub)
 
     sub = command(
-        commands, "report", handlers.report, "A run's HTML report; with several runs, a page that compares them."
+        commands,
+        "report",
+        handlers.report,
+        "A run's HTML report; of a sweep or of several runs, a page over all of them.",
     )
-    sub.add_argument("run", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, default=Path("compare.html"))
+    sub.add_argument("run", nargs="+", type=Path, help="runs' directories, or a sweep's")
+    sub.add_argument("--out", type=Path, help="of several (default: report.html of a sweep, else compare.html)")
+
+    law_of(command(commands, "law", law, LAW))
     return parser

@@ -8,8 +8,9 @@ import grain
 import numpy as np
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.prepare import NOT_LEARNT, encode_record
+from cpt_jax.data.prepare import NOT_LEARNT
 from cpt_jax.data.records import Records
+from cpt_jax.data.tfds_format import array_of
 
 # What becomes of documents longer than a row: they go on in another one, or their rest is left out, or all of them.
 LongDocuments = Literal["split", "cut", "leave out"]
@@ -18,6 +19,7 @@ LongDocuments = Literal["split", "cut", "leave out"]
 # block 6.
 BLOCK_TOKENS = 65_536
 BLOCK_DOCUMENTS = 256
+_NOTHING = np.zeros(0, np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,10 @@ class Documents:
 
     def _read(self, numbers: np.ndarray) -> Block:
         read = self.records.read(numbers.tolist())
-        start, end = (b"", b"") if self._frame is None else (encode_record([token]) for token in self._frame)
-        records = [b"" if record is None else start + record + end for record in read]
-        stored = np.frombuffer(b"".join(records), "<u4")
-        lengths = np.array([len(record) // 4 for record in records], np.int64)
+        start, end = (np.array([token], np.uint32) for token in self._frame) if self._frame else (_NOTHING, _NOTHING)
+        framed = [(_NOTHING,) if record is None else (start, array_of(record), end) for record in read]
+        stored = np.concatenate([part for parts in framed for part in parts])
+        lengths = np.array([sum(map(len, parts)) for parts in framed], np.int64)
         learnt = stored < NOT_LEARNT
         tokens = (stored & np.uint32(NOT_LEARNT - 1)).view(np.int32)
         begins = np.cumsum(lengths) - lengths
