@@ -25,6 +25,17 @@ SHAPES = {
         "num_key_value_heads": 7,
         "head_dim": 64,
     },
+    # SmolLM2-135M, for where its weights are not at hand.
+    "135m": _LLAMA
+    | {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    },
     # Llama 3.2 1B.
     "1b": _LLAMA
     | {

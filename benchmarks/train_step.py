@@ -3,7 +3,7 @@
     python -m benchmarks.train_step                                    # CPU: SmolLM2 and a 30M shape, 2 x 256 tokens, 11 minutes
     python -m benchmarks.train_step --model smollm2 1b --sequence 2048 8192 --tokens 16384 --documents 8 --compute bfloat16   # a GPU
 
-Prints a Markdown table and writes benchmarks/results/train_step-DEVICE.json. Each figure comes from a process of its own. Seconds are those of `--steps`
+Prints a Markdown table and writes benchmarks/results/train_step-DEVICE.json, whose other rows of the same machine and versions stay. Each figure comes from a process of its own. Seconds are those of `--steps`
 steps after three, waited for at the end; to first step: from the weights' reading to the first step's end, imports apart; memory: what the process had at most
 on a CPU, what the allocator gave at most on a GPU. MFU: model FLOPs (causal attention halved, no gradient of frozen weights: cpt_jax/training/flops.py) over the device's peak;
 on a CPU over the bfloat16 product of 4,096 x 4,096 that was measured beside it. A row of `--sequence` tokens is packed of `--documents`; torch is given their positions.
@@ -272,10 +272,13 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "peft")}
     command = "python -m benchmarks.train_step " + shlex.join(sys.argv[1:])
     machine = {"device": device, "peak_flops": peak, "cores": os.cpu_count(), "python": platform.python_version()}
-    machine |= {**versions, "command": command}
+    machine |= versions
     out = Path("benchmarks/results") / f"train_step-{device.replace(' ', '-')}.json"
     programs = arguments.programs or (OURS, *(THEIRS if "cpu" not in device.lower() else THEIRS[:1]))
-    results = []
+    # What the same machine measured before stays, but for what is measured again.
+    before = json.loads(out.read_text()) if out.exists() else {}
+    results = before["results"] if before.get("machine") == machine else []
+    measured = []
     for model in arguments.model:
         for length in arguments.sequence:
             for compute in arguments.compute:
@@ -293,6 +296,8 @@ def main() -> None:
                         flags = [str(word) for name, value in case.items() for word in (f"--{name}", value)]
                         found = child([*flags, "--programs", program, *map(str, fixed)])
                         result = {**case, "program": program, "batch": arguments.tokens // length}
+                        results = [row for row in results if not result.items() <= row.items()]
+                        result["command"] = command
                         if isinstance(found, str):
                             result["error"] = found
                         else:
@@ -300,9 +305,10 @@ def main() -> None:
                             mfu = rate * flops_of(model, method, length) / peak
                             result |= {"tokens_per_second": rate, "mfu": mfu, **found}
                         results.append(result)
-                        say(table(results[-1:]).splitlines()[-1])
+                        measured.append(result)
+                        say(table(measured[-1:]).splitlines()[-1])
                         write_json_atomic(out, {"machine": machine, "results": results})
-    print(table(results))
+    print(table(measured))
     say(str(out))
 
 

@@ -32,6 +32,12 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
         "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
     )
     sub.add_argument("--min-frequency", type=int, metavar="N", help="of a learnt piece in the text (default 2)")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="SHARE",
+        help="merge pairs that are at most so frequent in the old text against the new (default 0: old text is cut as before; 0.01 where it holds some of the new language)",
+    )
     sub.add_argument("--max-piece-characters", type=int, metavar="N", help="(default 16)")
     sub.add_argument(
         "--sample-bytes",
@@ -41,6 +47,36 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--heldout-share", type=float, default=0.1, help="of documents, by hash (default 0.1)")
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+
+def replay_and_forgetting(sub: argparse.ArgumentParser) -> None:
+    """How much `adapt` replays, and what it does about forgetting."""
+    sub.add_argument(
+        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
+    )
+    sub.add_argument(
+        "--replay-until",
+        type=float,
+        metavar="SHARE",
+        help="the share that it goes to, along a line (default: it stays)",
+    )
+    sub.add_argument(
+        "--watch-every",
+        type=int,
+        metavar="STEPS",
+        help="measure bits per byte of replayed and watched domains (default with a budget: 20 times)",
+    )
+    sub.add_argument(
+        "--forgetting-budget",
+        type=float,
+        metavar="SHARE",
+        help="act when one of them is worse than the base by more than this, as in 0.02",
+    )
+    sub.add_argument(
+        "--on-forgetting",
+        choices=("raise-replay", "stop"),
+        help="what is done then (default: raise replay where there is some)",
+    )
 
 
 def plan_of(sub: argparse.ArgumentParser) -> None:

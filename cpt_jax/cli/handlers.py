@@ -33,6 +33,10 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "mean_teacher",
         "tokens",
         "replay_share",
+        "replay_until",
+        "watch_every",
+        "forgetting_budget",
+        "on_forgetting",
         "text_field",
         "chat",
         "chat_template",
@@ -74,6 +78,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a run lies on the machine, and what is watched there; starts it with the other processes, if there are."""
     from cpt_jax.core.processes import Processes
+    from cpt_jax.recipe.shared import SharedStations
     from cpt_jax.sharding.mesh import MeshShape
     from cpt_jax.training.profile import ProfiledSteps
 
@@ -86,6 +91,7 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh),
         "hang_seconds": arguments.hang_seconds or None,
         "unreadable": arguments.unreadable,
+        "shared": None if arguments.shared is None else SharedStations(arguments.shared),
     }
 
 
@@ -98,7 +104,7 @@ def _overridden(recipe, overrides: list[str]):
 def _extension(arguments: argparse.Namespace, new_tokens: int, candidates: Path | None):
     from cpt_jax.recipe.tokenizer_commands import extension_of
 
-    names = ("method", "scores", "ban", "scripts", "min_frequency", "max_piece_characters", "sample_bytes")
+    names = ("method", "scores", "ban", "scripts", "min_frequency", "max_piece_characters", "tolerance", "sample_bytes")
     return extension_of(new_tokens=new_tokens, candidates=candidates, **_named(arguments, *names))
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
 from cpt_jax.cli.laws import LAW, law, law_of
+from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
 # Kinds of initial rows (`vocab.init_rows`), named here so that --help imports no JAX.
@@ -87,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
             help="when no step ends for so long, say where it hangs; after as long again exit with 75 (default 1800; 0: never)",
         )
         sub.add_argument(
+            "--shared", type=Path, metavar="DIR", help="where the runs of a sweep find what they have in common"
+        )
+        sub.add_argument(
             "--unreadable",
             choices=("stop", "skip"),
             default="stop",
@@ -114,9 +118,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
     sub.add_argument("--mean-teacher", type=float, metavar="WEIGHT", help="of staying near the moving average's")
     sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
-    sub.add_argument(
-        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
-    )
+    replay_and_forgetting(sub)
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
@@ -154,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     machine(sub)
     sub.set_defaults(only="train")
 
+    sweep_of(command(commands, "sweep", sweep, HELP))
     plan_of(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

@@ -55,6 +55,8 @@ class RunContext:
         """The base as a model directory, its configuration, tokenizer and chat template checked."""
         # What has to be fetched, or made, is there when the first process comes back; where each has a copy of the
         # directory, each makes its own.
+        if processes.is_first() and self.workdir.shared is not None:
+            self.workdir.shared.base(self.recipe.base, self.path / "source")
         if processes.is_first() and self.workdir.mirror is None:
             resolve_base(self.recipe.base, self.path / "source")
         processes.wait("the base is there")
@@ -91,8 +93,11 @@ class RunContext:
         return mesh
 
     def _source_identity(self) -> list:
-        if self.workdir.mirror is None or not self.source.is_relative_to(self.path):
+        if not self.source.is_relative_to(self.path):
             return identity(self.source)
+        if self.workdir.mirror is None:
+            # By its name in the run: what runs have in common is known by it, and a run may be moved.
+            return [[file.removeprefix(f"{self.path}/"), *rest] for file, *rest in identity(self.source)]
         # Made anew on each machine: other times, the same content.
         return sorted(checksums(self.source, (path for path in self.source.iterdir() if path.name != MADE_OF)).items())
 

@@ -14,6 +14,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.stores import Store, is_address, refusals_are_told
+from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
 
 # Where a model that is no directory yet (GGUF, adapter, remote) is unpacked when a command has no work directory.
@@ -54,13 +55,20 @@ def _stored_model(address: str) -> str:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe from `module:function`, from a function of `configs/`, or from a saved `config.json`.
+    """A recipe from `module:function`, from a function of `configs/`, from a saved `config.json`, or a run of an experiment
+    (EXPERIMENT/RUN).
 
     Raises:
       UserError: there is none of that name (the nearest one is named), or it is no recipe.
     """
     if name.endswith(".json"):
         return _saved_recipe(Path(name))
+    if "/" in name:
+        experiment, _, run = name.partition("/")
+        runs = find_experiment(experiment)
+        if run not in runs:
+            raise UserError(f"experiment {experiment!r} has no run {nearest(run, runs)}; it has: {', '.join(runs)}")
+        return runs[run]
     # Recipes are the user's own files: they are looked for from the directory the command is called in.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

@@ -147,3 +147,27 @@ def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
     axis.margins(y=0.12)
     axis.legend(frameon=False, fontsize=8)
     return saved(figure, directory, "fertility")
+
+
+def watch_plot(stages: dict[str, list[dict]], base: dict[str, dict[str, float]], directory: Path) -> str:
+    """Bits per byte on the watch's sample against step, a panel a domain, over all stages: the base dashed, steps at
+    which the watch acted as points."""
+    names = list(dict.fromkeys(name for lines in stages.values() for line in lines for name in line["bits_per_byte"]))
+    figure, axes = new_figure(len(names), max(3.3 * len(names), 5.2), 2.7)
+    for axis, name in zip(axes, names, strict=True):
+        first = 0
+        for stage, lines in stages.items():
+            for field, style in (("average", "--"), ("bits_per_byte", "-")):
+                points = [(first + line["step"], line[field][name]) for line in lines if name in line.get(field, {})]
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                axis.plot(x, y, color=ACCENT, linestyle=style, linewidth=1.7)
+            acted = [line for line in lines if line["action"] is not None and name in line["bits_per_byte"]]
+            x = [first + line["step"] for line in acted]
+            axis.scatter(x, [line["bits_per_byte"][name] for line in acted], color=DOMAIN_COLOURS[1], s=22, zorder=3)
+            if name in base.get(stage, {}):
+                axis.axhline(base[stage][name], color=GREY, linestyle="--", linewidth=1, zorder=1)
+            first += lines[-1]["step"]
+        axis.set_title(name, loc="left", fontweight="bold")
+        axis.set_xlabel("step")
+        axis.set_ylabel("bits per byte")
+    return saved(figure, directory, "watch")

@@ -12,6 +12,7 @@ from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.recipe.page import html_table, page
 from cpt_jax.recipe.plots import curves_plot, fertility_plot, stages_plot
+from cpt_jax.recipe.watch_report import endings, watch_section
 
 
 def load_run(run: Path) -> tuple[dict, list[dict]]:
@@ -228,9 +229,10 @@ def write_report(run: Path) -> Path:
     timing_rows = [[html.escape(name), clock(seconds)] for name, seconds in timings.items() if seconds >= 0.5]
     total = f" in {clock(sum(timings.values()))}" if timings else ""
     sections = [
-        _answer(config, entries, fertility),
+        _answer(config, entries, fertility) + endings(run),
         _domain_section(entries, domains, plots),
         _training_section(run, plots),
+        watch_section(run, plots),
         _vocabulary_section(fertility, plots) if fertility else "",
         _samples_section(run),
         _data_section(run),

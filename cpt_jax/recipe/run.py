@@ -1,6 +1,8 @@
 """The pipeline: every station of a recipe, in order, each skipped when it is done."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,24 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, state_of, written_to
+from cpt_jax.core.tree import Tree
 from cpt_jax.data.chat import prepare_corpus
-from cpt_jax.data.holdout import learnable_documents, read_heldout, training_documents, write_heldout
+from cpt_jax.data.holdout import learnable_documents, read_heldout, write_heldout
 from cpt_jax.data.loader import Loader
+from cpt_jax.data.mixture import domains_of, mean_shares
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import SkipCounts, files_of
-from cpt_jax.recipe.copies import copy_tokenizer, link_directory
-from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
-from cpt_jax.recipe.results import Results
-from cpt_jax.recipe.rows import grow_model
-from cpt_jax.recipe.stations import Workdir, identity
+from cpt_jax.recipe.shared import SharedStations
+from cpt_jax.recipe.stations import Begun, Workdir, identity
+from cpt_jax.recipe.vocabulary_stations import VocabularyStations
+from cpt_jax.recipe.watching import Watched
 from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.training.ending import ended_early
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
@@ -43,13 +46,15 @@ def run(
     mesh: MeshShape | None = None,
     hang_seconds: float | None = HANG_SECONDS,
     unreadable: Unreadable = "stop",
+    shared: SharedStations | None = None,
 ) -> None:
     """Runs a recipe in `workdir`, a directory or an address in a store; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
 
     `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
     each stage are traced into its directory. `mesh`: how it lies on the devices, which may be another each time.
-    `hang_seconds`: of a watchdog over training. `unreadable`: what becomes of data that cannot be read.
+    `hang_seconds`: of a watchdog over training. `unreadable`: what becomes of data that cannot be read. `shared`: where
+    the runs of a sweep have in common what they have in common.
 
     Raises:
       Preempted: it was asked to end by SIGTERM; all that was done is kept.
@@ -58,7 +63,7 @@ def run(
     quiet_libraries()
     for domain in recipe.domains:
         files_of(domain.corpus)
-    with ends_when_asked(), Workdir(workdir, recipe, update=update) as claimed:
+    with ends_when_asked(), Workdir(workdir, recipe, update=update, shared=shared) as claimed:
         pipeline = Pipeline(recipe, claimed)
         pipeline.profiled, pipeline.mesh = profiled, mesh
         pipeline.hang_seconds, pipeline.unreadable = hang_seconds, unreadable
@@ -71,24 +76,39 @@ def run(
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
-class Pipeline(Results):
+class Pipeline(VocabularyStations, Watched):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 
+    makes_loader: functools.partial[Loader]
+
     def run(self, only: str | None) -> None:
+        self.until_training()
+        for index, stage in enumerate(self.recipe.stages):
+            self.train(index, stage)
+            self.evaluate_stage(stage)
+        self.finish(only)
+
+    def until_training(self) -> None:
+        """All stations before the first stage."""
         self.resolve()
         for domain in self.recipe.domains:
             self.hold_out(domain)
         self.plan = self._plan()
         self.evaluate("base", "last")
+        for stage in self.recipe.stages:
+            self.measure_base(stage)
         self.vocabulary()
         if self.recipe.vocabulary is not None:
             self.evaluate("extended", "last")
-        for name in {name: None for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             self.prepare(next(domain for domain in self.recipe.domains if domain.name == name))
-        for index, stage in enumerate(self.recipe.stages):
-            self.train(index, stage)
-            for weights in ("last", "ema") if stage.ema is not None else ("last",):
-                self.evaluate(stage.name, weights)
+
+    def evaluate_stage(self, stage: Stage) -> None:
+        for weights in ("last", "ema") if stage.ema is not None else ("last",):
+            self.evaluate(stage.name, weights)
+
+    def finish(self, only: str | None) -> None:
+        """The stations behind the last stage's evaluation."""
         if only is None:
             self.export()
             self.samples()
@@ -102,60 +122,8 @@ class Pipeline(Results):
             [to_json(domain), files],
             [out / "heldout.jsonl", out / "heldout_hashes.bin"],
             lambda: write_heldout(domain.corpus, domain.heldout, out),
+            common=True,
         )
-
-    def _training_texts(self, role: str):
-        for domain in self.recipe.domains:
-            if domain.role == role:
-                yield from training_documents(domain.corpus, domain.heldout, self._data(domain), SkipCounts())
-
-    def vocabulary(self) -> None:
-        """The tokenizer and the base model, grown if the recipe says so."""
-        recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
-        if recipe.vocabulary is None:
-            inputs = ["unchanged", self.marks["base"]]
-
-            def copy() -> None:
-                copy_tokenizer(self.source, tokenizer)
-                self._write_template(tokenizer)
-
-            self._station("tokenizer", [*inputs, self.template_given()], [tokenizer], copy)
-            self._station("base-model", inputs, [base], lambda: link_directory(self.source, base))
-            return
-        vocabulary = recipe.vocabulary
-        roles = {domain.name: domain.role for domain in recipe.domains}
-        upstream = [self.marks[f"hold-out-{name}"] for name in roles]
-
-        def extend() -> None:
-            say(f"tokenizer: learning {vocabulary.extension.new_tokens:,} new pieces")
-            heldout = {domain.name: read_heldout(self._data(domain)) for domain in recipe.domains}
-            grow_tokenizer(
-                self.source,
-                vocabulary,
-                lambda: self._training_texts("new"),
-                lambda: self._training_texts("replay"),
-                heldout,
-                recipe.named("replay"),
-                tokenizer,
-                self.path / "fertility.json",
-            )
-            self._write_template(tokenizer)
-
-        outputs = [tokenizer, self.path / "fertility.json"]
-        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given()]
-        self._station("tokenizer", inputs, outputs, extend)
-        self._station(
-            "base-model",
-            [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
-            [base],
-            lambda: grow_model(
-                self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")
-            ),
-        )
-
-    def _write_template(self, tokenizer: Path) -> None:
-        if (template := self.template_given()) is not None:
-            write_text_atomic(tokenizer / "chat_template.jinja", template)
 
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
@@ -167,44 +135,79 @@ class Pipeline(Results):
             prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
 
         inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
-        self._station(f"data-{domain.name}", inputs, [out / "manifest.json"], tokenise, beside="train-*.arrayrecord")
+        self._station(
+            f"data-{domain.name}",
+            inputs,
+            [out / "manifest.json"],
+            tokenise,
+            beside="train-*.arrayrecord",
+            common=True,
+        )
 
     # Training
 
     def train(self, index: int, stage: Stage) -> None:
+        def build() -> None:
+            training = self.training(index, stage)
+            with contextlib.closing(training.loader):
+                trained = train(training, self.plan)
+            self.lineage.remember(stage, trained)
+
+        self.measure_base(stage)
+        name, inputs, outputs, changeable = self._stage_station(index, stage)
+        self._station(name, inputs, outputs, build, together=True, changeable=changeable)
+
+    def begin_stage(self, index: int, stage: Stage) -> Begun:
+        """A stage that is trained together with other runs' (`training`, `makes_loader`); `end_stage` is to follow."""
+        name, inputs, outputs, changeable = self._stage_station(index, stage)
+        begun = self.workdir.begin(name, inputs, outputs, changeable=changeable)
+        self.marks[begun.name] = begun.fingerprint
+        return begun
+
+    def end_stage(self, stage: Stage, begun: Begun, trained: dict[str, Tree]) -> None:
+        self.workdir.end(begun)
+        self.lineage.remember(stage, trained)
+
+    def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path], object]:
+        """(name, inputs, outputs, what may be changed while it is under way)."""
         directory = self.lineage.directory(index, stage)
-        names = [earlier.name for earlier in self.recipe.stages[:index]]
-        upstream = self.marks[f"stage-{names[-1]}"] if names else self.marks["base-model"]
-        data = [self.marks[f"data-{name}"] for name in stage.mixture]
+        upstream = self.marks[f"stage-{self.recipe.stages[index - 1].name}" if index else "base-model"]
+        data = [self.marks[f"data-{name}"] for name in domains_of(stage.mixture)]
         settings = to_json(stage)
+        # A stage that is under way goes on with what is changed of these.
+        changeable = [settings.pop(field) for field in ("mixture", "max_epochs", "watch")]
+        if stage.watch is not None and stage.watch.budget is None:
+            # It only measures.
+            changeable[-1] = None
         # How often it is saved, what of that stays, and what is computed twice, does not change what is computed.
         for field in ("checkpoint_seconds", "keep", "remat"):
             settings.pop(field)
-
-        def build() -> None:
-            seed = self.recipe.seed + index
-            model = self.lineage.after(names[-1] if names else "extended", "last").adapted(stage.method, seed)
-            model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
-            loader, length = self._loader(stage, seed), stage.sequence_length
-            dtype, context = self.recipe.precision.dtype, self.mesh_of(stage).shape["context"]
-            model = model.attending(self.recipe.attention, length, dtype, loader.documents, context)
-            self.lineage.forget()
-            trained = train(self._training(stage, model, loader, directory, seed), self.plan)
-            self.lineage.remember(stage, trained)
-
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
-        inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
+        inputs = [settings, precision, padding, self.recipe.seed + index, upstream]
+        last, _ = ended_early(directory) or (stage.steps, "")
         # Without its last checkpoint, which may have been damaged and removed, a stage is not done.
-        outputs = [directory, directory / "checkpoints" / str(stage.steps)]
-        self._station(f"stage-{stage.name}", inputs, outputs, build, together=True)
+        outputs = [directory, directory / "checkpoints" / str(last)]
+        return f"stage-{stage.name}", inputs, outputs, [*changeable, data]
 
-    def _loader(self, stage: Stage, seed: int) -> Loader:
+    def training(self, index: int, stage: Stage) -> Training:
+        """All that a stage whose earlier ones are done is trained with; `makes_loader` makes its loader again."""
+        seed = self.recipe.seed + index
+        before = self.recipe.stages[index - 1].name if index else "extended"
+        model = self.lineage.after(before, "last").adapted(stage.method, seed)
+        model = model.for_training(jax.default_backend(), stage.remat, self.recipe.layer_loop)
+        self.makes_loader = self._makes_loader(index, stage)
+        loader, length = self.makes_loader(), stage.sequence_length
+        dtype, context = self.recipe.precision.dtype, self.mesh_of(stage).shape["context"]
+        model = model.attending(self.recipe.attention, length, dtype, loader.documents, context)
+        self.lineage.forget()
+        return self._training(stage, model, loader, self.lineage.directory(index, stage), seed)
+
+    def _makes_loader(self, index: int, stage: Stage) -> functools.partial[Loader]:
+        """Makes the loader of a stage, in another process too."""
         directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
-        for name, share in stage.mixture.items():
-            tokens = read_manifest(directories[name]).tokens
-            if (epochs := stage.steps * stage.batch_size * stage.sequence_length * share / tokens) > 4:
-                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
-        return Loader(
+        self._tell_repetitions(stage, directories)
+        return functools.partial(
+            Loader,
             stage.mixture,
             directories,
             sequence_length=stage.sequence_length,
@@ -212,10 +215,26 @@ class Pipeline(Results):
             start_id=self.tokenizer.start_id,
             end_id=self.tokenizer.end_id,
             tokenizer=self.tokenizer.fingerprint,
-            seed=seed,
+            seed=self.recipe.seed + index,
+            steps=stage.steps,
             packing=stage.packing,
+            pack_domains=stage.pack_domains,
+            long_documents=stage.long_documents,
+            max_epochs=stage.max_epochs,
             unreadable=self.unreadable,
         )
+
+    def _tell_repetitions(self, stage: Stage, directories: dict[str, Path]) -> None:
+        tokens = {name: read_manifest(directories[name]).tokens for name in domains_of(stage.mixture)}
+        for name, share in mean_shares(stage.mixture, tokens).items():
+            epochs = stage.steps * stage.batch_size * stage.sequence_length * share / tokens[name]
+            most = (stage.max_epochs or {}).get(name)
+            if most is not None and epochs > most:
+                say(
+                    f"stage {stage.name}: {name} is small: after {most} epochs (of {epochs:.1f}) its share goes to the others"
+                )
+            elif epochs > 4:
+                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
 
     def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path, seed: int) -> Training:
         return Training(
@@ -240,6 +259,7 @@ class Pipeline(Results):
             keep=stage.keep,
             hang_seconds=self.hang_seconds,
             journal=self.workdir.journal,
+            watching=self.watching(stage, model),
             stored=None if self.workdir.mirror is None else self.workdir.mirror.checkpoints(directory, stage.keep),
         )
 
@@ -254,7 +274,7 @@ class Pipeline(Results):
         work = {"evaluate-base-last": before / 2}
         if grows:
             work |= {"tokenizer": 25 / rate, "base-model": 3 / rate, "evaluate-extended-last": after / 2}
-        for name in {name for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             work[f"data-{name}"] = 5 / rate
         for stage in self.recipe.stages:
             work[f"stage-{stage.name}"] = stage.steps * stage.batch_size * stage.sequence_length + 15 / rate

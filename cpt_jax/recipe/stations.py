@@ -5,6 +5,7 @@ skipped when it was finished with the same inputs, continued when it was begun w
 otherwise.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,20 +13,22 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
+from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.stores import Location, is_address
 from cpt_jax.recipe.mirror import MARKS, Mirror
 from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.shared import SharedStations
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 4
+FORMAT = 5
 
 
 def identity(path: Path) -> list:
@@ -34,16 +37,34 @@ def identity(path: Path) -> list:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
+class Begun(NamedTuple):
+    """A station that is done, or is worked on since `started`; in earlier tries it took `seconds_before`."""
+
+    name: str
+    fingerprint: str
+    # Without what may change while it is under way.
+    fixed: str
+    outputs: Sequence[Path]
+    done: bool
+    seconds_before: float
+    started: float
+
+
 class Workdir:
     """One run's directory, locked by this process.
+
+    Args:
+      shared: where the runs of a sweep find what they have in common.
 
     Raises:
       UserError: another process runs in it, it holds something that is no run, or it belongs to another recipe
         (and `update` is not set); nothing in it is changed then.
     """
 
-    def __init__(self, location: Location, recipe: Recipe, *, update: bool = False) -> None:
-        self.location = location
+    def __init__(
+        self, location: Location, recipe: Recipe, *, update: bool = False, shared: SharedStations | None = None
+    ) -> None:
+        self.location, self.shared = location, shared
         self.mirror = Mirror(str(location)) if is_address(location) else None
         self.path = path = Path(location) if self.mirror is None else self.mirror.path
         self.seconds: dict[str, float] = {}
@@ -130,6 +151,8 @@ class Workdir:
         together: bool = False,
         beside: str | None = None,
         everywhere: bool = True,
+        common: bool = False,
+        changeable: object = None,
     ) -> str:
         """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
         processes the first does it, and all others wait, or all do it `together`.
@@ -140,36 +163,66 @@ class Workdir:
           build: does the work; may find outputs of an interrupted try with the same inputs.
           beside: a pattern of files beside the first output that belong to it.
           everywhere: whether other processes need the outputs.
+          common: whether runs of a sweep may have it in common.
+          changeable: JSON of what decides them too, of which another may be given while it is under way: it is
+            continued then. Once it is done it is made anew.
         """
+        begun = self.begin(name, inputs, outputs, everywhere=everywhere, changeable=changeable)
+        if begun.done:
+            return begun.fingerprint
+        shared = self.shared if common else None
+        with contextlib.nullcontext() if shared is None else shared.turn(name, begun.fingerprint):
+            if shared is not None and shared.take(name, begun.fingerprint, self.path):
+                self._found_done.add(name)
+            elif processes.is_first() or together:
+                build()
+            self.end(begun, beside=beside, everywhere=everywhere)
+            if shared is not None:
+                shared.give(name, begun.fingerprint, self.path, self._files(begun, beside))
+        return begun.fingerprint
+
+    def begin(
+        self, name: str, inputs: object, outputs: Sequence[Path], *, everywhere: bool = True, changeable: object = None
+    ) -> "Begun":
+        """The first half of `station`: whether it is done, and if not, it is begun, and `end` is to follow."""
         # Files have other times on other hosts: the first process's count.
-        expected = processes.told(fingerprint({"inputs": inputs, "format": FORMAT}))
+        content = {"inputs": inputs, "format": FORMAT}
+        expected = processes.told(fingerprint(content if changeable is None else content | {"changeable": changeable}))
+        fixed = processes.told(fingerprint(content))
         first = processes.is_first()
         found = self._mark(name) if first else {}
-        begun = found.get("fingerprint") == expected
-        done_before = found.get("seconds", 0.0) if begun else 0.0
-        if processes.told(first and begun and found["done"] and self._has(found, outputs)):
+        same = found.get("fingerprint") == expected
+        if first and not same and found.get("fixed") == fixed and not found["done"]:
+            same = True
+            say(f"{name}: goes on with what was changed of its mixture, limits or watch")
+            self.journal.write("changed", station=name)
+        before = found.get("seconds", 0.0) if same else 0.0
+        if processes.told(first and same and found["done"] and self._has(found, outputs)):
             self._fetch_for_others(found, outputs, everywhere)
-            self.seconds[name] = done_before
+            self.seconds[name] = before
             self._found_done.add(name)
-            return expected
-        if not processes.told(begun):
+            return Begun(name, expected, fixed, outputs, True, before, time.monotonic())
+        if not processes.told(same):
             self._remove(outputs)
-        self._write_mark(name, {"fingerprint": expected, "done": False, "seconds": done_before})
+        self._write_mark(name, {"fingerprint": expected, "fixed": fixed, "done": False, "seconds": before})
         processes.wait(f"{name} begins")
-        started = time.monotonic()
         self.journal.write("begin", station=name)
-        if first or together:
-            build()
+        return Begun(name, expected, fixed, outputs, False, before, time.monotonic())
+
+    def end(self, begun: "Begun", *, beside: str | None = None, everywhere: bool = True) -> None:
+        """Marks a station as done whose outputs are there."""
+        name, outputs = begun.name, begun.outputs
         processes.wait(f"{name} is done")
         self.journal.write("done", station=name)
-        self.seconds[name] = done_before + time.monotonic() - started
-        mark = {"fingerprint": expected, "done": True, "seconds": self.seconds[name]}
-        if first and self.mirror is not None:
-            further = outputs[0].parent.glob(beside) if beside else ()
-            mark["files"] = self.mirror.keep([*outputs, *further])
+        self.seconds[name] = begun.seconds_before + time.monotonic() - begun.started
+        mark = {"fingerprint": begun.fingerprint, "fixed": begun.fixed, "done": True, "seconds": self.seconds[name]}
+        if processes.is_first() and self.mirror is not None:
+            mark["files"] = self.mirror.keep(self._files(begun, beside))
         self._write_mark(name, mark)
         self._fetch_for_others(mark, outputs, everywhere)
-        return expected
+
+    def _files(self, begun: "Begun", beside: str | None) -> list[Path]:
+        return [*begun.outputs, *(begun.outputs[0].parent.glob(beside) if beside else ())]
 
     def _mark(self, name: str) -> dict:
         mark = self.path / MARKS / f"{name}.json"

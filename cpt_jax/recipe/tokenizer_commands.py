@@ -36,7 +36,7 @@ MEASURED_BYTES, COMPARED_BYTES, SPEED_BYTES = 2_000_000, 20_000_000, 2_000_000
 
 def extension_of(
     *, method: str, new_tokens: int, scores: str | None = None, candidates: Path | None = None,
-    ban: Path | None = None, scripts: Sequence[str] = (), **limits: int | None,
+    ban: Path | None = None, scripts: Sequence[str] = (), **limits: float | None,
 ) -> Extension:  # fmt: skip
     """The extension that the flags ask for; a limit that is None keeps its default.
 

@@ -1,6 +1,8 @@
 """What a stage takes in memory, on paper: before anything is placed or compiled."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -103,3 +105,19 @@ def _logit_bytes(config: DecoderConfig, tokens: int, item: int) -> int:
     """Of a chunk: logits, their exponentials, and their gradient."""
     vocabulary = sum(config.padded(rows) for rows in config.table_rows.values())
     return min(tokens, chunk_tokens(vocabulary)) * (8 + item) * vocabulary
+
+
+def device_memory() -> int:
+    """Bytes that the first device gives to programs; of a CPU, what is free in the host's memory."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that are free in the host's memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

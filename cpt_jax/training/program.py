@@ -5,9 +5,9 @@ import functools
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cpt_jax.core.tree import Tree, flatten, partition
+from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.models.decoder import Network
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
@@ -41,25 +41,65 @@ class Settings:
     retention: tuple[Retention, ...] = ()
     z_loss: float = 0.0
 
+    def compiled(self) -> "Settings":
+        """These settings without what the host computes, which does not tell two programs apart."""
+        optimizer = dataclasses.replace(self.optimizer, learning_rate=1.0, max_skipped=1)
+        return dataclasses.replace(self, optimizer=optimizer, retention=without_weights(self.retention))
+
     def program(self) -> "Program":
         """The program, compiled when it is first called."""
-        # What the host computes does not tell two programs apart.
-        optimizer = dataclasses.replace(self.optimizer, learning_rate=1.0, max_skipped=1)
-        return _program(dataclasses.replace(self, optimizer=optimizer, retention=without_weights(self.retention)))
+        return _program(self.compiled())
+
+    def program_of_many(self, shared: frozenset[str], start_shared: bool) -> "Program":
+        """The same for several runs at once: state, batch and controls have an axis of runs in front, and so have the
+        frozen weights but those at `shared` paths, and, unless it is shared too, `start`."""
+        return _program_of_many(self.compiled(), shared, start_shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """`begin(trainable)` is the state before the first step; `step` donates the state; `where` gives each weight's
-    sharding by its path."""
+    sharding by its path, `placement` those of the state."""
 
     begin: Callable[[Tree], TrainState]
     step: Step
     where: dict[str, NamedSharding]
+    placement: TrainState
 
 
 @functools.lru_cache(maxsize=8)
 def _program(settings: Settings) -> Program:
+    begin, step, where, placement = _functions(settings)
+    return Program(
+        # Compiled, so that no two counters of the state are one buffer, which could not be donated twice.
+        begin=jax.jit(begin, out_shardings=placement),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated(settings.mesh))),
+        where=where,
+        placement=placement,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _program_of_many(settings: Settings, shared: frozenset[str], start_shared: bool) -> Program:
+    begin, step, where, placement = _functions(settings)
+    stacked = jax.tree.map(of_runs, placement)
+    frozen = {path: None if path in shared else 0 for path in where if path not in settings.trains}
+    many = jax.vmap(step, in_axes=(0, unflatten(frozen), None if start_shared else 0, 0, 0))
+    return Program(
+        begin=jax.jit(jax.vmap(begin), out_shardings=stacked),
+        step=jax.jit(many, donate_argnums=0, out_shardings=(stacked, replicated(settings.mesh))),
+        where={path: place if path in shared else of_runs(place) for path, place in where.items()},
+        placement=stacked,
+    )
+
+
+def of_runs(where: NamedSharding) -> NamedSharding:
+    """Where an array lies that has an axis of runs, which is not cut, in front."""
+    return where.update(spec=PartitionSpec(None, *where.spec))
+
+
+def _functions(settings: Settings) -> tuple[Callable, Step, dict[str, NamedSharding], TrainState]:
+    """(begin, step, where each weight lies, where the state does) of one run."""
     network, mesh = settings.network, settings.mesh
     where = flatten(shardings(network.logical_axes, network.shapes, mesh))
     trainable, _ = partition(network.shapes, settings.trains.__contains__)
@@ -77,13 +117,7 @@ def _program(settings: Settings) -> Program:
     def begin(trainable: Tree) -> TrainState:
         return initial_state(trainable, optimizer, settings.ema is not None)
 
-    placement = _state_shardings(jax.eval_shape(begin, trainable), where, mesh, settings.ema)
-    return Program(
-        # Compiled, so that no two counters of the state are one buffer, which could not be donated twice.
-        begin=jax.jit(begin, out_shardings=placement),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated(mesh))),
-        where=where,
-    )
+    return begin, step, where, _state_shardings(jax.eval_shape(begin, trainable), where, mesh, settings.ema)
 
 
 def _state_shardings(state: TrainState, where: dict[str, NamedSharding], mesh: Mesh, ema: EMA | None) -> TrainState:

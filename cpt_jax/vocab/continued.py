@@ -1,6 +1,7 @@
 """Merge learning that goes on from the base's own segmentation (Purason et al. 2025, arXiv 2512.03989)."""
 
 import array
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,9 @@ from cpt_jax.core.progress import say
 from cpt_jax.vocab.merges import Pair, PairCounts
 from cpt_jax.vocab.segmentation import CharacterBPE, Segmentation
 from cpt_jax.vocab.selection import Selection
+
+# A pair that is a hundred times rarer in the old text than in the new one is no matter of the old one.
+RARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,7 @@ class ContinuedLearning:
     """One learning of pieces.
 
     A piece is refused where it would change how `protected` text is tokenised (a pair that stands side by side in
-    it), where the selection excludes it, and where it would leave one of its own parts with fewer uses than
+    it, oftener than the selection tolerates), where the selection excludes it, and where it would leave one of its own parts with fewer uses than
     `min_frequency`: such a part would take up a row and never be produced.
     """
 
@@ -37,7 +41,10 @@ class ContinuedLearning:
         # Arrays hold a token in 4 bytes, lists of Python's numbers in 36.
         segments = [array.array("i", ids) for word in words for ids in kind.segments([word])]
         self.pairs = PairCounts(segments, list(words.values()))
-        self.untouchable, self.old_tokens = adjacent(kind, protected)
+        self.old_pairs, self.old_tokens = adjacent(kind, protected)
+        self.new_size, self.old_size = self.pairs.uses.total(), self.old_tokens.total()
+        # Uses in the new text of pairs that were refused for the sake of an old text that hardly has them.
+        self.kept_apart: dict[Pair, int] = {}
         self.next_id = kind.first_new
         self.known = {piece for piece, index in kind.ids.items() if not self._is_unknown(index)}
 
@@ -58,9 +65,23 @@ class ContinuedLearning:
                 characters.pop()
                 yield self._take_character(character)
             elif found is None or found[1] < self.selection.min_frequency:
-                return
+                break
             else:
                 yield self._take(found[0])
+        self._tell_kept_apart()
+
+    def _tell_kept_apart(self) -> None:
+        """Old text that holds a little of the new language can cost most of what growing would bring."""
+        if not self.kept_apart:
+            return
+        pair = max(self.kept_apart, key=lambda pair: self.kept_apart[pair])
+        old = max(self.old_pairs.get(way, 0) for way in self._ways(pair))
+        text = self.kind.text(self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]])
+        what = repr(text) if text else "a part of a character"
+        say(
+            f"tokenizer: {len(self.kept_apart):,} pairs stay apart for the old text's sake, in which they are a hundred times rarer: "
+            f"above all {what}, {self.kept_apart[pair]:,} times in the new text and {old:,} times in the old; tolerance 0.01 merges them"
+        )
 
     def _allowed(self, pair: Pair) -> bool:
         kind, selection = self.kind, self.selection
@@ -69,14 +90,28 @@ class ContinuedLearning:
             return False
         if any(self._is_unknown(index) and not self._may_add(kind.pieces[index], index) for index in pair):
             return False
-        ways = kind.splits(piece) if kind.merges_by_spelling else [pair]
-        if any(way in self.untouchable for way in ways):
+        ways = self._ways(pair)
+        allowed = selection.allows(kind.text(piece), kind.special)
+        old, new = max((self.old_pairs.get(way, 0) for way in ways), default=0), self.pairs.counts[pair]
+        if allowed and self._belongs_to_old(old, new, self.selection.tolerance):
+            if not self._belongs_to_old(old, new, RARE):
+                self.kept_apart[pair] = new
             return False
-        return selection.allows(kind.text(piece), kind.special)
+        return allowed
+
+    def _belongs_to_old(self, old: int, new: int, tolerance: float) -> bool:
+        """Whether what is used so often in the two texts is too frequent in the old one to be merged."""
+        return old * self.new_size > tolerance * new * self.old_size
+
+    def _ways(self, pair: Pair) -> Sequence[Pair]:
+        """All pairs that the merge of this one would merge."""
+        kind = self.kind
+        return kind.splits(kind.pieces[pair[0]] + kind.pieces[pair[1]]) if kind.merges_by_spelling else [pair]
 
     def _may_add(self, character: str, index: int) -> bool:
         saves = len(character.encode()) > 1
-        return saves and index not in self.old_tokens and self.selection.allows(character, self.kind.special)
+        old = self._belongs_to_old(self.old_tokens.get(index, 0), self.pairs.uses[index], self.selection.tolerance)
+        return saves and not old and self.selection.allows(character, self.kind.special)
 
     def _leaves_parts_in_use(self, pair: Pair, count: int) -> bool:
         taken = 2 * count if pair[0] == pair[1] else count
@@ -146,7 +181,7 @@ class ContinuedLearning:
         new = [index for index in dict.fromkeys(ids) if self._is_unknown(index)]
         new = [index for index in new if self.kind.pieces[index] not in self.known]
         ids = self._apply_new_merges(ids)
-        if self.old_tokens.intersection(new) or self._changes_old_text(ids):
+        if any(self.old_tokens[index] for index in new) or self._changes_old_text(ids):
             say(f"tokenizer: candidate {self.kind.text(term)!r} is left out: its parts stand together in the old text")
             return
         for index in new:
@@ -164,7 +199,7 @@ class ContinuedLearning:
             ways = [(kind.ids.get(piece), index)]
             piece += kind.pieces[index]
             ways += kind.splits(piece) if kind.merges_by_spelling else []
-            if piece not in self.known and not self.untouchable.isdisjoint(ways):
+            if piece not in self.known and not self.old_pairs.keys().isdisjoint(ways):
                 return True
         return False
 
@@ -179,12 +214,15 @@ class ContinuedLearning:
         return ids
 
 
-def adjacent(kind: Segmentation, texts: Iterable[str]) -> tuple[set[Pair], set[int]]:
+def adjacent(kind: Segmentation, texts: Iterable[str]) -> tuple[collections.Counter[Pair], collections.Counter[int]]:
     """Pairs of the base's tokens that stand side by side in a word of the texts (merging one would change these
-    texts), and the tokens that occur."""
-    pairs: set[Pair] = set()
-    tokens: set[int] = set()
-    for ids in kind.segments(kind.words(texts)):
-        tokens.update(ids)
-        pairs.update(itertools.pairwise(ids))
+    texts), and the tokens that occur, with their counts."""
+    pairs: collections.Counter[Pair] = collections.Counter()
+    tokens: collections.Counter[int] = collections.Counter()
+    words = kind.words(texts)
+    for times, ids in zip(words.values(), kind.segments(words), strict=True):
+        for index in ids:
+            tokens[index] += times
+        for pair in itertools.pairwise(ids):
+            pairs[pair] += times
     return pairs, tokens

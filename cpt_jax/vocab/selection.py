@@ -28,6 +28,9 @@ class Selection:
       scripts: Unicode scripts ("Han", "Hiragana") that a piece's letters must belong to; empty: any.
       banned: pieces that are never added, with or without a space before them.
       candidates: pieces that are added besides the learnt ones, a domain's terms, say.
+      tolerance: how frequent a pair of tokens may be in the old text, per token, against the new text, and still be merged
+        by `continued-bpe`. 0: old text is cut as before. With 0.01, old text that holds a little of the new language (a
+        few pages, or names) is cut otherwise there, and does not keep that language's characters apart everywhere.
       sample_bytes: of a larger corpus, whole documents chosen by hash up to this size are learnt from.
     """
 
@@ -37,9 +40,14 @@ class Selection:
     scripts: tuple[str, ...] = ()
     banned: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    tolerance: float = 0.0
     sample_bytes: int = 200_000_000
 
     def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise UserError(
+                f"tolerance is {self.tolerance}: give a share from 0 (old text stays as it is) to, say, 0.0001"
+            )
         if self.new_tokens < (0 if self.candidates else 1):
             raise UserError(f"new_tokens is {self.new_tokens}: give at least 1, or leave the vocabulary as it is")
         for name in ("min_frequency", "max_piece_characters", "sample_bytes"):

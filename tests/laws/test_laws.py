@@ -66,7 +66,7 @@ def test_a_run_that_went_astray_does_not_move_the_law():
 
 
 def test_too_few_shares_say_how_many_more():
-    with pytest.raises(UserError, match="are 3: run 1 more share$"):
+    with pytest.raises(UserError, match=r"are 3: run 1 more share$"):
         fit_law(points(GERMAN[:3], 2.17), "old", is_new=False)
 
 

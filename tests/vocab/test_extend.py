@@ -31,6 +31,22 @@ def grown(request, bases, tmp_path_factory):
     return Tokenizer(bases[kind]), Tokenizer(out)
 
 
+def test_a_little_of_the_new_language_in_old_text_keeps_it_apart_unless_tolerated(bases, tmp_path, capsys):
+    texts = chinese(400)
+    # One Chinese text among the English ones, with everything that the new text has.
+    old = [*english(2000), "".join(sorted(set("".join(texts)))), texts[0]]
+    lengths = {}
+    for tolerance in (0.0, 0.2):
+        out = tmp_path / f"{tolerance}"
+        extend(bases["gpt2"], ContinuedBPE(new_tokens=60, tolerance=tolerance), texts, old, out)
+        extended = Tokenizer(out)
+        assert extended.encode_documents(english(2000)) == Tokenizer(bases["gpt2"]).encode_documents(english(2000))
+        lengths[tolerance] = sum(map(len, extended.encode_documents(texts)))
+    assert lengths[0.2] < 0.8 * lengths[0.0]
+    with pytest.raises(UserError, match=r"tolerance is 1\.5"):
+        ContinuedBPE(new_tokens=60, tolerance=1.5)
+
+
 def spelt(piece: str) -> bytes:
     return bytes(byte_alphabet()[character] for character in piece)
 

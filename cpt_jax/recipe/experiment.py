@@ -1,0 +1,91 @@
+"""An experiment: a function that returns runs, recipes with different names."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.recipe.recipe import Recipe
+
+Runs = dict[str, Recipe]
+
+
+def find_experiment(name: str) -> Runs:
+    """The runs of an experiment by their names, from `module:function`, or from a function of `experiments/`.
+
+    Raises:
+      UserError: there is none of that name (the nearest one is named), or it returns no runs.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    if ":" in name:
+        module_name, _, function_name = name.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"experiment {name!r}: there is no module {error.name!r} here") from error
+        functions = _functions(module, lambda function: True)
+    else:
+        function_name, functions = name, _functions_of_experiments()
+    if function_name not in functions:
+        raise UserError(
+            f"there is no experiment {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
+        )
+    return named_runs(functions[function_name](), name)
+
+
+def named_runs(given: Any, experiment: str) -> Runs:
+    """What an experiment returned, checked: a sequence of recipes, or recipes by name.
+
+    Raises:
+      UserError: it is no such thing, there is no run, or two have the same name.
+    """
+    if isinstance(given, Mapping):
+        given = [dataclasses.replace(recipe, name=name) for name, recipe in given.items()]
+    if not isinstance(given, Sequence) or not all(isinstance(recipe, Recipe) for recipe in given):
+        raise UserError(f"experiment {experiment!r} returns a {type(given).__name__}: return a list of Recipes")
+    if not given:
+        raise UserError(f"experiment {experiment!r} returns no runs: return at least one Recipe")
+    names = [recipe.name for recipe in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"experiment {experiment!r} has {names.count(name)} runs named {name!r}: names must differ")
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"experiment {experiment!r}: run name {name!r}: give one without '/' that begins no '.'")
+    return {recipe.name: recipe for recipe in given}
+
+
+def _functions(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Callable[[], Any]]:
+    """A module's own functions that need no arguments."""
+    found = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+        if function.__module__ == module.__name__ and not name.startswith("_") and not required and wanted(function):
+            found[name] = function
+    return found
+
+
+def _functions_of_experiments() -> dict[str, Callable[[], Any]]:
+    try:
+        package = importlib.import_module("experiments")
+    except ModuleNotFoundError:
+        return {}
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        found |= _functions(importlib.import_module(f"experiments.{module.name}"), _returns_recipes)
+    return found
+
+
+def _returns_recipes(function: Callable) -> bool:
+    """Whether it is annotated to return recipes: list[Recipe], dict[str, Recipe], Sequence[Recipe], ..."""
+    try:
+        annotation = typing.get_type_hints(function).get("return")
+    except NameError:
+        return False
+    return Recipe in typing.get_args(annotation)

@@ -1,0 +1,198 @@
+"""Many runs of one experiment in one directory: what is done is skipped, what fails takes nothing else along."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import clock, quiet_libraries, say
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, is_address
+from cpt_jax.recipe.experiment import find_experiment
+from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.sweep_directory import SweepDirectory
+
+Together = Literal["auto", "never"] | int
+AtOnce = Literal["auto"] | int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How the runs of a sweep are brought through.
+
+    together: how many may be one program at most; "auto": as many as there is memory for, on a CPU one. at_once: how many processes,
+    each with a run of its own; "auto": by memory and cores. queue: a batch system that gets a job a run, with
+    `queue_arguments` of its own. exports: each run with its export, samples and report. update: go on with changed
+    recipes.
+    """
+
+    together: Together = "auto"
+    at_once: AtOnce = 1
+    queue: Literal["slurm", "skypilot"] | None = None
+    queue_arguments: tuple[str, ...] = ()
+    exports: bool = False
+    update: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("together", "at_once"):
+            value = getattr(self, field)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"--{field.replace('_', '-')} is {value}: give at least 1")
+        if self.at_once != 1 and isinstance(self.together, int) and self.together > 1:
+            raise UserError("--at-once runs each run in a process of its own: leave out --together, or --at-once")
+        if self.queue is not None and self.at_once != 1:
+            raise UserError("--queue leaves it to the queue how many run at once: leave out --at-once")
+        if self.queue_arguments and self.queue is None:
+            raise UserError("--queue-arguments are for a queue: give --queue slurm or skypilot")
+
+    @property
+    def only(self) -> str | None:
+        """As `run` takes it."""
+        return None if self.exports else "train"
+
+    def most_together(self) -> int | None:
+        """None: as many as there is memory for. On CPUs "auto" is one: products of many small matrices are slower there
+        than the same products one by one (LOG.md)."""
+        import jax
+
+        if self.queue is not None or self.at_once != 1 or self.together == "never":
+            return 1
+        if self.together == "auto":
+            return 1 if jax.default_backend() == "cpu" else None
+        return self.together
+
+
+def sweep(
+    experiment: str, workdir: Location | None, manner: Manner, *, dry_run: bool = False, json_path: Path | None = None
+) -> bool:
+    """Runs an experiment in a directory; called again, it goes on. Ends with a table, sweep.json and the report over all
+    runs. Whether no run has failed.
+
+    Raises:
+      Preempted: it was asked to end by SIGTERM; all that was done is kept.
+      UserError: no such experiment, or the directory is another one's.
+    """
+    quiet_libraries()
+    recipes = find_experiment(experiment)
+    location = workdir or Path("runs") / experiment.rpartition(":")[2]
+    if is_address(location) and manner.queue != "skypilot":
+        raise UserError(f"--workdir {location}: a sweep's directory is on a disk, except with --queue skypilot")
+    if dry_run:
+        with SweepDirectory(location, experiment, recipes, claim=False) as directory:
+            print("\n".join(planned(directory, recipes, manner)))
+        return True
+    with SweepDirectory(location, experiment, recipes) as directory:
+        left = {name: recipe for name, recipe in recipes.items() if not directory.is_done(name, manner.exports)}
+        if done := len(recipes) - len(left):
+            say(f"sweep: {done} of {len(recipes)} runs are done")
+        _bring_through(directory, left, manner)
+        print(directory.table())
+        if (page := directory.report()) is not None:
+            print(f"\nreport: {page}")
+        if json_path is not None:
+            write_json_atomic(json_path, directory.content())
+        failed = directory.failed()
+    for name, error in failed.items():
+        say(f"sweep: run {name} failed: {error}")
+    return not failed
+
+
+def _bring_through(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -> None:
+    if not left and manner.queue is None:
+        return
+    if manner.queue is not None:
+        from cpt_jax.recipe.queues import submit
+
+        submit(directory, left, manner)
+    elif manner.at_once != 1:
+        from cpt_jax.recipe.at_once import run_at_once
+
+        run_at_once(directory, left, manner)
+    else:
+        _here(directory, left, manner)
+
+
+def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -> None:
+    """In this process: one after the other, or several as one program."""
+    from cpt_jax.recipe.groups import groups_of, run_group
+    from cpt_jax.training.guard import ends_when_asked
+
+    pace = Pace(list(left.values()))
+    with ends_when_asked():
+        most = manner.most_together()
+        for names in groups_of(left, most):
+            say(f"sweep: {_told(names, list(directory.recipes))}{pace.left()}")
+            started = time.monotonic()
+
+            def failed(name: str, error: Exception) -> None:
+                directory.failed_now(name, error)
+
+            def done(name: str, started: float = started, count: int = len(names)) -> None:
+                directory.done_now(name, (time.monotonic() - started) / count, count, manner.exports)
+
+            run_group(
+                {name: left[name] for name in names},
+                directory.run,
+                shared=directory.shared,
+                only=manner.only,
+                update=manner.update,
+                most=most,
+                on_failure=failed,
+                on_done=done,
+            )
+            pace.did([left[name] for name in names])
+
+
+def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[str, str, list[str]]:
+    """How a process of its own is told to do a run: (command of `cpt`, recipe, flags beside --workdir)."""
+    flags = [] if directory.in_store else ["--shared", str(directory.shared.directory)]
+    flags += ["--update"] if manner.update else []
+    return "run" if manner.exports else "train", f"{directory.experiment}/{name}", flags
+
+
+def _told(names: Sequence[str], whole: Sequence[str]) -> str:
+    numbers = [whole.index(name) + 1 for name in names]
+    if len(names) == 1:
+        return f"run {numbers[0]} of {len(whole)}, {names[0]}"
+    return f"runs {', '.join(map(str, numbers))} of {len(whole)}, as one program where memory allows"
+
+
+class Pace:
+    """The time left of a sweep, by the tokens that are trained."""
+
+    def __init__(self, recipes: Sequence[Recipe], clock_: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock_, clock_()
+        self._whole, self._done = sum(map(_tokens, recipes)), 0
+
+    def did(self, recipes: Sequence[Recipe]) -> None:
+        self._done += sum(map(_tokens, recipes))
+
+    def left(self) -> str:
+        """ "; 3 min 20 s left", or nothing as long as nothing is done."""
+        if not self._done:
+            return ""
+        return f"; {clock((self._clock() - self._started) / self._done * (self._whole - self._done))} left"
+
+
+def _tokens(recipe: Recipe) -> int:
+    # A run without training takes its time, too.
+    return sum(stage.tokens for stage in recipe.stages) or 1
+
+
+def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manner) -> list[str]:
+    """What a sweep would do, a line a run."""
+    from cpt_jax.recipe.groups import groups_of
+
+    done = {name for name in recipes if directory.is_done(name, manner.exports)}
+    left = {name: recipe for name, recipe in recipes.items() if name not in done}
+    groups = groups_of(left, manner.most_together())
+    lines = [f"{len(recipes)} runs in {directory.location}, {len(done)} of them done"]
+    lines += [f"  {name}: done" for name in recipes if name in done]
+    for names in groups:
+        if len(names) > 1:
+            lines.append(f"  together, as memory allows ({len(names)}): {', '.join(names)}")
+        else:
+            lines.append(f"  alone: {names[0]}")
+    return lines

@@ -1,0 +1,225 @@
+"""A sweep's directory: runs/NAME/ are run directories, shared/ holds what they have in common, sweep.json says what
+became of each."""
+
+import fcntl
+import json
+import os
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+from cpt_jax.core.config import differences, fingerprint, to_json
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import clock, say
+from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.core.stores import Location, Store, is_address, state_of
+from cpt_jax.data.sources import files_of
+from cpt_jax.recipe.many_report import write_runs_report
+from cpt_jax.recipe.mirror import MARKS
+from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.report import text_table
+from cpt_jax.recipe.shared import SharedStations
+from cpt_jax.recipe.stations import identity
+
+SWEEP = "sweep.json"
+
+
+class SweepDirectory:
+    """The directory of one experiment, locked by this process if it is claimed. In a store, only sweep.json and the
+    runs are there.
+
+    Raises:
+      UserError: another sweep is running in it, it holds something else, or it belongs to another experiment.
+    """
+
+    def __init__(self, location: Location, experiment: str, recipes: dict[str, Recipe], *, claim: bool = True) -> None:
+        self.location, self.experiment, self.recipes = location, experiment, recipes
+        self._store = Store(str(location)) if is_address(location) else None
+        self._lock: IO[str] | None = None
+        self.path = Path(str(location))
+        self.shared = SharedStations(self.path / "shared")
+        self._records: dict[str, dict[str, Any]] = self._found()
+        if claim:
+            self._claim()
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        text = self._read(SWEEP)
+        if text is None:
+            names = [] if self._store or not self.path.exists() else os.listdir(self.path)
+            if [name for name in names if name != ".lock"]:
+                raise UserError(f"{self.path} is not empty and holds no sweep (no {SWEEP}): choose another --workdir")
+            return {}
+        content = json.loads(text)
+        if content["experiment"] != self.experiment:
+            raise UserError(
+                f"{self.location} belongs to the experiment {content['experiment']!r}, not {self.experiment!r}: choose another --workdir"
+            )
+        return {record["name"]: record for record in content["runs"]}
+
+    def _read(self, name: str) -> str | None:
+        if self._store is not None:
+            content = self._store.read(name)
+            return None if content is None else content.decode()
+        return (self.path / name).read_text() if (self.path / name).exists() else None
+
+    def _claim(self) -> None:
+        if self._store is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another sweep is running in {self.path}: wait for it, or choose another --workdir"
+                ) from None
+        self.write()
+
+    def __enter__(self) -> "SweepDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def in_store(self) -> bool:
+        return self._store is not None
+
+    def run(self, name: str) -> Path:
+        """A run's directory."""
+        return self.path / "runs" / name
+
+    def run_location(self, name: str) -> str:
+        """The same, as `cpt run --workdir` takes it."""
+        return f"{self.location}/runs/{name}"
+
+    # What became of the runs
+
+    def content(self) -> dict[str, Any]:
+        """What sweep.json holds: the runs in the experiment's order, each with its bits per byte by domain, the base's and
+        the final ones. `seconds` are of the machine: of runs that went together, each has its share."""
+        runs = [{"name": name, "status": "waiting"} | self._records.get(name, {}) for name in self.recipes]
+        return {"experiment": self.experiment, "runs": runs}
+
+    def write(self) -> None:
+        if self._store is not None:
+            self._store.write(SWEEP, json.dumps(self.content(), ensure_ascii=False, indent=2).encode())
+        else:
+            write_json_atomic(self.path / SWEEP, self.content())
+
+    def record(self, name: str, **fields: Any) -> None:
+        self._records[name] = {"name": name} | self._records.get(name, {}) | fields
+        self.write()
+
+    def of(self, name: str) -> dict[str, Any]:
+        """What is recorded of a run."""
+        return self._records.get(name, {})
+
+    def done_now(self, name: str, seconds: float, together: int, exports: bool) -> None:
+        """A run is at its end, after so many seconds of this machine."""
+        self.record(
+            name,
+            status="done",
+            error=None,
+            seconds=round(self.of(name).get("seconds", 0.0) + seconds, 1),
+            together=together,
+            exports=exports,
+            inputs=self._inputs(name),
+            **self.scores(name),
+        )
+        say(f"sweep: run {name} is done")
+
+    def failed_now(self, name: str, error: Exception | str) -> None:
+        told = isinstance(error, UserError | str)
+        message = str(error) if told else f"{type(error).__name__}: {error}"
+        self.record(name, status="failed", error=message.splitlines()[0] if message else type(error).__name__)
+        say(f"sweep: run {name} failed: {self.of(name)['error']}")
+        if isinstance(error, Exception) and not told:
+            write_text_atomic(self.log(name), "".join(traceback.format_exception(error)))
+
+    def log(self, name: str) -> Path:
+        """Where a failure, or a process, says more."""
+        return self.path / "logs" / f"{name}.log"
+
+    def is_done(self, name: str, exports: bool) -> bool:
+        """Whether a run has been done with the same recipe, texts and base, and its result is there."""
+        record = self.of(name)
+        if record.get("status") != "done" or (exports and not record.get("exports")):
+            return False
+        stages = self.recipes[name].stages
+        last = (
+            f"runs/{name}/stages/{len(stages)}-{stages[-1].name}/metrics.jsonl" if stages else f"runs/{name}/eval.json"
+        )
+        there = all(self._read(file) is not None for file in (f"runs/{name}/eval.json", last))
+        return there and record.get("inputs") == self._inputs(name)
+
+    def _inputs(self, name: str) -> str:
+        """Tells whether a run would be another one now."""
+        recipe = self.recipes[name]
+        corpora = [
+            state_of(str(file)) if is_address(file) else identity(Path(file))
+            for domain in recipe.domains
+            for file in files_of(domain.corpus)
+        ]
+        base = Path(recipe.base).expanduser()
+        return fingerprint([to_json(recipe), corpora, identity(base) if base.exists() else recipe.base])
+
+    def settle(self, name: str, exports: bool) -> bool:
+        """Whether a run that another process was given is at its end now; notes it if so."""
+        if self.of(name).get("status") != "queued":
+            return False
+        recipe, stages = self.recipes[name], self.recipes[name].stages
+        behind = [f"evaluate-{stages[-1].name}-{'ema' if stages[-1].ema else 'last'}"] if stages else []
+        behind += ["samples"] if exports else []
+        marks = [json.loads(self._read(f"runs/{name}/{MARKS}/{station}.json") or "{}") for station in behind]
+        config = json.loads(self._read(f"runs/{name}/config.json") or "{}")
+        if not marks or not all(mark.get("done") for mark in marks) or differences(config, to_json(recipe)):
+            return False
+        self.done_now(name, 0.0, 1, exports)
+        return True
+
+    def scores(self, name: str) -> dict[str, dict[str, float]]:
+        """Bits per byte by domain: the base's, and the final ones."""
+        recipe = self.recipes[name]
+        entries = json.loads(self._read(f"runs/{name}/eval.json") or "[]")
+        last = recipe.stages[-1].name if recipe.stages else "base"
+        kinds = {"base": ("base", "last"), "final": (last, recipe.export.weights)}
+        return {
+            kind: {e["domain"]: e["bits_per_byte"] for e in entries if (e["stage"], e["weights"]) == place}
+            for kind, place in kinds.items()
+        }
+
+    def failed(self) -> dict[str, str]:
+        return {
+            name: record["error"]
+            for name in self.recipes
+            if (record := self._records.get(name, {})).get("status") == "failed"
+        }
+
+    def table(self) -> str:
+        """The runs with their final bits per byte by domain, and what their base had."""
+        records = self.content()["runs"]
+        domains = list(dict.fromkeys(domain.name for recipe in self.recipes.values() for domain in recipe.domains))
+        rows = [["bits per byte", *domains, "time", ""]]
+        for record in records:
+            base, final = record.get("base", {}), record.get("final", {})
+            cells = [
+                f"{final[name]:.3f} ({final[name] / base[name] - 1:+.1%})" if name in final and name in base else "-"
+                for name in domains
+            ]
+            status = record["status"] if record["status"] != "failed" else f"failed: {record['error']}"
+            if record["status"] == "done" and record["together"] > 1:
+                status = f"done, {record['together']} together"
+            rows.append([record["name"], *cells, clock(record["seconds"]) if "seconds" in record else "-", status])
+        bases = {tuple(record["base"].items()) for record in records if record.get("base")}
+        if len(bases) == 1:
+            base = dict(bases.pop())
+            rows.insert(1, ["base", *(f"{base[name]:.3f}" if name in base else "-" for name in domains), "", ""])
+        return text_table(rows)
+
+    def report(self) -> Path | None:
+        """The page over all runs that are done; None: none is."""
+        runs = [self.run(name) for name in self.recipes if self.of(name).get("status") == "done"]
+        if not runs or self._store is not None:
+            return None
+        return write_runs_report(runs, self.path / "report.html")

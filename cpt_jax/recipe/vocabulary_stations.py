@@ -1,0 +1,71 @@
+"""The tokenizer and the base of a run, grown if its recipe says so."""
+
+from pathlib import Path
+
+from cpt_jax.core.config import to_json
+from cpt_jax.core.progress import say
+from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.data.holdout import read_heldout, training_documents
+from cpt_jax.data.sources import SkipCounts
+from cpt_jax.recipe.copies import copy_tokenizer, link_directory
+from cpt_jax.recipe.grow import grow_tokenizer
+from cpt_jax.recipe.results import Results
+from cpt_jax.recipe.rows import grow_model
+
+
+class VocabularyStations(Results):
+    """The stations between holding out and training that make what the stages begin with."""
+
+    def _training_texts(self, role: str):
+        for domain in self.recipe.domains:
+            if domain.role == role:
+                yield from training_documents(domain.corpus, domain.heldout, self._data(domain), SkipCounts())
+
+    def vocabulary(self) -> None:
+        """The tokenizer and the base model, grown if the recipe says so."""
+        recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
+        if recipe.vocabulary is None:
+            inputs = ["unchanged", self.marks["base"]]
+
+            def copy() -> None:
+                copy_tokenizer(self.source, tokenizer)
+                self._write_template(tokenizer)
+
+            self._station("tokenizer", [*inputs, self.template_given()], [tokenizer], copy, common=True)
+            self._station("base-model", inputs, [base], lambda: link_directory(self.source, base), common=True)
+            return
+        vocabulary = recipe.vocabulary
+        roles = {domain.name: domain.role for domain in recipe.domains}
+        upstream = [self.marks[f"hold-out-{name}"] for name in roles]
+
+        def extend() -> None:
+            say(f"tokenizer: learning {vocabulary.extension.new_tokens:,} new pieces")
+            heldout = {domain.name: read_heldout(self._data(domain)) for domain in recipe.domains}
+            grow_tokenizer(
+                self.source,
+                vocabulary,
+                lambda: self._training_texts("new"),
+                lambda: self._training_texts("replay"),
+                heldout,
+                recipe.named("replay"),
+                tokenizer,
+                self.path / "fertility.json",
+            )
+            self._write_template(tokenizer)
+
+        outputs = [tokenizer, self.path / "fertility.json"]
+        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given()]
+        self._station("tokenizer", inputs, outputs, extend, common=True)
+        self._station(
+            "base-model",
+            [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
+            [base],
+            lambda: grow_model(
+                self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")
+            ),
+            common=True,
+        )
+
+    def _write_template(self, tokenizer: Path) -> None:
+        if (template := self.template_given()) is not None:
+            write_text_atomic(tokenizer / "chat_template.jinja", template)

@@ -1,0 +1,28 @@
+"""How much replay?
+
+Question: the small base (12.8M parameters, English) reads 2M more tokens, of which a share is English again and the rest Chinese statutes (far) or Python (near).
+What does English cost in bits per byte at the end, and what does the new domain?
+
+Expectation: the shape that Ibrahim et al. (arXiv 2403.08763) saw at 405M, English to German: of the forgetting without replay, 1% of replay removes 52%, 5% 71%, 10% 79%,
+25% 88%, 50% 95%, at almost no cost for the new language until 10%. Less is forgotten with code, which documentation has some of.
+
+`cpt sweep experiments.replay_share:chinese` and `:code`: six shares, three seeds (other batches), the same number of tokens in all.
+"""
+
+from cpt_jax.recipe.recipe import Recipe
+from experiments.small_base import adapted
+
+SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)
+SEEDS = (0, 1, 2)
+
+
+def _runs(new: str) -> list[Recipe]:
+    return [adapted(f"{new}-{share:.0%}-{seed}", new, share, seed=seed) for share in SHARES for seed in SEEDS]
+
+
+def chinese() -> list[Recipe]:
+    return _runs("chinese")
+
+
+def code() -> list[Recipe]:
+    return _runs("code")
