@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart quickstart-base-vocabulary inputs test lint clean
+.PHONY: quickstart quickstart-base-vocabulary inputs test test-beam lint clean
 
 quickstart: inputs
 	$(BIN)/cpt run quickstart --workdir runs/quickstart
@@ -20,6 +20,16 @@ test: $(VENV)/installed-dev inputs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# In an environment of its own over the other one: Beam wants an older protobuf.
+test-beam: $(VENV)-beam/installed
+	$(VENV)-beam/bin/python -m pytest -n 0 -o filterwarnings=default tests/data/test_beam.py
+
+$(VENV)-beam/installed: $(VENV)/installed-dev
+	$(PYTHON) -m venv $(VENV)-beam
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$($(VENV)-beam/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth
+	$(VENV)-beam/bin/python -m pip install --quiet 'apache-beam>=2.70' 'sentencepiece<0.2.3'
+	touch $@
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
@@ -38,4 +48,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) $(VENV)-beam runs .cache

@@ -42,6 +42,9 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         return self._batch
 
+    def epochs(self) -> dict[str, float]:
+        return {}
+
     def state(self) -> dict:
         return {}
 

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--data", type=Path, help="default: DIRECTORY/../data")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--packing", default="first fit")
+    parser.add_argument("--packing", default="best fit")
     parser.add_argument("--domains", type=int, choices=(1, 2), default=2)
     parser.add_argument("--mesh")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

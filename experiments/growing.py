@@ -24,7 +24,9 @@ FEWER = {1000: 0.282, 4000: 0.184, 16_000: 0.142}
 
 
 def _grown(recipe: Recipe, pieces: int) -> Recipe:
-    vocabulary = Vocabulary(extension=ContinuedBPE(new_tokens=pieces, tolerance=0.01), limits=Limits(unreachable_pieces=1.0))
+    vocabulary = Vocabulary(
+        extension=ContinuedBPE(new_tokens=pieces, tolerance=0.01), limits=Limits(unreachable_pieces=1.0)
+    )
     return dataclasses.replace(recipe, vocabulary=vocabulary)
 
 

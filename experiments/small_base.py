@@ -111,7 +111,7 @@ def adapted(
     stage = Stage(
         name="adapt",
         method=method or Full(),
-        mixture={new: 1 - replay, "english": replay},
+        mixture={new: 1 - replay, "english": replay} if replay else {new: 1.0},
         tokens=tokens or BUDGET.tokens,
         batch_size=BUDGET.rows,
         sequence_length=SEQUENCE,

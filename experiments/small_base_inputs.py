@@ -43,7 +43,9 @@ def brown(package: Path) -> Iterator[str]:
 def kernel(root: Path) -> Iterator[str]:
     """One document a page in reStructuredText or plain text, translations left out."""
     for path in sorted(root.rglob("*")):
-        if path.name.endswith((".rst.gz", ".txt.gz", ".rst", ".txt")) and not {"translations", "_sources"} & set(path.parts):
+        if path.name.endswith((".rst.gz", ".txt.gz", ".rst", ".txt")) and not {"translations", "_sources"} & set(
+            path.parts
+        ):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             yield content.decode("utf-8", errors="ignore")
 

@@ -15,6 +15,7 @@ ORDER = [
     "optim",
     "checkpoint",
     "evaluate",
+    "laws",
     "training",
     "recipe",
     "plan",

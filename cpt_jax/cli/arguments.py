@@ -49,6 +49,36 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
 
 
+def replay_and_forgetting(sub: argparse.ArgumentParser) -> None:
+    """How much `adapt` replays, and what it does about forgetting."""
+    sub.add_argument(
+        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
+    )
+    sub.add_argument(
+        "--replay-until",
+        type=float,
+        metavar="SHARE",
+        help="the share that it goes to, along a line (default: it stays)",
+    )
+    sub.add_argument(
+        "--watch-every",
+        type=int,
+        metavar="STEPS",
+        help="measure bits per byte of replayed and watched domains (default with a budget: 20 times)",
+    )
+    sub.add_argument(
+        "--forgetting-budget",
+        type=float,
+        metavar="SHARE",
+        help="act when one of them is worse than the base by more than this, as in 0.02",
+    )
+    sub.add_argument(
+        "--on-forgetting",
+        choices=("raise-replay", "stop"),
+        help="what is done then (default: raise replay where there is some)",
+    )
+
+
 def plan_of(sub: argparse.ArgumentParser) -> None:
     """The flags of `plan`."""
     sub.add_argument("recipe", nargs="?", help="as `cpt run` takes it; or give --model alone")

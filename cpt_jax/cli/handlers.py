@@ -33,6 +33,10 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "mean_teacher",
         "tokens",
         "replay_share",
+        "replay_until",
+        "watch_every",
+        "forgetting_budget",
+        "on_forgetting",
         "text_field",
         "chat",
         "chat_template",
@@ -164,13 +168,6 @@ def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
     )
 
 
-def data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import data_prepare
-
-    names = ("tokenizer", "text_field", "chat", "chat_template", "out")
-    data_prepare(inputs=arguments.input, **_named(arguments, *names))
-
-
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.evaluate_command import evaluate_model
 
@@ -212,9 +209,17 @@ def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.report import compare_reports, write_report
+    from cpt_jax.recipe.many import is_sweep
+    from cpt_jax.recipe.many_report import write_runs_report
+    from cpt_jax.recipe.report import write_report
 
-    for run in arguments.run:
-        print(write_report(run))
-    if len(arguments.run) > 1:
-        print(compare_reports(arguments.run, arguments.out))
+    runs = arguments.run
+    for run in runs:
+        if not is_sweep(run):
+            print(write_report(run))
+    if is_sweep(runs[0]) or len(runs) > 1:
+        print(
+            write_runs_report(
+                runs, arguments.out or (Path("compare.html") if len(runs) > 1 else runs[0] / "report.html")
+            )
+        )

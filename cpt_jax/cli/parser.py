@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, plan_of, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
+from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
+from cpt_jax.cli.laws import LAW, law, law_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
 
@@ -117,9 +119,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
     sub.add_argument("--mean-teacher", type=float, metavar="WEIGHT", help="of staying near the moving average's")
     sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
-    sub.add_argument(
-        "--replay-share", type=float, default=0.25, help="share of the tokens that is replay (default 0.25)"
-    )
+    replay_and_forgetting(sub)
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
@@ -230,13 +230,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")
     json_out(sub)
 
-    data = group("data", "prepare corpora")
-    sub = command(data, "prepare", handlers.data_prepare, "Corpora to sharded, tokenised ArrayRecord.")
-    sub.add_argument("--tokenizer", required=True, type=Path)
-    sub.add_argument("--input", required=True, **spec)
-    sub.add_argument("--out", required=True, type=location)
-    text_field(sub)
-    chat(sub)
+    data = group("data", "prepare corpora, and look at them")
+    data_prepare_of(command(data, "prepare", data_prepare, "Corpora to sharded, tokenised ArrayRecord."))
+    data_stats_of(command(data, "stats", data_stats, "What is in corpora, and what is left out of them."))
 
     sub = command(commands, "eval", handlers.evaluate, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)
@@ -295,8 +291,13 @@ def parser() -> argparse.ArgumentParser:
     json_out(sub)
 
     sub = command(
-        commands, "report", handlers.report, "A run's HTML report; with several runs, a page that compares them."
+        commands,
+        "report",
+        handlers.report,
+        "A run's HTML report; of a sweep or of several runs, a page over all of them.",
     )
-    sub.add_argument("run", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, default=Path("compare.html"))
+    sub.add_argument("run", nargs="+", type=Path, help="runs' directories, or a sweep's")
+    sub.add_argument("--out", type=Path, help="of several (default: report.html of a sweep, else compare.html)")
+
+    law_of(command(commands, "law", law, LAW))
     return parser

@@ -56,6 +56,10 @@ def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in choices:
         return None
     classes = {getattr(choice, "__name__", ""): choice for choice in choices if dataclasses.is_dataclass(choice)}
+    plain_objects = [choice for choice in choices if typing.get_origin(choice) is dict]
+    # One of the choices may be a plain object, whose names are the user's.
+    if plain_objects and isinstance(value, dict) and not isinstance(value.get(KIND), str):
+        return from_json(plain_objects[0], value, where)
     if classes and isinstance(value, dict):
         kind = value.get(KIND, "")
         _check(kind in classes, where, kind, "one of " + ", ".join(classes))

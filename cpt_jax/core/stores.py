@@ -165,6 +165,11 @@ def glob_addresses(pattern: str) -> list[str]:
         return sorted(files.unstrip_protocol(each) for each in found if files.isfile(each))
 
 
+def size_of(file: Location) -> int:
+    """A file's bytes, on a disk or in a store."""
+    return state_of(str(file))[1] if is_address(file) else Path(file).stat().st_size
+
+
 def state_of(address: str) -> list:
     """What tells whether a file in a store is still the one that was read: its size, and the store's mark of its
     content or its time."""

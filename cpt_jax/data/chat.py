@@ -1,16 +1,15 @@
 """Conversations as tokens, each with whether it is to be learnt."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
 from cpt_jax.data.chat_template import ChatTemplate, Rendering, ResponseFinder
 from cpt_jax.data.conversations import Unusable
-from cpt_jax.data.prepare import NOT_LEARNT, Manifest, prepare
-from cpt_jax.data.sources import Corpus, Document, SkipCounts
+from cpt_jax.data.prepare import NOT_LEARNT
+from cpt_jax.data.sources import Document, SkipCounts
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -67,24 +66,6 @@ class ChatEncoder:
             size = sum(len(rendering.text[start:end].encode()) for start, end in spans)
             chats.append(MeasuredChat(encoding.ids, _overlapping(encoding.offsets, spans, len(rendering.text)), size))
         return chats
-
-
-def prepare_corpus(
-    corpus: Corpus,
-    documents: Iterator[Document],
-    skipped: SkipCounts,
-    tokenizer: Tokenizer,
-    template: Path | None,
-    directory: Path,
-    on_progress: Callable[[int], None] = lambda documents: None,
-) -> Manifest:
-    """`prepare`, of a corpus of either format; `template`: a chat template other than the tokenizer's own."""
-    if corpus.format == "text":
-        texts = (document.text for document in documents)
-        return prepare(corpus.name, texts, skipped, tokenizer, directory, on_progress)
-    encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, template))
-    renderings = encoder.rendered(documents, skipped)
-    return prepare(corpus.name, renderings, skipped, encoder, directory, on_progress, format="chat")
 
 
 def _overlapping(

@@ -108,15 +108,25 @@ def training_documents(corpus: Corpus, holdout: Holdout, directory: Path, skippe
 
 def learnable_documents(corpus: Corpus, holdout: Holdout, directory: Path, skipped: SkipCounts) -> Iterator[Document]:
     """The documents that may be learnt from: not held out, nor equal to one that is."""
-    packed = (directory / "heldout_hashes.bin").read_bytes()
-    hashes = {packed[i : i + 16] for i in range(0, len(packed), 16)}
+    hashes = heldout_hashes(directory)
     for document in read(corpus, skipped):
-        if holdout.holds_out(document):
-            skipped["held out"] += 1
-        elif text_hash(document.text) in hashes:
-            skipped["equal to a held-out text"] += 1
+        if (reason := heldout_reason(document, holdout, hashes)) is not None:
+            skipped[reason] += 1
         else:
             yield document
+
+
+def heldout_hashes(directory: Path) -> set[bytes]:
+    """`text_hash` of every held-out text."""
+    packed = (directory / "heldout_hashes.bin").read_bytes()
+    return {packed[i : i + 16] for i in range(0, len(packed), 16)}
+
+
+def heldout_reason(document: Document, holdout: Holdout, hashes: set[bytes]) -> str | None:
+    """Why a document may not be learnt from, where it is held out or equal to one that is."""
+    if holdout.holds_out(document):
+        return "held out"
+    return "equal to a held-out text" if text_hash(document.text) in hashes else None
 
 
 class HeldApart:

@@ -1,14 +1,14 @@
 """A corpus tokenised once, into sharded ArrayRecord files with a manifest.
 
-A record is one document's token ids, little-endian uint32, without start and end tokens: those belong to the packing.
-The highest bit of a token that is not to be learnt (a conversation's prompt) is set.
+A record is one document's token ids, uint32, without start and end tokens: those belong to the packing. The highest bit
+of a token that is not to be learnt (a conversation's prompt) is set. TFDS reads it too (`tfds_format`).
 """
 
 import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,22 @@ import numpy as np
 
 from cpt_jax.core.checksums import sha256
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import disk_full_is_told, write_json_atomic
+from cpt_jax.core.storage import disk_full_is_told
+from cpt_jax.data.place import Place
 from cpt_jax.data.sources import Format, SkipCounts
+from cpt_jax.data.statistics import Statistics
+from cpt_jax.data.tfds_format import array_of, dataset_files, example_of
 
-BATCH_DOCUMENTS = 1024
+# What is encoded at once: the encodings of a batch take some 100 bytes for each of its characters.
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20
 SHARD_TOKENS = 50_000_000
-MANIFEST = "manifest.json"
+COUNTS = ["records", "bytes", "characters", "tokens", "trained_tokens"]
+MANIFEST, STATISTICS = "manifest.json", "statistics.json"
 NOT_LEARNT = 1 << 31
+_DESCRIPTION = (
+    "{records:,} documents, {tokens:,} token ids of the tokenizer {tokenizer}, prepared by cpt_jax. "
+    "A token whose highest bit is set is not to be learnt."
+)
 
 
 class Encoder(Protocol):
@@ -46,7 +55,7 @@ class Shard:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a prepared domain holds: counts (`trained_tokens`: those that are learnt), what was skipped and why, the
-    tokenizer, and each shard by its file's name."""
+    tokenizer, each shard by its file's name, and the fingerprint of all that it was made from, where that is known."""
 
     name: str
     format: Format
@@ -58,30 +67,133 @@ class Manifest:
     skipped: dict[str, int]
     tokenizer: str
     shards: dict[str, Shard]
+    source: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """One shard as it was written: the file, counts over its documents, and what is told about them as JSON."""
+
+    shard: Shard | None
+    counts: dict[str, int]
+    skipped: dict[str, int]
+    statistics: dict[str, Any]
 
 
 def encode_record(tokens: Sequence[int] | np.ndarray) -> bytes:
-    return np.asarray(tokens, "<u4").tobytes()
+    return example_of(np.asarray(tokens, "<u4").tobytes())
 
 
 def decode_record(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n], int32, and which of them are to be learnt [n], bool."""
-    tokens = np.frombuffer(record, "<u4")
+    tokens = array_of(record)
     return (tokens & (NOT_LEARNT - 1)).astype(np.int32), tokens < NOT_LEARNT
 
 
-def _encoded(documents: Iterator[Any], encoder: Encoder) -> Iterator[tuple[list[Any], Sequence[Any]]]:
-    """Batches of documents and their tokens; while one is written, the next is encoded."""
+def shard_name(index: int) -> str:
+    return f"train-{index:05d}.arrayrecord"
+
+
+def _text(document: Any) -> str:
+    return document if isinstance(document, str) else document.text
+
+
+def _batches(documents: Iterator[Any]) -> Iterator[list[Any]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(_text(document))
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(documents: Iterator[Any], encoder: Encoder | None) -> Iterator[tuple[list[Any], Sequence[Any]]]:
+    """Batches of documents and their tokens (none without an encoder); while one is written, the next is encoded."""
+    if encoder is None:
+        yield from ((batch, [()] * len(batch)) for batch in _batches(documents))
+        return
     with ThreadPoolExecutor(1) as pool:
         batch: list[Any] = []
         coming = None
-        while following := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+        for following in _batches(documents):
             pending, coming = coming, pool.submit(encoder.encode_documents, following)
             if pending is not None:
                 yield batch, pending.result()
             batch = following
         if coming is not None:
             yield batch, coming.result()
+
+
+def write_shard(
+    path: Path | None,
+    batches: Iterable[tuple[list[Any], Sequence[Any]]],
+    skipped: Mapping[str, int],
+    statistics: Statistics,
+    on_progress: Callable[[int], None] = lambda documents: None,
+) -> Written:
+    """Writes documents and their tokens to an ArrayRecord file (or nowhere, and only counts). `skipped` and `statistics`
+    may grow while `batches` are read."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    counts = dict.fromkeys(COUNTS, 0)
+    # Groups of one record: training reads documents one by one, in random order.
+    writer = None if path is None else ArrayRecordWriter(str(path), "group_size:1")
+    for batch, ids in batches:
+        texts, tokens = list(map(_text, batch)), [np.asarray(each, "<u4") for each in ids]
+        if writer is not None:
+            for each in tokens:
+                writer.write(encode_record(each))
+        counts["records"] += len(batch)
+        counts["bytes"] += sum(len(text.encode()) for text in texts)
+        counts["characters"] += sum(map(len, texts))
+        counts["tokens"] += sum(map(len, tokens))
+        counts["trained_tokens"] += int(sum((each < NOT_LEARNT).sum() for each in tokens))
+        statistics.add(texts, list(map(len, tokens)))
+        on_progress(counts["records"])
+    shard = None
+    if path is not None and writer is not None:
+        writer.close()
+        shard = Shard(records=counts["records"], bytes=path.stat().st_size, sha256=sha256(path))
+    return Written(shard=shard, counts=counts, skipped=dict(skipped), statistics=statistics.to_json())
+
+
+def write_manifest(
+    place: Place, name: str, format: Format, tokenizer: str, parts: Sequence[Written], source: str | None
+) -> Manifest:
+    """Says what lies in a directory of shards, part n of which is shard n: statistics.json, TFDS's files, and, last,
+    manifest.json."""
+    counts: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
+    statistics = Statistics()
+    for part in parts:
+        for name_of_count, count in part.counts.items():
+            counts[name_of_count] += count
+        skipped.update(part.skipped)
+        statistics.merge(part.statistics)
+    shards = {shard_name(index): part.shard for index, part in enumerate(parts) if part.shard is not None}
+    manifest = Manifest(
+        name=name,
+        format=format,
+        **counts,
+        skipped=dict(sorted(skipped.items())),
+        tokenizer=tokenizer,
+        shards=shards,
+        source=source,
+    )
+    description = _DESCRIPTION.format(records=manifest.records, tokens=manifest.tokens, tokenizer=tokenizer)
+    records, size = {file: shard.records for file, shard in shards.items()}, sum(each.bytes for each in shards.values())
+    files = {STATISTICS: json_bytes(statistics.to_json()), **dataset_files(name, description, records, size)}
+    for file, content in files.items():
+        place.write(file, content)
+    place.write(MANIFEST, json_bytes(dataclasses.asdict(manifest)))
+    return manifest
+
+
+def json_bytes(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def prepare(
@@ -94,8 +206,8 @@ def prepare(
     *,
     format: Format = "text",
 ) -> Manifest:
-    """Tokenises texts, or renderings of conversations, into `directory`/train-NNNNN.arrayrecord and writes
-    manifest.json last.
+    """Tokenises texts, or renderings of conversations, that only this process has, into `directory`/train-NNNNN.arrayrecord,
+    a new one after every SHARD_TOKENS tokens; manifest.json is written last.
 
     Raises:
       UserError: there is nothing to learn, or the disk is full.
@@ -103,64 +215,34 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     for left_over in (*directory.glob("train-*"), directory / MANIFEST):
         left_over.unlink(missing_ok=True)
-    counts: collections.Counter[str] = collections.Counter()
-    with disk_full_is_told(directory), _Shards(directory) as shards:
-        for batch, encoded in _encoded(documents, encoder):
-            for document, ids in zip(batch, encoded, strict=True):
-                text, tokens = document if isinstance(document, str) else document.text, np.asarray(ids, "<u4")
-                shards.write(tokens)
-                counts["records"] += 1
-                counts["bytes"] += len(text.encode())
-                counts["characters"] += len(text)
-                counts["tokens"] += len(tokens)
-                counts["trained_tokens"] += int((tokens < NOT_LEARNT).sum())
-            on_progress(counts["records"])
-    if not counts["trained_tokens"]:
+    parts: list[Written] = []
+    with disk_full_is_told(directory):
+        pairs = (pair for batch, ids in encoded(documents, encoder) for pair in zip(batch, ids, strict=True))
+        while (first := next(pairs, None)) is not None:
+            before = sum(part.counts["records"] for part in parts)
+            coming = _until_full(itertools.chain([first], pairs))
+            path = directory / shard_name(len(parts))
+            parts.append(write_shard(path, coming, {}, Statistics(), lambda count, n=before: on_progress(n + count)))
+    if not sum(part.counts["trained_tokens"] for part in parts):
         raise UserError(f"domain {name!r} has no text to train on: everything was skipped ({dict(skipped)})")
-    manifest = Manifest(
-        name=name,
-        format=format,
-        **counts,
-        skipped=dict(skipped),
-        tokenizer=encoder.fingerprint,
-        shards={
-            path.name: Shard(records=records, bytes=path.stat().st_size, sha256=sha256(path))
-            for path, records in shards.records.items()
-        },
-    )
-    write_json_atomic(directory / MANIFEST, dataclasses.asdict(manifest))
-    return manifest
+    parts[0] = dataclasses.replace(parts[0], skipped=dict(skipped))
+    return write_manifest(Place(directory), name, format, encoder.fingerprint, parts, None)
 
 
-class _Shards:
-    """The files that records go to, a new one after every SHARD_TOKENS tokens."""
-
-    def __init__(self, directory: Path) -> None:
-        self.records: dict[Path, int] = {}
-        self._directory, self._path, self._writer, self._tokens = directory, directory, None, 0
-
-    def __enter__(self) -> "_Shards":
-        return self
-
-    def write(self, tokens: np.ndarray) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if self._writer is None or self._tokens >= SHARD_TOKENS:
-            self._close()
-            self._path = self._directory / f"train-{len(self.records):05d}.arrayrecord"
-            self.records[self._path] = 0
-            # Groups of one record: training reads documents one by one, in random order.
-            self._writer, self._tokens = ArrayRecordWriter(str(self._path), "group_size:1"), 0
-        self._writer.write(encode_record(tokens))
-        self.records[self._path] += 1
-        self._tokens += len(tokens)
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
+def _until_full(pairs: Iterator[tuple[Any, Any]]) -> Iterator[tuple[list[Any], Sequence[Any]]]:
+    """Documents with their tokens, in batches, until a shard is full."""
+    batch, ids, tokens = [], [], 0
+    for document, each in pairs:
+        batch.append(document)
+        ids.append(each)
+        tokens += len(each)
+        if len(batch) == BATCH_DOCUMENTS or tokens >= SHARD_TOKENS:
+            yield batch, ids
+            batch, ids = [], []
+        if tokens >= SHARD_TOKENS:
+            return
+    if batch:
+        yield batch, ids
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -172,7 +254,16 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{directory} is not prepared (no {MANIFEST}): run `cpt data prepare`")
-    written = json.loads(path.read_text())
+    return manifest_of(path.read_bytes(), str(directory))
+
+
+def manifest_of(content: bytes, directory: str) -> Manifest:
+    """A manifest as it was written.
+
+    Raises:
+      UserError: it is another version's.
+    """
+    written = json.loads(content)
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if written.keys() != fields or any(isinstance(shard, str) for shard in written["shards"].values()):
         raise UserError(f"{directory} was prepared by another version of cpt_jax: run `cpt data prepare` again")

@@ -2,10 +2,11 @@
 
 import bisect
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, SupportsIndex
 
-import grain
+from array_record.python.array_record_module import ArrayRecordReader
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
@@ -27,7 +28,7 @@ def shard_fault(directory: Path, manifest: Manifest, name: str) -> str | None:
 
 
 class Records:
-    """A source for grain: record n of all shards, or None where it cannot be read and that is skipped.
+    """Record n of all shards, or None where it cannot be read and that is skipped.
 
     A record keeps its number whatever is skipped: the order of the others stays as it is. A shard whose size is wrong is
     found at the start, a record whose bytes are wrong (riegeli's checksum) when it is read.
@@ -48,11 +49,14 @@ class Records:
                 f"{directory}: no shard of {manifest.name} can be read: remove it to have it prepared again"
             )
 
-    def _opened(self, index: int) -> grain.sources.ArrayRecordDataSource | None:
+    def _opened(self, index: int) -> ArrayRecordReader | None:
         name, first, behind = self._names[index], self._first[index], self._first[index + 1]
         fault = shard_fault(self._directory, self._manifest, name)
         if fault is None:
-            return grain.sources.ArrayRecordDataSource([str(self._directory / name)])
+            # Records are read in random order: nothing is read ahead.
+            return ArrayRecordReader(
+                str(self._directory / name), "readahead_buffer_size:0", file_reader_buffer_size=32768
+            )
         self._tell(f"{fault} (documents {first:,} to {behind - 1:,} of {self._manifest.name})")
         return None
 
@@ -67,13 +71,32 @@ class Records:
     def __len__(self) -> int:
         return self._first[-1]
 
+    def read(self, numbers: Sequence[int]) -> list[bytes | None]:
+        """Several records: a call of its own for each takes 20 times as long."""
+        found: list[bytes | None] = [None] * len(numbers)
+        by_shard: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            by_shard.setdefault(bisect.bisect_right(self._first, number) - 1, []).append(place)
+        for shard, places in by_shard.items():
+            source, first = self._sources[shard], self._first[shard]
+            try:
+                if source is None:
+                    raise OSError
+                records = source.read([numbers[place] - first for place in places])
+            except (RuntimeError, OSError):
+                # One by one, to tell which.
+                records = [self[numbers[place]] for place in places]
+            for place, record in zip(places, records, strict=True):
+                found[place] = record
+        return found
+
     def __getitem__(self, key: SupportsIndex) -> bytes | None:
         number = key.__index__()
         shard = bisect.bisect_right(self._first, number) - 1
         source, record = self._sources[shard], number - self._first[shard]
         if source is not None:
             try:
-                return source[record]
+                return source.read([record])[0]
             # riegeli's; OSError where the disk fails.
             except (RuntimeError, OSError) as error:
                 if number not in self.skipped:
@@ -86,4 +109,4 @@ class Records:
         return None
 
     def __repr__(self) -> str:
-        return f"Records({str(self._directory)!r})"
+        return str(self._directory)

@@ -1,32 +1,33 @@
 """Corpora: from a path, a glob, a TFDS or a Hugging Face name to documents; what is skipped is counted by reason."""
 
 import collections
+import contextlib
 import dataclasses
 import glob
-import gzip
-import io
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.stores import Location, glob_addresses, is_address, open_binary
+from cpt_jax.core.stores import Location, glob_addresses, is_address, state_of
 from cpt_jax.data import conversations
+from cpt_jax.data.catalogues import is_catalogued, named_records, named_state
 from cpt_jax.data.conversations import Message, Unusable, holds_conversation
-
-SUFFIXES = (".jsonl", ".txt", ".parquet", ".arrayrecord")
-COMPRESSIONS = (".gz", ".zst")
+from cpt_jax.data.files import WHOLE, Stretch, file_records, kind_of, parquet_columns
 
 SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
+# JSON can spell what is no text: half of a pair.
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
     """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst), also
-    in a store (s3://, gs://; no .arrayrecord), `tfds:NAME[/config][:split]`, or `hf:NAME_OR_DIR[:split]`.
+    in a store (s3://, gs://; no .arrayrecord), `tfds:NAME_OR_DIR[/config][:split]`, or `hf:NAME_OR_DIR[:split]` (the
+    split is `train` unless told otherwise).
 
     A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
     held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a
@@ -62,16 +63,23 @@ def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
     """
     count = 0
     for record in _records(corpus, skipped):
-        document = _document(corpus, record, skipped)
+        document = document_of(corpus, record, skipped)
         if document is not None:
             count += 1
             yield document
     if not count:
-        reasons = ", ".join(f"{number} x {reason}" for reason, number in skipped.most_common()) or "it is empty"
-        raise UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons})")
+        raise nothing_usable(corpus, skipped)
 
 
-def _document(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | None:
+def nothing_usable(corpus: Corpus, skipped: Mapping[str, int]) -> UserError:
+    """Says why a corpus has nothing to learn from."""
+    counted = sorted(skipped.items(), key=lambda reason: -reason[1])
+    reasons = ", ".join(f"{number} x {reason}" for reason, number in counted) or "it is empty"
+    return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): give one that does")
+
+
+def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | None:
+    """A record's document, or None where it has none, which is counted."""
     messages: list[Message] = []
     if corpus.format == "chat":
         try:
@@ -85,6 +93,9 @@ def _document(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | N
         return None
     if not text.strip():
         skipped["empty"] += 1
+        return None
+    if not text.isascii() and _SURROGATES.search(text):
+        skipped["half a UTF-16 pair"] += 1
         return None
     if corpus.group_field is None:
         return Document(text, text, tuple(messages))
@@ -142,7 +153,7 @@ def texts_of(corpora: Iterable[Corpus]) -> Iterator[str]:
 
 def files_of(corpus: Corpus) -> list[Location]:
     """The files a corpus is read from, sorted; none for `tfds:` and `hf:`."""
-    if corpus.spec.startswith(("tfds:", "hf:")):
+    if is_catalogued(corpus.spec):
         return []
     if is_address(corpus.spec):
         if not (addresses := glob_addresses(corpus.spec)):
@@ -156,150 +167,52 @@ def files_of(corpus: Corpus) -> list[Location]:
 
 
 def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
-    if corpus.spec.startswith("tfds:"):
-        yield from _tfds_records(corpus)
-    elif corpus.spec.startswith("hf:"):
-        yield from _hf_records(corpus)
+    if is_catalogued(corpus.spec):
+        with _told_of(corpus):
+            yield from named_records(corpus.spec)
     else:
         for path in files_of(corpus):
-            yield from _file_records(path, corpus, skipped)
+            yield from stretch_of(corpus, path, WHOLE, skipped)
 
 
-def _file_records(path: Location, corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
-    suffixes = [suffix for suffix in PurePosixPath(path).suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
-    kind = suffixes[0] if suffixes else ""
-    if kind == ".jsonl":
-        yield from _json_lines(_lines(path, skipped), skipped)
-    elif kind == ".txt":
-        yield from _paragraphs(_lines(path, skipped), corpus.text_field)
-    elif kind == ".parquet":
-        yield from _parquet_rows(path, corpus)
-    elif kind == ".arrayrecord" and is_address(path):
-        raise UserError(f"corpus {corpus.name}: {path}: ArrayRecord files are read from a local disk: copy it there")
-    elif kind == ".arrayrecord":
-        yield from _json_lines(_array_records(path), skipped)
-    else:
-        known = ", ".join(SUFFIXES)
-        raise UserError(
-            f"corpus {corpus.name}: {path} is of no known format; known: {known} ({', '.join(COMPRESSIONS)} of the first two)"
-        )
-
-
-def _open(path: Location) -> IO[bytes]:
-    suffix = PurePosixPath(path).suffix
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(open_binary(path) if is_address(path) else path, "rb"))
-    if suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open_binary(path)))  # type: ignore[arg-type]
-    return open_binary(path)
-
-
-def _lines(path: Location, skipped: SkipCounts) -> Iterator[str]:
-    try:
-        with _open(path) as file:
-            for line in file:
-                try:
-                    yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
-                except UnicodeDecodeError:
-                    skipped["not UTF-8"] += 1
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is truncated or not compressed as its name says ({error})") from error
-
-
-def _json_lines(lines: Iterable[str], skipped: SkipCounts) -> Iterator[dict]:
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            skipped["malformed JSON"] += 1
-            continue
-        if isinstance(record, dict):
-            yield record
+def stretch_of(corpus: Corpus, source: Location, stretch: Stretch, skipped: SkipCounts) -> Iterator[dict]:
+    """The records of a stretch of one of a corpus's files, or of its named data set."""
+    with _told_of(corpus):
+        if is_catalogued(corpus.spec):
+            yield from named_records(corpus.spec, stretch)
         else:
-            skipped["not a JSON object"] += 1
+            columns = _columns(corpus, source) if kind_of(source) == ".parquet" else None
+            yield from file_records(source, corpus.text_field, columns, skipped, stretch)
 
 
-def _paragraphs(lines: Iterable[str], field: str) -> Iterator[dict]:
-    block: list[str] = []
-    for line in lines:
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield {field: "".join(block).rstrip("\n")}
-            block = []
-    if block:
-        yield {field: "".join(block).rstrip("\n")}
-
-
-def _parquet_rows(path: Location, corpus: Corpus) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
+@contextlib.contextmanager
+def _told_of(corpus: Corpus) -> Iterator[None]:
+    """Puts the corpus's name before what is wrong with it."""
     try:
-        file = pyarrow.parquet.ParquetFile(open_binary(path) if is_address(path) else path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is truncated or no Parquet file ({error})") from error
-    names, chat = file.schema_arrow.names, corpus.format == "chat"
+        yield
+    except UserError as error:
+        raise UserError(f"corpus {corpus.name}: {error}") from error
+
+
+def _columns(corpus: Corpus, path: Location) -> list[str]:
+    """What is read of a Parquet file."""
+    names, chat = parquet_columns(path), corpus.format == "chat"
     fields = conversations.FIELDS if chat else (corpus.text_field,)
     if chat and not holds_conversation(names):
         raise UserError(f"{path} has no conversation ({conversations.KNOWN}); its columns: {', '.join(names)}")
     if not chat and corpus.text_field not in names:
         hint = _chat_hint(corpus, names)
         raise UserError(f"{path} has no column {corpus.text_field!r}{hint}; it has: {', '.join(names)}")
-    wanted = [name for name in (*fields, corpus.group_field) if name in names]
-    for batch in file.iter_batches(columns=wanted):
-        yield from batch.to_pylist()
+    return [name for name in (*fields, corpus.group_field) if name in names]
 
 
-def _array_records(path: Location) -> Iterator[str]:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    reader = ArrayRecordReader(str(path))
-    for index in range(reader.num_records()):
-        yield reader.read([index])[0].decode()
-    reader.close()
+def corpus_state(corpus: Corpus) -> list:
+    """What tells whether a corpus is still the one that was read: its files' names, sizes and times (or marks)."""
+    if is_catalogued(corpus.spec):
+        return named_state(corpus.spec)
+    return [state_of(str(file)) if is_address(file) else _file_state(Path(file)) for file in files_of(corpus)]
 
 
-def _name_and_split(spec: str) -> tuple[str, str]:
-    name, _, split = spec.partition(":")[2].partition(":")
-    return name, split or "train"
-
-
-def _tfds_records(corpus: Corpus) -> Iterator[dict]:
-    import tensorflow_datasets
-
-    name, split = _name_and_split(corpus.spec)
-    try:
-        # as_data_source reads ArrayRecord without TensorFlow; as_dataset would need it.
-        source: Any = tensorflow_datasets.data_source(name, split=split)
-    except Exception as error:
-        raise UserError(
-            f"corpus {corpus.name}={corpus.spec}: TFDS cannot open it ({str(error).splitlines()[0]})"
-        ) from error
-    for record in source:
-        yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
-
-
-def _hf_records(corpus: Corpus) -> Iterator[dict]:
-    try:
-        import datasets  # type: ignore[import-not-found]
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"corpus {corpus.name}={corpus.spec} needs the package datasets: pip install datasets"
-        ) from error
-    name, split = _name_and_split(corpus.spec)
-    try:
-        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
-            source = datasets.load_from_disk(name)
-            source = source[split] if isinstance(source, dict) else source
-        else:
-            source = datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:
-        raise UserError(
-            f"corpus {corpus.name}={corpus.spec} cannot be opened ({str(error).splitlines()[0]})"
-        ) from error
-    yield from cast(Iterable[dict], source)
+def _file_state(path: Path) -> list:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]

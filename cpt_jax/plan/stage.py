@@ -15,6 +15,7 @@ from cpt_jax.adapt import Method
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
+from cpt_jax.data.mixture import domains_of
 from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.models.families import family_for
 from cpt_jax.models.kernels.choice import AttentionChoice
@@ -169,7 +170,7 @@ def arguments_of(planned: PlannedStage, network: Network, mesh: Mesh) -> tuple[A
     program = Settings(
         network=network,
         trains=names,
-        names=tuple(stage.mixture),
+        names=domains_of(stage.mixture),
         optimizer=stage.optimizer,
         ema=stage.ema,
         accumulate=stage.accumulate,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from cpt_jax.core.config import to_json
+from cpt_jax.data.mixture import described
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
 
 ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured only"}
@@ -96,7 +97,7 @@ def _training(stages: Sequence[Stage]) -> str:
                 stage.name,
                 f"{kind}({settings})",
                 f"{stage.steps * stage.batch_size * stage.sequence_length:,}",
-                " ".join(f"{name} {share:.0%}" for name, share in stage.mixture.items()),
+                described(stage.mixture),
                 f"{stage.optimizer.learning_rate:g}",
                 f"{stage.batch_size} x {stage.sequence_length}",
             ]

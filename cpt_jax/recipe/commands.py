@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import quiet_libraries, say
+from cpt_jax.core.progress import quiet_libraries
 from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.core.stores import Location, is_address, written_to
-from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.holdout import HeldApart, Holdout
-from cpt_jax.data.sources import SkipCounts, corpora_of, named_corpora, read, texts_of
+from cpt_jax.data.sources import corpora_of, texts_of
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
-from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 def model_extend(
@@ -71,30 +68,3 @@ def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> d
     if "wechsel" in names and not vectors:
         raise UserError("rows 'wechsel' need word vectors of both languages: give --vectors OLD.vec NEW.vec")
     return {name: known[name] for name in names}
-
-
-def data_prepare(
-    *,
-    tokenizer: Path,
-    inputs: Sequence[tuple[str, str]],
-    text_field: str,
-    chat: Sequence[str],
-    chat_template: Path | None,
-    out: Location,
-) -> None:
-    """`cpt data prepare`."""
-    reader = Tokenizer(tokenizer)
-    for corpus in named_corpora(inputs, text_field, chat):
-
-        def told(count: int, name: str = corpus.name) -> None:
-            say(f"{name}: {count:,} documents")
-
-        skipped = SkipCounts()
-        directory = f"{out}/{corpus.name}" if is_address(out) else Path(out) / corpus.name
-        with written_to(directory) as local:
-            manifest = prepare_corpus(corpus, read(corpus, skipped), skipped, reader, chat_template, local, told)
-        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
-        learnt = f" ({manifest.trained_tokens:,} of them learnt)" if corpus.format == "chat" else ""
-        print(
-            f"{directory}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens{learnt}; left out: {left_out}"
-        )

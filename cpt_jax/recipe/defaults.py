@@ -13,6 +13,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.tree import flatten
+from cpt_jax.data.mixture import Mixture, Ramp, domains_of
 from cpt_jax.data.sources import Corpus, SkipCounts, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
@@ -21,6 +22,7 @@ from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.recipe import Domain, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
+from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -113,6 +115,25 @@ def _retention(anchor: float | None, mean_teacher: float | None, replayed: Seque
     return tuple(kind(weight=weight, domains=domains) for kind, weight in given if weight is not None)
 
 
+def _mixture(new: Sequence[str], replayed: Sequence[str], share: float, until: float | None) -> Mixture:
+    """The new domains in equal parts, and the replayed ones."""
+
+    def shares(replay: float) -> dict[str, float]:
+        return {name: (1 - replay) / len(new) for name in new} | {
+            name: replay / len(replayed) for name in replayed if share or until
+        }
+
+    return shares(share) if until is None or not replayed else Ramp(start=shares(share), end=shares(until))
+
+
+def _watch(every: int | None, limit: float | None, action: str | None, steps: int, replays: bool) -> Watch | None:
+    if every is None and limit is None:
+        return None
+    raises = action == "raise-replay" or (action is None and replays)
+    budget = None if limit is None else RaiseReplay(limit=limit) if raises else Stop(limit=limit)
+    return Watch(every=every or max(1, steps // 20), budget=budget)
+
+
 def adapt_recipe(
     *,
     base: str,
@@ -126,6 +147,10 @@ def adapt_recipe(
     mean_teacher: float | None,
     tokens: int | None,
     replay_share: float,
+    replay_until: float | None,
+    watch_every: int | None,
+    forgetting_budget: float | None,
+    on_forgetting: str | None,
     text_field: str,
     chat: Sequence[str],
     chat_template: Path | None,
@@ -134,10 +159,15 @@ def adapt_recipe(
     """A recipe for the user's own model and text, and the reason for each default.
 
     Raises:
-      UserError: a replay share outside [0, 1), or whatever is wrong with the model or the corpora.
+      UserError: a share outside [0, 1), a watch over nothing, or whatever is wrong with the model or the corpora.
     """
     if not 0 <= replay_share < 1:
         raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
+    for name, given_share in (("--replay-until", replay_until), ("--forgetting-budget", forgetting_budget)):
+        if given_share is not None and not 0 <= given_share < 1:
+            raise UserError(f"{name} is {given_share}: give a share from 0 up to, not including, 1")
+    if not (replay or watch) and (watch_every or forgetting_budget is not None):
+        raise UserError("nothing is there that may be forgotten: give --replay or --watch with the forgetting watch")
     share = replay_share if replay else 0.0
     given: dict[Role, Sequence[tuple[str, str]]] = {"new": new, "replay": replay, "watch": watch}
     corpora = named_corpora([*new, *replay, *watch], text_field, chat)
@@ -152,9 +182,7 @@ def adapt_recipe(
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
-    mixture = {name: (1 - share) / len(new) for name, _ in new} | {
-        name: share / len(replay) for name, _ in replay if share
-    }
+    mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
     shape: dict[str, Any] = (
         dict(batch_size=2, sequence_length=256)
         if on_cpu
@@ -173,16 +201,19 @@ def adapt_recipe(
                 **shape,
             )
         )
+    rest = total - sum(stage.tokens for stage in stages)
+    steps = rest // (shape["batch_size"] * shape["sequence_length"])
     stages.append(
         Stage(
             name=method,
             method=_method(method, pieces > 0, network.config.num_layers),
             mixture=mixture,
-            tokens=total - sum(stage.tokens for stage in stages),
+            tokens=rest,
+            watch=_watch(watch_every, forgetting_budget, on_forgetting, steps, bool(replay and share)),
             optimizer=_optimizer(optimizer, method, size),
             schedule=Cosine(),
             ema=EMA(decay=0.98 if on_cpu else 0.999),
-            retention=_retention(anchor, mean_teacher, [name for name, _ in replay if share]),
+            retention=_retention(anchor, mean_teacher, [name for name, _ in replay if name in domains_of(mixture)]),
             **shape,
         )
     )
@@ -199,7 +230,7 @@ def adapt_recipe(
     reasons = {
         "new pieces": f"{pieces:,}: {pieces_reason}",
         "tokens": f"{total:,}: {total_reason}",
-        "replay": f"{share:.0%} of the tokens"
+        "replay": f"{share:.0%} of the tokens" + ("" if replay_until is None else f", going to {replay_until:.0%}")
         if replay
         else "none: no --replay was given, expect the old domain to be forgotten",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,

@@ -19,12 +19,14 @@ from cpt_jax.core.progress import quiet_libraries
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import read_heldout
+from cpt_jax.data.mixture import domains_of
 from cpt_jax.data.prepare import MANIFEST, read_manifest
 from cpt_jax.data.records import shard_fault
 from cpt_jax.recipe.export import GATE, logit_difference, numpy_type
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
+from cpt_jax.training.ending import ended_early
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -73,7 +75,7 @@ class Patient:
 
     def findings(self) -> Iterator[Finding]:
         yield self._stations()
-        for name in {name: None for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             yield self._found(f"data/{name}", lambda name=name: self._data(name))
         for index, stage in enumerate(self.recipe.stages):
             directory = self.path / "stages" / f"{index + 1}-{stage.name}"
@@ -128,14 +130,17 @@ class Patient:
             raise UserError(f"metrics.jsonl has {len(written)} lines that do not count the steps from 1")
         if not self._done(f"stage-{stage.name}"):
             return f"not finished; {len(there)} checkpoints, the newest of step {there[0] if there else 0}"
-        if not there or there[0] != stage.steps:
+        last, why = ended_early(directory) or (stage.steps, "")
+        if not there or there[0] != last:
             raise UserError(
-                f"step {stage.steps}, its last, has no checkpoint: run the recipe again, it goes on from the one before"
+                f"step {last}, its last, has no checkpoint: run the recipe again, it goes on from the one before"
             )
-        if len(written) != stage.steps:
-            raise UserError(f"metrics.jsonl has {len(written)} steps of {stage.steps}")
+        if len(written) != last:
+            raise UserError(f"metrics.jsonl has {len(written)} steps of {last}")
         leaves = flatten(read_trained(directory / "checkpoints")["last"])
-        return f"{len(there)} checkpoints; that of step {stage.steps} opens ({len(leaves)} weights)"
+        return f"{len(there)} checkpoints; that of step {last} opens ({len(leaves)} weights)" + (
+            f"; it ended there: {why}" if why else ""
+        )
 
     def _evaluations(self) -> str:
         entries = json.loads((self.path / "eval.json").read_text())

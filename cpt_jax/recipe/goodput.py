@@ -69,6 +69,7 @@ def _count_step(line: dict[str, float], seconds: dict[str, float]) -> None:
     parts = {"training": "compute", "compilation": "compile", "data": "data", "checkpoints": "checkpoint"}
     for cause, part in parts.items():
         seconds[cause] += line[f"{part}_seconds"]
+    seconds["evaluation"] += line.get("watch_seconds", 0.0)
 
 
 def goodput_section(run: Path) -> str:

@@ -30,7 +30,8 @@ _OF_STAGE = ("mixture", "schedule", "checkpoint_seconds", "keep")
 def together_key(recipe: Recipe) -> str | None:
     """The same for two recipes whose stages differ in nothing but numbers that are given to a program step by step; None:
     this one goes alone."""
-    if processes.count() > 1 or any(getattr(stage, "watch", None) is not None for stage in recipe.stages):
+    # A watch, or a text's end, may end a stage early.
+    if processes.count() > 1 or any(stage.watch or stage.max_epochs for stage in recipe.stages):
         return None
     document = to_json(recipe)
     for field in _OF_RECIPE:

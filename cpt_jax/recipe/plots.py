@@ -27,7 +27,8 @@ def new_figure(columns: int, width: float, height: float):
     return figure, list(axes[0])
 
 
-def _saved(figure, directory: Path, name: str) -> str:
+def saved(figure, directory: Path, name: str) -> str:
+    """Writes the figure as NAME.png into a directory; its SVG text, to be put into a page."""
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
         axis.set_ylim(0, max(values) * 1.14)
         axis.set_title(domain, loc="left", fontweight="bold")
         axis.set_ylabel("bits per byte")
-    return _saved(figure, directory, "stages")
+    return saved(figure, directory, "stages")
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
@@ -130,7 +131,7 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
     if names:
         loss.legend(frameon=False, fontsize=8)
     rate.set_ylim(bottom=0)
-    return _saved(figure, directory, "curves")
+    return saved(figure, directory, "curves")
 
 
 def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
@@ -145,26 +146,28 @@ def fertility_plot(corpora: Sequence[dict], directory: Path) -> str:
     axis.set_ylabel("tokens per character")
     axis.margins(y=0.12)
     axis.legend(frameon=False, fontsize=8)
-    return _saved(figure, directory, "fertility")
+    return saved(figure, directory, "fertility")
 
 
-def runs_plot(runs: Sequence[dict], new: str, old: str, directory: Path) -> str:
-    """New-domain against old-domain bits per byte, a point a run: down and left is better; the base as a cross."""
-    figure, (axis,) = new_figure(1, 6.0, 4.0)
-    for index, run in enumerate(runs):
-        axis.scatter(
-            run["new"], run["old"], s=46, color=DOMAIN_COLOURS[index % len(DOMAIN_COLOURS)], label=run["name"], zorder=3
-        )
-        axis.scatter(
-            run["new_base"],
-            run["old_base"],
-            s=46,
-            marker="x",
-            color=GREY,
-            label="base" if index == 0 else None,
-            zorder=2,
-        )
-    axis.set_xlabel(f"{new}: bits per byte")
-    axis.set_ylabel(f"{old}: bits per byte")
-    axis.legend(frameon=False, fontsize=8)
-    return _saved(figure, directory, "runs")
+def watch_plot(stages: dict[str, list[dict]], base: dict[str, dict[str, float]], directory: Path) -> str:
+    """Bits per byte on the watch's sample against step, a panel a domain, over all stages: the base dashed, steps at
+    which the watch acted as points."""
+    names = list(dict.fromkeys(name for lines in stages.values() for line in lines for name in line["bits_per_byte"]))
+    figure, axes = new_figure(len(names), max(3.3 * len(names), 5.2), 2.7)
+    for axis, name in zip(axes, names, strict=True):
+        first = 0
+        for stage, lines in stages.items():
+            for field, style in (("average", "--"), ("bits_per_byte", "-")):
+                points = [(first + line["step"], line[field][name]) for line in lines if name in line.get(field, {})]
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                axis.plot(x, y, color=ACCENT, linestyle=style, linewidth=1.7)
+            acted = [line for line in lines if line["action"] is not None and name in line["bits_per_byte"]]
+            x = [first + line["step"] for line in acted]
+            axis.scatter(x, [line["bits_per_byte"][name] for line in acted], color=DOMAIN_COLOURS[1], s=22, zorder=3)
+            if name in base.get(stage, {}):
+                axis.axhline(base[stage][name], color=GREY, linestyle="--", linewidth=1, zorder=1)
+            first += lines[-1]["step"]
+        axis.set_title(name, loc="left", fontweight="bold")
+        axis.set_xlabel("step")
+        axis.set_ylabel("bits per byte")
+    return saved(figure, directory, "watch")

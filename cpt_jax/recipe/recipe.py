@@ -8,9 +8,12 @@ from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
+from cpt_jax.data.cleaning import Cleaning
+from cpt_jax.data.documents import LongDocuments
 from cpt_jax.data.holdout import Holdout
-from cpt_jax.data.mixture import check_mixture
+from cpt_jax.data.mixture import Mixture, Phase, Phases, Ramp, Temperature, check_mixture, domains_of
 from cpt_jax.data.packing import Packing
+from cpt_jax.data.rows import PackDomains
 from cpt_jax.data.sources import Corpus
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.remat import Remat
@@ -20,6 +23,7 @@ from cpt_jax.optim.schedules import Cosine, Schedule
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher, Retention, check_retention
+from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE, Extension
 from cpt_jax.vocab.gate import Limits
 from cpt_jax.vocab.init_rows import InitRows, SubwordMean
@@ -36,6 +40,8 @@ class Domain:
     role: Role
     # The share of documents (or groups) that neither the tokenizer nor training ever sees, chosen by hash.
     heldout: Holdout = Holdout()
+    # What is left out of training besides: filtered, said before, or part of an evaluation set.
+    cleaning: Cleaning = Cleaning()
 
     @property
     def name(self) -> str:
@@ -60,14 +66,17 @@ class Stage:
     """One stretch of training: what trains, on which mixture, for how many tokens, and how fast.
 
     `retention` holds the model to what it knew, besides replay; `z_loss` keeps the logits' normaliser small.
-    `mixture` gives each domain's share of the tokens; `packing` puts several documents in a row, or each in its own. A step takes `batch_size` rows of `sequence_length` tokens; with
+    `mixture` gives each domain's share of the tokens, constant or changing over the stage; `packing` puts several
+    documents in a row, or each in its own; `pack_domains`: of several domains, or each row of one; `long_documents`:
+    what becomes of those longer than a row. A domain that was read as often as `max_epochs` says gives its share to the
+    others; where none is left the stage ends. `watch` measures old domains on the way, and may act. A step takes `batch_size` rows of `sequence_length` tokens; with
     `accumulate` > 1 it computes them in that many parts, one after the other. `remat` saves memory: what the backward
     pass computes again. `keep`: which of the checkpoints stay.
     """
 
     name: str
     method: Method
-    mixture: dict[str, float]
+    mixture: Mixture
     tokens: int
     batch_size: int
     sequence_length: int
@@ -78,18 +87,29 @@ class Stage:
     retention: tuple[Retention, ...] = ()
     z_loss: float = 0.0
     remat: Remat | None = None
-    packing: Packing = "first fit"
+    packing: Packing = "best fit"
+    pack_domains: PackDomains = "together"
+    long_documents: LongDocuments = "split"
+    max_epochs: dict[str, int] | None = None
+    watch: Watch | None = None
     checkpoint_seconds: float = 60.0
     keep: Keep = Keep()
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise UserError(f"stage {self.name!r}: z_loss is {self.z_loss}: give 0 or more (1e-4 is usual)")
-        check_retention(self.retention, tuple(self.mixture), self.ema is not None)
+        check_retention(self.retention, domains_of(self.mixture), self.ema is not None)
         for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)}: give a number of at least 1")
         check_mixture(self.mixture)
+        for domain, epochs in (self.max_epochs or {}).items():
+            if domain not in domains_of(self.mixture):
+                raise UserError(
+                    f"stage {self.name!r}: max_epochs names {domain!r}; it mixes {', '.join(domains_of(self.mixture))}"
+                )
+            if epochs < 1:
+                raise UserError(f"stage {self.name!r}: max_epochs of {domain!r} is {epochs}: give at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"stage {self.name!r}: a batch of {self.batch_size} rows does not divide into accumulate={self.accumulate} parts"
@@ -198,7 +218,7 @@ class Recipe:
             raise UserError("a recipe needs at least one domain with role 'new': there is nothing to learn")
         watched = set(self.named("watch"))
         for stage in self.stages:
-            for domain in stage.mixture:
+            for domain in domains_of(stage.mixture):
                 if domain not in names:
                     raise UserError(f"stage {stage.name!r} mixes {domain!r}, but the domains are {', '.join(names)}")
                 if domain in watched:
@@ -209,7 +229,26 @@ class Recipe:
                 raise UserError(
                     f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage"
                 )
+            self._check_watch(stage)
         self.check_export(self.export)
+
+    def _check_watch(self, stage: Stage) -> None:
+        watch, old = stage.watch, [*self.named("replay"), *self.named("watch")]
+        if watch is None:
+            return
+        for name in watch.domains:
+            if name not in (names := [domain.name for domain in self.domains]):
+                raise UserError(f"stage {stage.name!r} watches {name!r}, but the domains are {', '.join(names)}")
+        if not old or (watch.domains and watch.budget is not None and not set(watch.domains) & set(old)):
+            raise UserError(
+                f"stage {stage.name!r} has a forgetting watch, and nothing that may be forgotten: give a domain the role "
+                "'replay' or 'watch'"
+            )
+        if isinstance(watch.budget, RaiseReplay) and not set(domains_of(stage.mixture)) & set(self.named("replay")):
+            raise UserError(
+                f"stage {stage.name!r} is to raise its replay, and replays nothing: put a domain with role 'replay' in its "
+                "mixture, or give the budget Stop"
+            )
 
     def check_export(self, export: Export) -> None:
         """Raises a UserError where the stages do not keep what is to be exported."""
@@ -223,6 +262,7 @@ class Recipe:
 __all__ = [
     "Anchor",
     "ByPath",
+    "Cleaning",
     "Domain",
     "Embeddings",
     "Evaluation",
@@ -233,9 +273,16 @@ __all__ = [
     "L2ToStart",
     "LoRA",
     "MeanTeacher",
+    "Phase",
+    "Phases",
+    "RaiseReplay",
+    "Ramp",
     "Recipe",
     "Remat",
     "Samples",
     "Stage",
+    "Stop",
+    "Temperature",
     "Vocabulary",
+    "Watch",
 ]

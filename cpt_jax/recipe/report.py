@@ -11,10 +11,16 @@ from cpt_jax.core.progress import clock
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.recipe.page import html_table, page
-from cpt_jax.recipe.plots import curves_plot, fertility_plot, runs_plot, stages_plot
+from cpt_jax.recipe.plots import curves_plot, fertility_plot, stages_plot
+from cpt_jax.recipe.watch_report import endings, watch_section
 
 
-def _load(run: Path) -> tuple[dict, list[dict]]:
+def load_run(run: Path) -> tuple[dict, list[dict]]:
+    """A run's recipe and evaluations, as their files have them.
+
+    Raises:
+      UserError: it is no run's directory, or nothing was evaluated yet.
+    """
     if not (run / "config.json").exists() or not (run / "eval.json").exists():
         raise UserError(
             f"{run} is no run's directory, or nothing was evaluated in it yet (no config.json or eval.json)"
@@ -22,25 +28,27 @@ def _load(run: Path) -> tuple[dict, list[dict]]:
     return json.loads((run / "config.json").read_text()), json.loads((run / "eval.json").read_text())
 
 
-def _label(entry: dict) -> str:
+def stage_label(entry: dict) -> str:
     return entry["stage"] + (" EMA" if entry["weights"] == "ema" else "")
 
 
-def _final_label(config: dict) -> str:
+def final_label(config: dict) -> str:
+    """How the run's result is labelled among its evaluations."""
     stages = config.get("stages") or []
     last = stages[-1]["name"] if stages else "extended"
     return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
 
 
-def _grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dict]]:
-    labels = list(dict.fromkeys(_label(entry) for entry in entries))
-    return labels, {(_label(entry), entry["domain"]): entry for entry in entries}
+def grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dict]]:
+    """The labels of evaluations, in order, and the evaluations by label and domain."""
+    labels = list(dict.fromkeys(stage_label(entry) for entry in entries))
+    return labels, {(stage_label(entry), entry["domain"]): entry for entry in entries}
 
 
 def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
     """Bits per byte by stage and domain, with the change from the base, as aligned text; the lowest is marked with
     *."""
-    labels, cells = _grid(entries)
+    labels, cells = grid(entries)
     rows = [["bits per byte", *domains]]
     lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
     for label in labels:
@@ -63,8 +71,8 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> str:
-    labels, cells = _grid(entries)
-    final = _final_label(config) if _final_label(config) in labels else labels[-1]
+    labels, cells = grid(entries)
+    final = final_label(config) if final_label(config) in labels else labels[-1]
     lines = []
     for domain in config["domains"]:
         name, role = domain["corpus"]["name"], domain["role"]
@@ -84,7 +92,7 @@ def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> st
 
 
 def _domain_section(entries: Sequence[dict], domains: Sequence[str], plots: Path) -> str:
-    labels, cells = _grid(entries)
+    labels, cells = grid(entries)
     lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
     rows = []
     for label in labels:
@@ -209,7 +217,7 @@ def write_report(run: Path) -> Path:
     Raises:
       UserError: it is no run's directory, or nothing was evaluated yet.
     """
-    config, entries = _load(run)
+    config, entries = load_run(run)
     domains = [domain["corpus"]["name"] for domain in config["domains"]]
     plots = run / "plots"
     fertility = (
@@ -221,9 +229,10 @@ def write_report(run: Path) -> Path:
     timing_rows = [[html.escape(name), clock(seconds)] for name, seconds in timings.items() if seconds >= 0.5]
     total = f" in {clock(sum(timings.values()))}" if timings else ""
     sections = [
-        _answer(config, entries, fertility),
+        _answer(config, entries, fertility) + endings(run),
         _domain_section(entries, domains, plots),
         _training_section(run, plots),
+        watch_section(run, plots),
         _vocabulary_section(fertility, plots) if fertility else "",
         _samples_section(run),
         _data_section(run),
@@ -235,43 +244,4 @@ def write_report(run: Path) -> Path:
     base = html.escape(Path(config["base"]).name if Path(config["base"]).exists() else config["base"])
     out = run / "report.html"
     write_text_atomic(out, page(name, f"continued pre-training of {base}{total}", "".join(sections), GOODPUT_STYLE))
-    return out
-
-
-def compare_reports(runs: Sequence[Path], out: Path) -> Path:
-    """Writes one page that sets several runs side by side, on the domains that all of them have."""
-    rows, points, shared, roles = [], [], None, {}
-    for run in runs:
-        config, entries = _load(run)
-        roles = {domain["corpus"]["name"]: domain["role"] for domain in config["domains"]}
-        shared = [name for name in roles if shared is None or name in shared]
-        labels, cells = _grid(entries)
-        final = _final_label(config) if _final_label(config) in labels else labels[-1]
-        points.append(
-            (
-                config["name"],
-                {n: (cells[labels[0], n]["bits_per_byte"], cells[final, n]["bits_per_byte"]) for n in roles},
-            )
-        )
-    assert shared is not None
-    for name, values in points:
-        cells_ = [f"<td>{values[n][1]:.3f}<small>{values[n][1] / values[n][0] - 1:+.1%}</small></td>" for n in shared]
-        rows.append([html.escape(name), *cells_])
-    table = html_table(["bits per byte at the end", *map(html.escape, shared)], rows)
-    new, old = ([n for n in shared if roles.get(n) == role] for role in ("new", "replay"))
-    figure = ""
-    if new and old:
-        dots = [
-            {"name": n, "new": v[new[0]][1], "old": v[old[0]][1], "new_base": v[new[0]][0], "old_base": v[old[0]][0]}
-            for n, v in points
-        ]
-        figure = f"<figure>{runs_plot(dots, new[0], old[0], out.parent / 'plots')}</figure>"
-    write_text_atomic(
-        out,
-        page(
-            "Runs compared",
-            f"{len(runs)} runs; changes are from each run's own base",
-            f"<h2>Results</h2>{table}{figure}",
-        ),
-    )
     return out

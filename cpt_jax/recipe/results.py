@@ -1,6 +1,7 @@
 """What comes of a run: evaluations, the export, samples, the report."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -67,11 +68,17 @@ class Results(RunContext):
                 )
         return entries
 
-    def _packed(self, domain: Domain, tokenizer: Tokenizer, sequence_length: int) -> PackedDocuments:
+    def _packed(
+        self, domain: Domain, tokenizer: Tokenizer, sequence_length: int, max_bytes: int | None = None
+    ) -> PackedDocuments:
+        """A domain's held-out documents; with `max_bytes` the first of them, the last one whole."""
+        documents = heldout_documents(self._data(domain))
+        if max_bytes is not None:
+            before = [0, *itertools.accumulate(len(document.text.encode()) for document in documents)]
+            documents = [document for document, size in zip(documents, before, strict=False) if size < max_bytes]
         if domain.corpus.format == "chat":
-            conversations = heldout_documents(self._data(domain))
-            return pack_conversations(self.chat_encoder(tokenizer), conversations, sequence_length)
-        return pack_documents(tokenizer, read_heldout(self._data(domain)), sequence_length)
+            return pack_conversations(self.chat_encoder(tokenizer), documents, sequence_length)
+        return pack_documents(tokenizer, [document.text for document in documents], sequence_length)
 
     def _collect(self) -> None:
         """eval.json: what has been evaluated so far, in the run's order."""

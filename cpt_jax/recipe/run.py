@@ -1,5 +1,6 @@
 """The pipeline: every station of a recipe, in order, each skipped when it is done."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,21 +13,27 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.stores import Location, Store, is_address, state_of, written_to
+from cpt_jax.core.stores import Location, Store, is_address, written_to
 from cpt_jax.core.tree import Tree
-from cpt_jax.data.chat import prepare_corpus
-from cpt_jax.data.holdout import learnable_documents, read_heldout, write_heldout
+from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
+from cpt_jax.data.holdout import read_heldout, write_heldout
 from cpt_jax.data.loader import Loader
-from cpt_jax.data.prepare import read_manifest
+from cpt_jax.data.mixture import domains_of, mean_shares
+from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.prepare import MANIFEST, STATISTICS, read_manifest
 from cpt_jax.data.records import Unreadable
-from cpt_jax.data.sources import SkipCounts, files_of
+from cpt_jax.data.sources import corpus_state, files_of
+from cpt_jax.data.steps import Task
+from cpt_jax.data.tfds_format import DATASET_INFO, FEATURES
 from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.shared import SharedStations
-from cpt_jax.recipe.stations import Begun, Workdir, identity
+from cpt_jax.recipe.stations import Begun, Workdir
 from cpt_jax.recipe.vocabulary_stations import VocabularyStations
+from cpt_jax.recipe.watching import Watched
 from cpt_jax.sharding.mesh import MeshShape
+from cpt_jax.training.ending import ended_early
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
@@ -72,7 +79,7 @@ def run(
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
-class Pipeline(VocabularyStations):
+class Pipeline(VocabularyStations, Watched):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 
     makes_loader: functools.partial[Loader]
@@ -91,10 +98,12 @@ class Pipeline(VocabularyStations):
             self.hold_out(domain)
         self.plan = self._plan()
         self.evaluate("base", "last")
+        for stage in self.recipe.stages:
+            self.measure_base(stage)
         self.vocabulary()
         if self.recipe.vocabulary is not None:
             self.evaluate("extended", "last")
-        for name in {name: None for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             self.prepare(next(domain for domain in self.recipe.domains if domain.name == name))
 
     def evaluate_stage(self, stage: Stage) -> None:
@@ -110,10 +119,11 @@ class Pipeline(VocabularyStations):
 
     def hold_out(self, domain: Domain) -> None:
         out = self._data(domain)
-        files = [state_of(str(file)) if is_address(file) else identity(Path(file)) for file in files_of(domain.corpus)]
+        # What is left out of training does not change what is held out.
+        given = {field: value for field, value in to_json(domain).items() if field != "cleaning"}
         self._station(
             f"hold-out-{domain.name}",
-            [to_json(domain), files],
+            [given, corpus_state(domain.corpus)],
             [out / "heldout.jsonl", out / "heldout_hashes.bin"],
             lambda: write_heldout(domain.corpus, domain.heldout, out),
             common=True,
@@ -122,34 +132,43 @@ class Pipeline(VocabularyStations):
     def prepare(self, domain: Domain) -> None:
         out = self._data(domain)
 
+        others = [each for each in self.recipe.domains if domain.cleaning.evaluation_words is not None]
+        task = Task(
+            corpus=domain.corpus,
+            place=out,
+            tokenizer=self.path / "tokenizer",
+            template=self.template_file,
+            cleaning=domain.cleaning,
+            apart=MeasuredApart(holdout=domain.heldout, directory=out),
+            measured=tuple((each.name, self._data(each)) for each in others),
+        )
+
         def tokenise() -> None:
             say(f"data: tokenising {domain.name}")
-            skipped = SkipCounts()
-            documents = learnable_documents(domain.corpus, domain.heldout, out, skipped)
-            prepare_corpus(domain.corpus, documents, skipped, self.tokenizer, self.template_file, out)
+            prepare_corpus(task)
 
-        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given()]
-        self._station(
-            f"data-{domain.name}",
-            inputs,
-            [out / "manifest.json"],
-            tokenise,
-            beside="train-*.arrayrecord",
-            common=True,
-        )
+        heldout = [self.marks[f"hold-out-{each.name}"] for each in others]
+        cleaning = [to_json(domain.cleaning), heldout, evaluation_state(domain.cleaning)]
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given(), cleaning]
+        outputs = [out / name for name in (MANIFEST, STATISTICS, DATASET_INFO, FEATURES)]
+        self._station(f"data-{domain.name}", inputs, outputs, tokenise, beside="train-*.arrayrecord", common=True)
 
     # Training
 
     def train(self, index: int, stage: Stage) -> None:
         def build() -> None:
-            self.lineage.remember(stage, train(self.training(index, stage), self.plan))
+            training = self.training(index, stage)
+            with contextlib.closing(training.loader):
+                trained = train(training, self.plan)
+            self.lineage.remember(stage, trained)
 
-        name, inputs, outputs = self._stage_station(index, stage)
-        self._station(name, inputs, outputs, build, together=True)
+        name, inputs, outputs, changeable = self._stage_station(index, stage)
+        self._station(name, inputs, outputs, build, together=True, changeable=changeable)
 
     def begin_stage(self, index: int, stage: Stage) -> Begun:
         """A stage that is trained together with other runs' (`training`, `makes_loader`); `end_stage` is to follow."""
-        begun = self.workdir.begin(*self._stage_station(index, stage))
+        name, inputs, outputs, changeable = self._stage_station(index, stage)
+        begun = self.workdir.begin(name, inputs, outputs, changeable=changeable)
         self.marks[begun.name] = begun.fingerprint
         return begun
 
@@ -157,19 +176,26 @@ class Pipeline(VocabularyStations):
         self.workdir.end(begun)
         self.lineage.remember(stage, trained)
 
-    def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path]]:
-        """(name, inputs, outputs)."""
+    def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path], object]:
+        """(name, inputs, outputs, what may be changed while it is under way)."""
         directory = self.lineage.directory(index, stage)
         upstream = self.marks[f"stage-{self.recipe.stages[index - 1].name}" if index else "base-model"]
-        data = [self.marks[f"data-{name}"] for name in stage.mixture]
+        data = [self.marks[f"data-{name}"] for name in domains_of(stage.mixture)]
         settings = to_json(stage)
+        # A stage that is under way goes on with what is changed of these.
+        changeable = [settings.pop(field) for field in ("mixture", "max_epochs", "watch")]
+        if stage.watch is not None and stage.watch.budget is None:
+            # It only measures.
+            changeable[-1] = None
         # How often it is saved, what of that stays, and what is computed twice, does not change what is computed.
         for field in ("checkpoint_seconds", "keep", "remat"):
             settings.pop(field)
         precision, padding = to_json(self.recipe.precision), self.recipe.pad_vocabulary_to
-        inputs = [settings, precision, padding, self.recipe.seed + index, upstream, data]
+        inputs = [settings, precision, padding, self.recipe.seed + index, upstream]
+        last, _ = ended_early(directory) or (stage.steps, "")
         # Without its last checkpoint, which may have been damaged and removed, a stage is not done.
-        return f"stage-{stage.name}", inputs, [directory, directory / "checkpoints" / str(stage.steps)]
+        outputs = [directory, directory / "checkpoints" / str(last)]
+        return f"stage-{stage.name}", inputs, outputs, [*changeable, data]
 
     def training(self, index: int, stage: Stage) -> Training:
         """All that a stage whose earlier ones are done is trained with; `makes_loader` makes its loader again."""
@@ -187,10 +213,7 @@ class Pipeline(VocabularyStations):
     def _makes_loader(self, index: int, stage: Stage) -> functools.partial[Loader]:
         """Makes the loader of a stage, in another process too."""
         directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
-        for name, share in stage.mixture.items():
-            tokens = read_manifest(directories[name]).tokens
-            if (epochs := stage.steps * stage.batch_size * stage.sequence_length * share / tokens) > 4:
-                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
+        self._tell_repetitions(stage, directories)
         return functools.partial(
             Loader,
             stage.mixture,
@@ -201,9 +224,25 @@ class Pipeline(VocabularyStations):
             end_id=self.tokenizer.end_id,
             tokenizer=self.tokenizer.fingerprint,
             seed=self.recipe.seed + index,
+            steps=stage.steps,
             packing=stage.packing,
+            pack_domains=stage.pack_domains,
+            long_documents=stage.long_documents,
+            max_epochs=stage.max_epochs,
             unreadable=self.unreadable,
         )
+
+    def _tell_repetitions(self, stage: Stage, directories: dict[str, Path]) -> None:
+        tokens = {name: read_manifest(directories[name]).tokens for name in domains_of(stage.mixture)}
+        for name, share in mean_shares(stage.mixture, tokens).items():
+            epochs = stage.steps * stage.batch_size * stage.sequence_length * share / tokens[name]
+            most = (stage.max_epochs or {}).get(name)
+            if most is not None and epochs > most:
+                say(
+                    f"stage {stage.name}: {name} is small: after {most} epochs (of {epochs:.1f}) its share goes to the others"
+                )
+            elif epochs > 4:
+                say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")
 
     def _training(self, stage: Stage, model: Model, loader: Loader, directory: Path, seed: int) -> Training:
         return Training(
@@ -228,6 +267,7 @@ class Pipeline(VocabularyStations):
             keep=stage.keep,
             hang_seconds=self.hang_seconds,
             journal=self.workdir.journal,
+            watching=self.watching(stage, model),
             stored=None if self.workdir.mirror is None else self.workdir.mirror.checkpoints(directory, stage.keep),
         )
 
@@ -242,7 +282,7 @@ class Pipeline(VocabularyStations):
         work = {"evaluate-base-last": before / 2}
         if grows:
             work |= {"tokenizer": 25 / rate, "base-model": 3 / rate, "evaluate-extended-last": after / 2}
-        for name in {name for stage in self.recipe.stages for name in stage.mixture}:
+        for name in {name for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             work[f"data-{name}"] = 5 / rate
         for stage in self.recipe.stages:
             work[f"stage-{stage.name}"] = stage.steps * stage.batch_size * stage.sequence_length + 15 / rate

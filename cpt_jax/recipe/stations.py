@@ -20,6 +20,7 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
+from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.stores import Location, is_address
 from cpt_jax.recipe.mirror import MARKS, Mirror
@@ -27,7 +28,7 @@ from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.shared import SharedStations
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
-FORMAT = 4
+FORMAT = 5
 
 
 def identity(path: Path) -> list:
@@ -41,6 +42,8 @@ class Begun(NamedTuple):
 
     name: str
     fingerprint: str
+    # Without what may change while it is under way.
+    fixed: str
     outputs: Sequence[Path]
     done: bool
     seconds_before: float
@@ -149,6 +152,7 @@ class Workdir:
         beside: str | None = None,
         everywhere: bool = True,
         common: bool = False,
+        changeable: object = None,
     ) -> str:
         """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
         processes the first does it, and all others wait, or all do it `together`.
@@ -160,8 +164,10 @@ class Workdir:
           beside: a pattern of files beside the first output that belong to it.
           everywhere: whether other processes need the outputs.
           common: whether runs of a sweep may have it in common.
+          changeable: JSON of what decides them too, of which another may be given while it is under way: it is
+            continued then. Once it is done it is made anew.
         """
-        begun = self.begin(name, inputs, outputs, everywhere=everywhere)
+        begun = self.begin(name, inputs, outputs, everywhere=everywhere, changeable=changeable)
         if begun.done:
             return begun.fingerprint
         shared = self.shared if common else None
@@ -175,25 +181,33 @@ class Workdir:
                 shared.give(name, begun.fingerprint, self.path, self._files(begun, beside))
         return begun.fingerprint
 
-    def begin(self, name: str, inputs: object, outputs: Sequence[Path], *, everywhere: bool = True) -> "Begun":
+    def begin(
+        self, name: str, inputs: object, outputs: Sequence[Path], *, everywhere: bool = True, changeable: object = None
+    ) -> "Begun":
         """The first half of `station`: whether it is done, and if not, it is begun, and `end` is to follow."""
         # Files have other times on other hosts: the first process's count.
-        expected = processes.told(fingerprint({"inputs": inputs, "format": FORMAT}))
+        content = {"inputs": inputs, "format": FORMAT}
+        expected = processes.told(fingerprint(content if changeable is None else content | {"changeable": changeable}))
+        fixed = processes.told(fingerprint(content))
         first = processes.is_first()
         found = self._mark(name) if first else {}
         same = found.get("fingerprint") == expected
+        if first and not same and found.get("fixed") == fixed and not found["done"]:
+            same = True
+            say(f"{name}: goes on with what was changed of its mixture, limits or watch")
+            self.journal.write("changed", station=name)
         before = found.get("seconds", 0.0) if same else 0.0
         if processes.told(first and same and found["done"] and self._has(found, outputs)):
             self._fetch_for_others(found, outputs, everywhere)
             self.seconds[name] = before
             self._found_done.add(name)
-            return Begun(name, expected, outputs, True, before, time.monotonic())
+            return Begun(name, expected, fixed, outputs, True, before, time.monotonic())
         if not processes.told(same):
             self._remove(outputs)
-        self._write_mark(name, {"fingerprint": expected, "done": False, "seconds": before})
+        self._write_mark(name, {"fingerprint": expected, "fixed": fixed, "done": False, "seconds": before})
         processes.wait(f"{name} begins")
         self.journal.write("begin", station=name)
-        return Begun(name, expected, outputs, False, before, time.monotonic())
+        return Begun(name, expected, fixed, outputs, False, before, time.monotonic())
 
     def end(self, begun: "Begun", *, beside: str | None = None, everywhere: bool = True) -> None:
         """Marks a station as done whose outputs are there."""
@@ -201,7 +215,7 @@ class Workdir:
         processes.wait(f"{name} is done")
         self.journal.write("done", station=name)
         self.seconds[name] = begun.seconds_before + time.monotonic() - begun.started
-        mark = {"fingerprint": begun.fingerprint, "done": True, "seconds": self.seconds[name]}
+        mark = {"fingerprint": begun.fingerprint, "fixed": begun.fixed, "done": True, "seconds": self.seconds[name]}
         if processes.is_first() and self.mirror is not None:
             mark["files"] = self.mirror.keep(self._files(begun, beside))
         self._write_mark(name, mark)

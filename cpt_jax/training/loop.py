@@ -30,6 +30,7 @@ from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.sharding.placement import place as place_leaf
 from cpt_jax.sharding.placement import spread
 from cpt_jax.sharding.rules import RULES
+from cpt_jax.training.ending import end_early, ended_at
 from cpt_jax.training.flops import token_flops
 from cpt_jax.training.guard import HANG_SECONDS, Preemption, Watchdog, agreed
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
@@ -38,6 +39,7 @@ from cpt_jax.training.program import Program, Settings
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention, start_of, teacher_weight
 from cpt_jax.training.state import TrainState
 from cpt_jax.training.step import Controls
+from cpt_jax.training.watch import Watcher, Watching
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class Training:
     hang_seconds: float | None = HANG_SECONDS
     journal: Journal = dataclasses.field(default_factory=Journal)
     stored: StoredCheckpoints | None = None
+    watching: Watching | None = None
 
     def settings(self) -> Settings:
         """What is compiled into its step."""
@@ -148,10 +151,12 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
     if (found := checkpoints.restore(state)) is not None:
         state, loader_state = found
         training.loader.restore(loader_state)
+    over = ended_at(training.directory, int(state.step))
     attendants = _Attendants(training, checkpoints, int(state.step))
     try:
         with jax.set_mesh(training.mesh), attendants.preemption, attendants.watchdog:
-            state = _steps(training, program, state, (frozen, start), attendants, plan)
+            if not over:
+                state = _Steps(training, program, state, (frozen, start), attendants).run(plan)
     finally:
         attendants.close()
     if jax.process_count() > 1:
@@ -168,6 +173,7 @@ class _Attendants:
     def __init__(self, training: Training, checkpoints: Checkpoints, first: int) -> None:
         self.checkpoints = checkpoints
         self.metrics_file = MetricsFile(training.directory / "metrics.jsonl", first)
+        self.watcher = Watcher(training.watching, training.mesh, training.directory, first)
         self.profile = Profile(training.profiled, training.directory / "profile")
         self.preemption, self.watchdog = Preemption(), Watchdog(training.name, training.hang_seconds)
         again = self.metrics_file.dropped
@@ -187,64 +193,115 @@ class _Attendants:
         self.checkpoints.close()
 
 
-def _steps(
-    training: Training,
-    program: Program,
-    state: TrainState,
-    fixed: tuple[Tree, Tree],
-    attendants: _Attendants,
-    plan: Plan | None,
-) -> TrainState:
-    checkpoints, profile, loader = attendants.checkpoints, attendants.profile, training.loader
-    batches = NamedSharding(training.mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
-    first, controls = int(state.step), training.controls()
-    waiting: tuple[int, dict[str, jax.Array]] | None = None
-    clock, last_save = StepClock(), time.monotonic()
-    loader_state, losses = loader.state(), []
-    flops, peak = training.flops(loader.sequence_length), training.peak_flops()
-    with progress(training.name, training.steps, "steps", plan, first) as shown:
+class _Steps:
+    """The steps of a stage from `state` on.
 
-        def read(step: int, metrics: dict[str, jax.Array]) -> None:
-            host = jax.device_get(metrics)
-            line = metrics_line(step, host, loader.names, clock.lap(), flops, peak, loader.unreadable())
-            attendants.watchdog.beat()
-            attendants.metrics_file.write(line)
-            losses.append(line["loss"])
-            _refuse_many_bad_steps(training, line)
-            rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
-            shown.advance(1, loss=line["loss"], **rates)
+    Args:
+      fixed: the frozen weights, and what is kept of the start.
+    """
 
-        for number in range(first + 1, training.steps + 1):
-            profile.before(number)
-            with clock.of("data"):
-                batch = next(loader)
-                loader_state = loader.state()
-                placed = {name: spread(array, batches) for name, array in batch.items()}
-            with clock.of("compile") if number == first + 1 else contextlib.nullcontext():
-                state, metrics = program.step(state, *fixed, placed, controls(number - 1))
-            profile.after(number, metrics)
-            # The step just dispatched runs while the one before it is read and the next batch is made.
-            if waiting is not None:
-                read(*waiting)
-            waiting = (number, metrics)
-            checkpoints.check()
-            preempted = attendants.preemption.after(number)
-            if preempted or agreed(number, time.monotonic() - last_save > training.checkpoint_seconds):
-                # A checkpoint's own metrics are on disk before it is: a killed run loses no line.
-                read(*waiting)
-                waiting = None
-                with clock.of("checkpoint"):
-                    checkpoints.save(state, loader_state, float(np.mean(losses)))
-                last_save = time.monotonic()
-                losses.clear()
-            if preempted:
-                _wait_for(checkpoints, training, "preempted")
-                raise attendants.preemption.ended(training.name, number)
-        if waiting is not None:
-            read(*waiting)
-    checkpoints.save(state, loader_state, float(np.mean(losses or [np.nan])))
-    _wait_for(checkpoints, training, "trained")
-    return state
+    def __init__(
+        self, training: Training, program: Program, state: TrainState, fixed: tuple[Tree, Tree], attendants: _Attendants
+    ) -> None:
+        self._training, self._program, self._fixed, self._attendants = training, program, fixed, attendants
+        self.state, self._first = state, int(state.step)
+        self._loader_state, self._losses = training.loader.state(), []
+        self._clock, self._last_save = StepClock(), time.monotonic()
+        self._waiting: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        self._why: str | None = None
+        self._flops, self._peak = training.flops(training.loader.sequence_length), training.peak_flops()
+
+    def run(self, plan: Plan | None) -> TrainState:
+        """To the end; or to the step at which it is asked to end, or at which the watch or the text end it."""
+        training, attendants = self._training, self._attendants
+        controls = training.controls()
+        with progress(training.name, training.steps, "steps", plan, self._first) as self._shown:
+            if self._first == 0 and attendants.watcher.due(0, training.steps):
+                self._watch(0)
+            for number in range(self._first + 1, training.steps + 1):
+                attendants.profile.before(number)
+                if (batch := self._batch()) is None:
+                    self._end(number - 1, "all text was read as often as max_epochs allows")
+                    break
+                with self._clock.of("compile") if number == self._first + 1 else contextlib.nullcontext():
+                    self.state, metrics = self._program.step(self.state, *self._fixed, batch, controls(number - 1))
+                attendants.profile.after(number, metrics)
+                # The step just dispatched runs while the one before it is read and the next batch is made.
+                self._read()
+                self._waiting = (number, metrics, training.loader.epochs())
+                self._after(number)
+                if self._why is not None:
+                    break
+            self._read()
+        self._save()
+        _wait_for(attendants.checkpoints, training, "trained")
+        return self.state
+
+    def _batch(self) -> dict[str, jax.Array] | None:
+        mesh, loader = self._training.mesh, self._training.loader
+        where = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
+        with self._clock.of("data"):
+            if (batch := next(loader, None)) is None:
+                return None
+            self._loader_state = loader.state()
+            return {name: spread(array, where) for name, array in batch.items()}
+
+    def _read(self) -> None:
+        """The metrics of the step that is waited for."""
+        if self._waiting is None:
+            return
+        (step, metrics, epochs), self._waiting = self._waiting, None
+        loader, host = self._training.loader, jax.device_get(metrics)
+        line = metrics_line(
+            step, host, loader.names, self._clock.lap(), self._flops, self._peak, loader.unreadable(), epochs
+        )
+        self._attendants.watchdog.beat()
+        self._attendants.metrics_file.write(line)
+        self._losses.append(line["loss"])
+        _refuse_many_bad_steps(self._training, line)
+        rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
+        self._shown.advance(1, loss=line["loss"], **rates)
+
+    def _after(self, number: int) -> None:
+        """What there is to do between two steps."""
+        training, checkpoints = self._training, self._attendants.checkpoints
+        checkpoints.check()
+        preempted = self._attendants.preemption.after(number)
+        saving = preempted or agreed(number, time.monotonic() - self._last_save > training.checkpoint_seconds)
+        watching = self._attendants.watcher.due(number, training.steps)
+        if saving or watching:
+            # A checkpoint's own metrics are on disk before it is: a killed run loses no line.
+            self._read()
+        if watching:
+            self._watch(number)
+        if saving:
+            with self._clock.of("checkpoint"):
+                self._save()
+        if preempted:
+            _wait_for(checkpoints, training, "preempted")
+            raise self._attendants.preemption.ended(training.name, number)
+
+    def _watch(self, number: int) -> None:
+        with self._clock.of("watch"):
+            why = self._attendants.watcher.look(
+                self.state, self._fixed[0], self._training.loader, self._attendants.metrics_file.tokens
+            )
+        self._attendants.watchdog.beat()
+        # Shares that were raised are a part of it.
+        self._loader_state = self._training.loader.state()
+        if why is not None:
+            self._end(number, why)
+
+    def _end(self, number: int, why: str) -> None:
+        self._why = why
+        if number < self._training.steps:
+            say(f"{self._training.name}: ends after step {number} of {self._training.steps}: {why}")
+            end_early(self._training.directory, number, why)
+
+    def _save(self) -> None:
+        self._attendants.checkpoints.save(self.state, self._loader_state, float(np.mean(self._losses or [np.nan])))
+        self._last_save = time.monotonic()
+        self._losses.clear()
 
 
 def _refuse_many_bad_steps(training: Training, line: dict[str, float]) -> None:

@@ -20,6 +20,8 @@ class MetricsFile:
         self._path, self._file = path, None
         kept: list[str] = []
         self.dropped: list[dict[str, float]] = []
+        # Learnt in all steps that are kept or written.
+        self.tokens = 0
         if path.exists():
             for line in path.read_text().splitlines(keepends=True):
                 # The last line may be cut.
@@ -27,6 +29,7 @@ class MetricsFile:
                     continue
                 if (values := json.loads(line))["step"] <= done:
                     kept.append(line)
+                    self.tokens += int(values["tokens"])
                 else:
                     self.dropped.append(values)
         if jax.process_index() == 0:
@@ -34,6 +37,7 @@ class MetricsFile:
             self._file: IO[str] | None = path.open("a")
 
     def write(self, metrics: dict[str, float]) -> None:
+        self.tokens += int(metrics["tokens"])
         if self._file is None:
             return
         with disk_full_is_told(self._path):
@@ -46,12 +50,12 @@ class MetricsFile:
 
 
 class StepClock:
-    """Where a step's wall time goes: what the host waits for data, for checkpoints and (in the first step) for the
-    compiler, and the rest, which is the devices'."""
+    """Where a step's wall time goes: what the host waits for data, for checkpoints, for the forgetting watch and (in the
+    first step) for the compiler, and the rest, which is the devices'."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
-        self._parts = {"data": 0.0, "checkpoint": 0.0, "compile": 0.0}
+        self._parts = {"data": 0.0, "checkpoint": 0.0, "compile": 0.0, "watch": 0.0}
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -78,6 +82,7 @@ def metrics_line(
     flops: float,
     peak: float | None,
     unreadable: Mapping[str, int],
+    epochs: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """A step's line: losses (nats a token, also by domain), rates and times.
 
@@ -87,6 +92,7 @@ def metrics_line(
       flops: model FLOPs a token (`training.flops`).
       peak: of all devices, FLOP/s; where it is not known there is no "mfu".
       unreadable: documents left out up to now, by domain; "unreadable/DOMAIN" where there are some.
+      epochs: how often each domain was read, up to what is packed: "epochs/DOMAIN".
     """
     by_domain = {
         f"{kind}/{name}": float(value / count)
@@ -106,6 +112,7 @@ def metrics_line(
         "tokens": int(metrics["tokens"].sum()),
         "tokens_per_second": rate,
         "model_flops_per_second": rate * flops,
+        **{f"epochs/{name}": round(count, 4) for name, count in (epochs or {}).items()},
         **{f"unreadable/{name}": count for name, count in unreadable.items()},
         **({} if peak is None else {"mfu": rate * flops / peak}),
         **lap,

@@ -49,7 +49,9 @@ def _joint(training: Training, trainings: Sequence[Training]) -> Settings:
 
 def _can(training: Training) -> bool:
     on_host = training.ema is not None and training.ema.on_host
-    return not on_host and training.precision.frozen_kernels == "as computed" and training.profiled is None
+    # One that is watched, or whose text may end, may end before the others.
+    alone = training.watching is not None or training.loader.may_end or training.profiled is not None
+    return not on_host and training.precision.frozen_kernels == "as computed" and not alone
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import pytest
 from loader_inputs import END, START, Letters, documents, loader
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.packing import SplitDocuments, documents_in_a_row
+from cpt_jax.data.packing import OPEN_ROWS, documents_in_a_row
 from cpt_jax.data.prepare import NOT_LEARNT, prepare
 from cpt_jax.data.sources import SkipCounts
 
@@ -45,50 +45,101 @@ def test_a_target_is_the_next_token_of_the_same_document(directories):
     assert (batch["weights"][~padding] == 1).all()
 
 
-def test_a_long_document_is_split_and_every_token_predicted_once():
-    tokens = np.arange(10, 60)
-    pieces = SplitDocuments(16, (START, END), 0).flat_map((tokens, np.ones(50, bool)))
-    assert max(len(piece["inputs"]) for piece in pieces) == 16
-    np.testing.assert_array_equal(np.concatenate([piece["targets"] for piece in pieces]), [*tokens, END])
-    np.testing.assert_array_equal(np.concatenate([piece["inputs"] for piece in pieces]), [START, *tokens])
+class Numbered:
+    """Tokens as text; one with a minus is a prompt's, and not learnt."""
+
+    fingerprint = "letters"
+
+    def encode_documents(self, texts):
+        return [[-int(t) | NOT_LEARNT if t.startswith("-") else int(t) for t in text.split()] for text in texts]
 
 
-def test_weights_are_those_of_the_targets_and_follow_a_split():
+def pieces(batch):
+    """Of a batch's rows, each piece's (inputs, targets, weights)."""
+    for row in range(len(batch["inputs"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            inside = batch["segment_ids"][row] == segment
+            yield tuple(batch[name][row][inside] for name in ("inputs", "targets", "weights"))
+
+
+def one_document(directory, tokens, **changes):
+    """The pieces of an epoch of one document."""
+    prepare("one", iter([" ".join(map(str, tokens))]), SkipCounts(), Numbered(), directory, **changes.pop("how", {}))
+    found = loader({"one": directory}, {"one": 1.0}, batch_size=1, max_epochs={"one": 1}, **changes)
+    return [piece for batch in found for piece in pieces(batch)]
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+def test_a_long_document_is_split_and_every_token_predicted_once(tmp_path, packing):
+    found = one_document(tmp_path, range(10, 60), sequence_length=16, packing=packing)
+    assert max(len(inputs) for inputs, _, _ in found) == 16
+    found.sort(key=lambda piece: piece[0][-1])
+    np.testing.assert_array_equal(np.concatenate([targets for _, targets, _ in found]), [*range(10, 60), END])
+    np.testing.assert_array_equal(np.concatenate([inputs for inputs, _, _ in found]), [START, *range(10, 60)])
+
+
+def test_a_long_document_is_cut_or_left_out(tmp_path):
+    [(inputs, targets, _)] = one_document(tmp_path / "cut", range(10, 60), sequence_length=16, long_documents="cut")
+    assert inputs.tolist() == [START, *range(10, 25)]
+    assert targets.tolist() == list(range(10, 26))
+    assert not one_document(tmp_path / "out", range(10, 60), sequence_length=16, long_documents="leave out")
+    assert one_document(tmp_path / "fits", range(10, 25), sequence_length=16, long_documents="leave out")
+
+
+def test_a_domain_of_which_no_document_can_be_used_is_told(directories):
+    with pytest.raises(UserError, match="en: none of 60 documents can be used"):
+        next(loader(directories, {"en": 1.0}, sequence_length=1, long_documents="leave out"))
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate"])
+def test_weights_are_those_of_the_targets_and_follow_a_split(tmp_path, packing):
     """Of a conversation, framed by nothing but its template."""
-    learnt = np.zeros(50, bool)
-    learnt[20:23] = learnt[45:48] = True
-    pieces = SplitDocuments(16, None, 0).flat_map((np.arange(100, 150), learnt))
-    assert [piece["targets"].tolist()[0] for piece in pieces] == [117, 133], "the first piece teaches nothing"
-    for piece in pieces:
-        np.testing.assert_array_equal(piece["targets"], piece["inputs"] + 1)
-        np.testing.assert_array_equal(piece["weights"], learnt[piece["targets"] - 100])
-    assert sum(piece["weights"].sum() for piece in pieces) == learnt.sum()
+    learnt = set(range(120, 123)) | set(range(145, 148))
+    tokens = [number if number in learnt else -number for number in range(100, 150)]
+    found = one_document(tmp_path, tokens, sequence_length=16, packing=packing, how={"format": "chat"})
+    found.sort(key=lambda piece: piece[0][0])
+    assert [targets[0] for _, targets, _ in found] == [117, 133], "the first piece teaches nothing"
+    for inputs, targets, weights in found:
+        np.testing.assert_array_equal(targets, inputs + 1)
+        np.testing.assert_array_equal(weights, [target in learnt for target in targets])
 
 
-def test_two_epochs_lose_and_repeat_no_document(directories):
-    batches = loader(directories, {"zh": 1.0}, batch_size=1)
-    seen, ends = Counter(), 0
-    while ends < 600:
-        batch = next(batches)
-        for segment in range(1, batch["segment_ids"].max() + 1):
-            targets = batch["targets"][batch["segment_ids"] == segment]
+ORDERS = [("best fit", "together"), ("concatenate", "together"), ("best fit", "apart"), ("concatenate", "apart")]
+
+
+@pytest.mark.parametrize(("packing", "pack_domains"), [*ORDERS, ("none", "together")])
+def test_two_epochs_lose_and_repeat_no_token(directories, packing, pack_domains):
+    found = loader(directories, packing=packing, pack_domains=pack_domains, max_epochs={"zh": 2, "en": 2})
+    seen = Counter(int(t) for batch in found for _, targets, _ in pieces(batch) for t in targets if t != END)
+    for name, count, mean, first in (("zh", 300, 40, 1000), ("en", 60, 130, 5000)):
+        texts = documents(count, mean, first, count)
+        expected = {first + index: 2 * len(text.split()) for index, text in enumerate(texts)}
+        assert {token: seen[token] for token in expected} == expected, name
+
+
+def test_an_epoch_is_over_before_the_next_begins(directories):
+    batches, seen = loader(directories, {"zh": 1.0}, batch_size=1), Counter()
+    for _ in range(300):
+        for inputs, targets, _ in pieces(next(batches)):
             if targets[-1] == END:
-                ends += 1
-                seen[int(batch["inputs"][batch["segment_ids"] == segment][-1])] += 1
-    # Rows hold documents of one epoch and the next at the border, so that a few are a row ahead.
-    assert set(seen) == set(range(1000, 1300))
-    assert max(seen.values()) <= 3
-    assert sum(count != 2 for count in seen.values()) < 60
+                seen[int(inputs[-1])] += 1
+    assert max(seen.values()) > 2
+    # Of one epoch and the next are only the rows that are packed together.
+    at_the_border = OPEN_ROWS * 128 / 41
+    assert sum(max(seen.values()) - count for count in seen.values()) < 300 + at_the_border
+    assert max(seen.values()) - min(seen.values()) <= 2
 
 
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
 @pytest.mark.parametrize("taken", [0, 1, 15, 16, 17, 40, 90])
-def test_it_continues_bit_for_bit(directories, taken):
-    batches = loader(directories)
+def test_it_continues_bit_for_bit(directories, taken, packing, pack_domains):
+    how = dict(packing=packing, pack_domains=pack_domains)
+    batches = loader(directories, **how)
     for _ in range(taken):
         next(batches)
     state = json.dumps(batches.state())
     expected = [next(batches) for _ in range(25)]
-    again = loader(directories)
+    again = loader(directories, **how)
     again.restore(json.loads(state))
     for batch in expected:
         other = next(again)
@@ -115,16 +166,8 @@ def test_wrong_mixtures_are_refused(directories, mixture, message):
         loader(directories, mixture, tokenizer="other" if "another" in message else "letters")
 
 
-class Numbered:
-    """Conversations as text: a token with a minus is a prompt's, and not learnt."""
-
-    fingerprint = "letters"
-
-    def encode_documents(self, texts):
-        return [[-int(t) | NOT_LEARNT if t.startswith("-") else int(t) for t in text.split()] for text in texts]
-
-
-def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories, tmp_path):
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories, tmp_path, packing, pack_domains):
     generator = random.Random(5)
     chats = []
     for number in range(9000, 9080):
@@ -134,11 +177,12 @@ def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories
     assert manifest.trained_tokens == sum(not token.startswith("-") for text in chats for token in text.split())
     assert manifest.tokens == sum(len(text.split()) for text in chats)
     mixture, places = {"zh": 0.5, "chat": 0.5}, directories | {"chat": tmp_path}
-    batches = loader(places, mixture)
+    how = dict(packing=packing, pack_domains=pack_domains)
+    batches = loader(places, mixture, **how)
     first = [next(batches) for _ in range(30)]
     state = json.dumps(batches.state())
     expected = [next(batches) for _ in range(30)]
-    again = loader(places, mixture)
+    again = loader(places, mixture, **how)
     again.restore(json.loads(state))
     for batch in expected:
         other = next(again)

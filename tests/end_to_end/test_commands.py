@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from cpt_jax.cli import main
 from cpt_jax.cli.parser import ROWS
+from cpt_jax.data.filters import repeats
 from cpt_jax.vocab.init_rows import NAMED_ROWS
 
 CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
@@ -81,6 +82,43 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     assert "tokens" in cpt("data", "prepare", "--tokenizer", "grown", "--input", "zh=zh.jsonl", "--out", "data")
     assert json.loads((place / "data" / "zh" / "manifest.json").read_text())["records"] == 200
     assert cpt("generate", "--model", "grown", "--prompt", "the city", "--new-tokens", 3).startswith("the city")
+
+
+def test_data_is_described_as_it_is_and_as_it_would_be(cpt, place, tiny_model):
+    write_jsonl(place / "twice.jsonl", [*english(100), *english(10), "<b>x & y</b> " * 9, "|--|--|"])
+    given = ("twice=twice.jsonl", "zh=zh.jsonl")
+    cleaning = ("--duplicates", "--filter", "symbols", "repeats", "--evaluation", "en.jsonl", "--evaluation-words", 300)
+    out = cpt("data", "stats", *given, *cleaning, "--workers", 1, "--json", "s.json", "--html", "s.html")
+    assert " x duplicate (" in out
+    twice, zh = json.loads((place / "s.json").read_text())["corpora"]
+    kept = [text for text in english(100) if repeats(text) is None]
+    assert 90 < len(kept) < 100
+    assert twice["left_out"]["more symbols than letters"] == 2
+    assert twice["left_out"]["a fifth of the text is one pair of words"] >= 100 - len(kept)
+    assert twice["documents"] == len(kept) == 112 - sum(twice["left_out"].values())
+    assert twice["bytes"] == sum(len(text.encode()) for text in kept)
+    assert twice["tokens"] is None
+    assert (twice["scripts"].keys() - {"Common"}, zh["scripts"].keys() - {"Common"}) == ({"Latin"}, {"Han"})
+    assert max(twice["languages"], key=twice["languages"].get) == "en"
+    assert sum(twice["character_lengths"].values()) == len(kept)
+    page = (place / "s.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "&lt;b&gt;x &amp; y&lt;/b&gt;" in page
+    cpt("data", "prepare", "--tokenizer", tiny_model, "--input", *given, *cleaning, "--out", "clean", "--workers", 2)
+    cpt("data", "stats", "clean/twice", "--json", "t.json")
+    [prepared] = json.loads((place / "t.json").read_text())["corpora"]
+    assert prepared["tokens"] > 0
+    assert sum(prepared["token_lengths"].values()) == len(kept)
+    assert prepared | {"tokens": None, "token_lengths": None} == twice
+    for wrong, message in (
+        (("data", "stats", "nothing"), "'nothing' is no prepared directory and no NAME=SPEC"),
+        (("data", "stats", "a=none.jsonl"), "there is no such file"),
+        (("data", "stats", "a=tfds:none_such"), "TFDS has no data set 'none_such'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, wrong)])
+        assert ended.value.code == 2, message
 
 
 def test_conversations_are_prepared_and_evaluated(cpt, place, tiny_model):

@@ -11,9 +11,10 @@ from inputs import chinese, english, hf_config, random_weights, tiny_config, wri
 from cpt_jax.adapt import Full
 from cpt_jax.checkpoint.hf import save
 from cpt_jax.core.precision import Precision
-from cpt_jax.data.chat import prepare_corpus
 from cpt_jax.data.loader import Loader
-from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.sources import Corpus
+from cpt_jax.data.steps import Task
 from cpt_jax.recipe.model import load_model
 from cpt_jax.training.loss import make_loss
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -68,8 +69,7 @@ def test_packed_conversations_have_the_losses_of_torch_each_alone(model, tmp_pat
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in talks))
     corpus, tokenizer = Corpus(name="chat", spec=str(path), format="chat"), Tokenizer(model)
-    skipped = SkipCounts()
-    manifest = prepare_corpus(corpus, read(corpus, skipped), skipped, tokenizer, None, tmp_path / "data")
+    manifest = prepare_corpus(Task(corpus=corpus, place=tmp_path / "data", tokenizer=model))
     expected, count = torch_losses(model, talks, tmp_path / "tagged")
     assert manifest.trained_tokens == count
     loader = Loader(

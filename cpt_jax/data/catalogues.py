@@ -1,0 +1,158 @@
+"""Data sets by name: of TFDS, and of the library `datasets`, on the hub or in a local directory."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.data.files import WHOLE, Stretch
+
+PREFIXES = ("tfds:", "hf:")
+# Of a data set whose records can be counted but not weighed.
+RECORDS_A_SPLIT = 100_000
+
+
+def is_catalogued(spec: str) -> bool:
+    return spec.startswith(PREFIXES)
+
+
+def name_and_split(spec: str) -> tuple[str, str | None]:
+    """Of `tfds:NAME[:SPLIT]` and `hf:NAME_OR_DIR[:SPLIT]`."""
+    name, _, split = spec.partition(":")[2].partition(":")
+    return name, split or None
+
+
+def named_records(spec: str, stretch: Stretch = WHOLE) -> Iterator[dict]:
+    """The records of a named data set, or of a stretch of it, as `named_stretches` cuts it.
+
+    Raises:
+      UserError: there is no such data set or no such split, or a package is missing.
+    """
+    source: Any = _source(spec)
+    if spec.startswith("tfds:"):
+        for index in range(stretch[0], len(source) if stretch[1] is None else stretch[1]):
+            record = source[index]
+            yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
+        return
+    if stretch == WHOLE:
+        yield from source
+    elif _counted(source):
+        yield from source.select(range(stretch[0], stretch[1] or len(source)))
+    else:
+        for shard in range(stretch[0], stretch[1] or source.num_shards):
+            yield from source.shard(source.num_shards, shard)
+
+
+def named_stretches(spec: str) -> list[Stretch]:
+    """A named data set cut into stretches: of a fixed number of records, or, where it is streamed, of one of its files."""
+    source = _source(spec)
+    if not _counted(source):
+        return [(shard, shard + 1) for shard in range(source.num_shards)]
+    count = len(source)
+    return [(start, min(start + RECORDS_A_SPLIT, count)) for start in range(0, max(1, count), RECORDS_A_SPLIT)]
+
+
+def named_state(spec: str) -> list:
+    """What tells whether a named data set is still the one that was read, as far as it can be told: local files' names,
+    sizes and times."""
+    path = Path(name_and_split(spec)[0]).expanduser()
+    if spec.startswith("tfds:") or not path.is_dir():
+        return [spec]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [spec, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def _source(spec: str) -> Any:
+    return _tfds_source(spec) if spec.startswith("tfds:") else _hf_source(spec)
+
+
+def _counted(source: Any) -> bool:
+    return hasattr(source, "__len__")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+def _tfds_source(spec: str) -> Sequence[Any]:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    name, split = name_and_split(spec)
+    try:
+        # A data source reads ArrayRecord without TensorFlow; as_dataset would need it.
+        builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else _tfds_builder(name)
+    except DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise UserError(
+            f"{spec}: TFDS has no data set {nearest(name.partition('/')[0], known)}: give another name"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{spec}: TFDS cannot open it ({_first_line(error)}): check the name and its config") from error
+    splits = list(builder.info.splits)
+    if not splits:
+        raise UserError(
+            f"{spec} is not prepared in {builder.data_dir}: prepare it with TFDS "
+            '(download_and_prepare(file_format="array_record")) first'
+        )
+    _check_split(spec, split or "train", splits)
+    try:
+        return builder.as_data_source(split=split or "train")
+    except Exception as error:
+        raise UserError(
+            f"{spec}: TFDS cannot read it without TensorFlow ({_first_line(error)}): prepare it as ArrayRecord "
+            '(download_and_prepare(file_format="array_record"))'
+        ) from error
+
+
+def _tfds_builder(name: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder(name, try_gcs=False)
+
+
+def _check_split(spec: str, split: str, splits: Sequence[str]) -> None:
+    """A split may be a part, as in train[:10%], or a sum of them."""
+    for part in split.split("+"):
+        if (name := part.partition("[")[0].strip()) not in splits:
+            raise UserError(f"{spec} has no split {nearest(name, splits)}: it has {', '.join(splits)}")
+
+
+def _hf_source(spec: str) -> Any:
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise UserError(f"{spec} needs the package datasets: pip install datasets") from error
+    name, split = name_and_split(spec)
+    path = Path(name).expanduser()
+    with _opened(spec):
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            source = datasets.load_from_disk(str(path))
+            if not isinstance(source, dict):
+                if split is not None:
+                    raise UserError(f"{spec}: {path} was saved without splits: leave out {':' + split!r}")
+                return source
+            _check_split(spec, split or "train", list(map(str, source)))
+            return source[split or "train"]
+        source = datasets.load_dataset(str(path) if path.exists() else name, streaming=True)
+        _check_split(spec, split or "train", list(map(str, source)))
+        return source[split or "train"]
+
+
+@contextlib.contextmanager
+def _opened(spec: str) -> Iterator[None]:
+    """What the hub's libraries say while they try again is kept quiet, and how it ends is told in one line."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = "check the name, that it is public or that you are logged in (hf auth login), and the network"
+        raise UserError(f"{spec} cannot be opened ({_first_line(error)}): {remedy}") from error
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,219 @@
+"""Records of files: JSON lines, text, Parquet and ArrayRecord, whole or a stretch of them."""
+
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import IO, Any, cast
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.stores import Location, is_address, open_binary, size_of
+
+SUFFIXES = (".jsonl", ".txt", ".parquet", ".arrayrecord")
+COMPRESSIONS = (".gz", ".zst")
+# What compressed text grows by, roughly.
+_UNPACKED = 3
+
+Stretch = tuple[int, int | None]
+WHOLE: Stretch = (0, None)
+
+
+def kind_of(path: Location) -> str:
+    """The suffix that says how a file is read.
+
+    Raises:
+      UserError: none is known, or what compresses by itself was compressed once more.
+    """
+    suffixes = [suffix for suffix in PurePosixPath(path).suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
+    kind = suffixes[0] if suffixes else ""
+    if kind not in SUFFIXES:
+        known = f"{', '.join(SUFFIXES)} ({', '.join(COMPRESSIONS)} of the first two)"
+        raise UserError(f"{path} is of no known format; known: {known}")
+    if kind == ".arrayrecord" and is_address(path):
+        raise UserError(f"{path}: ArrayRecord files are read from a local disk: copy it there")
+    if kind in (".parquet", ".arrayrecord") and _compressed(path):
+        raise UserError(f"{path}: {kind} files are compressed inside: unpack it first")
+    return kind
+
+
+def _compressed(path: Location) -> bool:
+    return PurePosixPath(path).suffix in COMPRESSIONS
+
+
+def file_records(
+    path: Location, field: str, columns: Iterable[str] | None, skipped: Counter, stretch: Stretch = WHOLE
+) -> Iterator[dict]:
+    """The records of a file, or of a stretch of it, as `stretches` cuts it. `field`: what a .txt file's documents go to;
+    `columns`: all that is wanted of a Parquet file."""
+    kind = kind_of(path)
+    if kind == ".jsonl":
+        yield from _json_lines(_lines(path, skipped, stretch), skipped)
+    elif kind == ".txt":
+        yield from ({field: text} for text in _paragraphs(path, skipped, stretch))
+    elif kind == ".parquet":
+        yield from _parquet_rows(path, columns, stretch)
+    else:
+        yield from _json_lines(_array_records(path, stretch), skipped)
+
+
+def stretches(path: Location, size: int) -> list[tuple[Stretch, int]]:
+    """A file cut into stretches of some `size` bytes of text, each with its bytes: of lines where they begin, of Parquet
+    by groups of rows, of ArrayRecord by records. A compressed file is one stretch: it can only be read from its
+    beginning."""
+    kind, total = kind_of(path), size_of(path)
+    if _compressed(path):
+        return [(WHOLE, total * _UNPACKED)]
+    if kind in (".jsonl", ".txt"):
+        return [((start, min(start + size, total)), min(size, total - start)) for start in range(0, total, size)]
+    if kind == ".parquet":
+        metadata = _parquet_file(path).metadata
+        weights = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+    else:
+        records = _array_reader(path).num_records()
+        weights = [max(1, total // max(1, records))] * records
+    return _gathered(weights, size)
+
+
+def _gathered(weights: list[int], size: int) -> list[tuple[Stretch, int]]:
+    """Runs of things of these sizes, of at least `size` each but the last."""
+    runs, first, gathered = [], 0, 0
+    for index, weight in enumerate(weights):
+        gathered += weight
+        if gathered >= size or index == len(weights) - 1:
+            runs.append(((first, index + 1), gathered))
+            first, gathered = index + 1, 0
+    return runs
+
+
+def _open(path: Location) -> IO[bytes]:
+    suffix = PurePosixPath(path).suffix
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(open_binary(path) if is_address(path) else path, "rb"))
+    if suffix == ".zst":
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(open_binary(path), read_across_frames=True)
+        return io.BufferedReader(reader)  # type: ignore[arg-type]
+    return open_binary(path)
+
+
+def _raw_lines(path: Location, start: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin at `start` or later, with where they begin."""
+    import zstandard
+
+    try:
+        with _open(path) as file:
+            position = 0
+            if start:
+                # A line that begins at `start` has a line's end before it.
+                file.seek(start - 1)
+                position = start - 1 + len(file.readline())
+            for line in file:
+                yield position, line
+                position += len(line)
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is truncated or not compressed as its name says ({error})") from error
+
+
+def _decoded(line: bytes) -> str | None:
+    try:
+        return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _lines(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[str]:
+    for position, line in _raw_lines(path, stretch[0]):
+        if stretch[1] is not None and position >= stretch[1]:
+            return
+        if (text := _decoded(line)) is None:
+            skipped["not UTF-8"] += 1
+        else:
+            yield text
+
+
+def _json_lines(lines: Iterable[str], skipped: Counter) -> Iterator[dict]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            skipped["malformed JSON"] += 1
+            continue
+        if isinstance(record, dict):
+            yield record
+        else:
+            skipped["not a JSON object"] += 1
+
+
+def _paragraphs(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[str]:
+    """Documents between empty lines. One belongs to the stretch in which the empty line before it begins."""
+    start, stop = stretch
+    block: list[str] = []
+    inside = not start
+    for position, line in _raw_lines(path, start):
+        text = _decoded(line)
+        if text is not None and not text.strip():
+            if block:
+                yield "".join(block).rstrip("\n")
+                block = []
+            inside = True
+            if stop is not None and position >= stop:
+                return
+        elif inside and text is None:
+            skipped["not UTF-8"] += 1
+        elif inside:
+            block.append(cast(str, text))
+    if block:
+        yield "".join(block).rstrip("\n")
+
+
+def _parquet_file(path: Location) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(open_binary(path) if is_address(path) else path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is truncated or no Parquet file ({error})") from error
+
+
+def parquet_columns(path: Location) -> list[str]:
+    """The names of a Parquet file's columns."""
+    with _parquet_file(path) as file:
+        return file.schema_arrow.names
+
+
+def _parquet_rows(path: Location, columns: Iterable[str] | None, stretch: Stretch) -> Iterator[dict]:
+    with _parquet_file(path) as file:
+        stop = file.num_row_groups if stretch[1] is None else stretch[1]
+        wanted = None if columns is None else list(columns)
+        for group in range(stretch[0], stop):
+            # Small batches: a row may be a book.
+            for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
+                yield from batch.to_pylist()
+
+
+def _array_reader(path: Location) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(path))
+    if reader.ok():
+        return reader
+    try:
+        # Which says why.
+        reader.close()
+    except RuntimeError as error:
+        raise UserError(f"{path} is truncated or no ArrayRecord file ({error})") from error
+    raise UserError(f"{path} is truncated or no ArrayRecord file")
+
+
+def _array_records(path: Location, stretch: Stretch) -> Iterator[str]:
+    reader = _array_reader(path)
+    stop = reader.num_records() if stretch[1] is None else stretch[1]
+    for index in range(stretch[0], stop):
+        yield reader.read([index])[0].decode()
+    reader.close()

@@ -1,0 +1,135 @@
+"""What runs measured, as points of a law: from a table in a file, whoever made the runs."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_jax.core.errors import UserError, nearest
+
+COLUMNS = ("name", "size", "tokens", "share", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run: the loss on each domain after `tokens` tokens, of which `share` (0 to 1) was replay.
+
+    A point of 0 tokens is the base, before any training. `size` is the model's number of parameters, `None` where it
+    is not known; losses are above 0, in any unit (bits per byte, nats a token).
+    """
+
+    losses: Mapping[str, float]
+    tokens: float
+    share: float
+    size: float | None = None
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"point {self.name!r}" if self.name else "a point"
+        if not 0 <= self.share <= 1:
+            raise UserError(f"{where}: the share of replay is {self.share:g}: give 0 to 1 (0.25 is a quarter)")
+        if not (self.tokens >= 0 and math.isfinite(self.tokens)):
+            raise UserError(f"{where}: tokens is {self.tokens:g}: give 0 (the base) or more")
+        if self.size is not None and not self.size > 0:
+            raise UserError(f"{where}: size is {self.size:g}: give the number of parameters, or leave it out")
+        for domain, loss in self.losses.items():
+            if not (loss > 0 and math.isfinite(loss)):
+                raise UserError(f"{where}: the loss on {domain!r} is {loss}: give a number above 0, or leave it empty")
+
+
+def trained(points: Sequence[Point], domain: str) -> list[Point]:
+    """The points after training that have a loss on the domain.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = [point for point in points if point.tokens > 0 and domain in point.losses]
+    if not found:
+        known = sorted({name for point in points for name in point.losses})
+        raise UserError(f"no run has a loss on {nearest(domain, known)}; there are: {', '.join(known) or 'none'}")
+    return found
+
+
+def base_loss(points: Sequence[Point], domain: str, size: float | None) -> float:
+    """The base's loss on a domain: that of the point with 0 tokens and this size.
+
+    Raises:
+      UserError: there is none.
+    """
+    bases = [point for point in points if point.tokens == 0 and domain in point.losses]
+    same = [point.losses[domain] for point in bases if point.size == size] or (
+        [point.losses[domain] for point in bases] if len({point.size for point in bases}) == 1 else []
+    )
+    if not same:
+        of_size = "" if size is None else f" of size {size:g}"
+        raise UserError(f"the base's loss on {domain!r}{of_size} is not known: add a row with tokens 0")
+    return sum(same) / len(same)
+
+
+def read_points(path: Path) -> list[Point]:
+    """Points of a .csv or .jsonl file: a row a run with the columns `tokens` and `share`, `size`, `seed` and `name` if they
+    are known, and one column of losses for each domain. A row of 0 tokens is the base.
+
+    Raises:
+      UserError: the file or a row of it cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there: give a .csv or .jsonl table, or runs' directories")
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    elif path.suffix == ".jsonl":
+        rows = [
+            _object(line, f"{path}, line {n}")
+            for n, line in enumerate(path.read_text().splitlines(), 1)
+            if line.strip()
+        ]
+    else:
+        raise UserError(f"{path}: give a .csv or .jsonl table, or a run's directory")
+    return [_point(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is no JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where} is no object: write {{"tokens": ..., "share": ..., "DOMAIN": loss}}')
+    return value
+
+
+def _point(row: Mapping[str, Any], where: str) -> Point:
+    tokens = _number(row, "tokens", where)
+    if tokens is None:
+        raise UserError(f"{where} has no tokens: add the column 'tokens' (0 in the base's row)")
+    share = _number(row, "share", where)
+    if share is None and tokens > 0:
+        raise UserError(f"{where} has no share of replay: add the column 'share' (0 to 1)")
+    losses = {str(name): _number(row, name, where) for name in _domains(row)}
+    return Point(
+        losses={name: loss for name, loss in losses.items() if loss is not None},
+        tokens=tokens,
+        share=share or 0.0,
+        size=_number(row, "size", where),
+        seed=int(_number(row, "seed", where) or 0),
+        name=str(row.get("name") or where),
+    )
+
+
+def _domains(row: Mapping[str, Any]) -> Iterable[str]:
+    return (name for name in row if name not in COLUMNS)
+
+
+def _number(row: Mapping[str, Any], column: str, where: str) -> float | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {column!r} is {value!r}, which is no number") from None

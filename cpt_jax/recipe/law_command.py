@@ -1,0 +1,64 @@
+"""`cpt law`: how much to replay, from runs or from a table of what others measured."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.laws.answer import Budget, fit_both
+from cpt_jax.laws.points import Point, read_points
+from cpt_jax.recipe.law_page import Study, study_section, study_text
+from cpt_jax.recipe.many import find_runs
+from cpt_jax.recipe.many_report import STYLE
+from cpt_jax.recipe.page import page
+from cpt_jax.recipe.side_by_side import alike, points_of
+
+
+def law(
+    *,
+    sources: Sequence[Path],
+    old: str,
+    new: str,
+    budget: str,
+    tokens: float | None,
+    size: float | None,
+    json_path: Path | None,
+    html_path: Path | None,
+) -> None:
+    """Fits the laws of two domains on runs, sweeps and tables, and prints the answer."""
+    allowed, (points, unit, notes) = Budget.parse(budget), _points(sources)
+    known = sorted({name for point in points for name in point.losses})
+    for name in (old, new):
+        if name not in known:
+            raise UserError(f"no run has the domain {nearest(name, known)}; there are: {', '.join(known)}")
+    study = Study.of(points, fit_both(points, old, new), allowed, tokens, size)
+    print("\n".join([study_text(study), *(f"note: {note}" for note in notes)]))
+    if json_path is not None:
+        write_json_atomic(json_path, study.as_json())
+    if html_path is not None:
+        body = f'<div class="answer"><p>{html.escape(study.asked.sentence)}</p></div>'
+        body += study_section(study, unit, html_path.parent / "plots")
+        body += "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
+        runs = len(study.laws[0].points)
+        write_text_atomic(
+            html_path, page(f"{html.escape(old)} and {html.escape(new)}", f"a law of {runs} runs", body, STYLE)
+        )
+        print(html_path)
+
+
+def _points(sources: Sequence[Path]) -> tuple[list[Point], str, list[str]]:
+    """The points, the unit of their losses, and what was left out."""
+    tables = [source for source in sources if source.suffix in (".csv", ".jsonl") or not source.exists()]
+    if tables and len(tables) < len(sources):
+        raise UserError(f"{tables[0]} is a table among runs: give tables or runs, whose losses may be in other units")
+    if tables:
+        return [point for table in tables for point in read_points(table)], "loss", []
+    runs, notes = find_runs(sources)
+    used, others = alike(runs)
+    if others:
+        notes.append(
+            f"{len(others)} of {len(runs)} runs differ in other settings than share, tokens, size and seed, and are left out "
+            f"({others[0].name}, for one)"
+        )
+    return points_of(used), "bits per byte", notes

@@ -1,0 +1,205 @@
+"""Many runs: what each contributes, read in one place."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.core.config import KIND
+from cpt_jax.core.errors import UserError
+from cpt_jax.data.prepare import read_manifest
+from cpt_jax.laws.points import Point
+from cpt_jax.recipe.report import final_label, grid, load_run
+
+Curve = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What one run contributes: bits per byte of its base and of its result by domain, what it was trained on, and every
+    setting of its recipe by its path. `replay` is the share of all stages' tokens that was replay; `parameters` are
+    the base's, grown, `None` if it is not there; `losses` (nats a token, in training) and `watched` (bits per byte,
+    held out) are curves over the tokens so far."""
+
+    path: Path
+    name: str
+    settings: Mapping[str, Any]
+    seed: int
+    tokens: int
+    parameters: int | None
+    replay: float
+    roles: Mapping[str, str]
+    base: Mapping[str, float]
+    final: Mapping[str, float]
+    losses: Mapping[str, Curve]
+    watched: Mapping[str, Curve]
+
+    @property
+    def point(self) -> Point:
+        """The run as a point of a law."""
+        return Point(
+            losses=self.final,
+            tokens=self.tokens,
+            share=self.replay,
+            size=self.parameters,
+            seed=self.seed,
+            name=self.name,
+        )
+
+    @property
+    def base_point(self) -> Point:
+        return Point(losses=self.base, tokens=0, share=0.0, size=self.parameters, name=f"base of {self.name}")
+
+
+def read_run(path: Path) -> RunFacts:
+    """The facts of a run's directory.
+
+    Raises:
+      UserError: it is no run's directory, or its result was not evaluated yet.
+    """
+    config, entries = load_run(path)
+    labels, cells = grid(entries)
+    final, names = final_label(config), [domain["corpus"]["name"] for domain in config["domains"]]
+    final = "export" if "export" in labels else final
+    if any((final, name) not in cells for name in names):
+        raise UserError(
+            f"{path}: the run has not ended, its result ({final}) is not evaluated: run it again, it goes on"
+        )
+    roles = {domain["corpus"]["name"]: domain["role"] for domain in config["domains"]}
+    losses, watched = _curves(path, config)
+    tokens = sum(stage["tokens"] for stage in config["stages"])
+    return RunFacts(
+        path=path,
+        name=path.resolve().name if path.resolve().parent.name == "runs" else config["name"],
+        settings=dict(_flat(config)),
+        seed=config.get("seed", 0),
+        tokens=tokens,
+        parameters=_parameters(path / "base") or _parameters(Path(config["base"])),
+        replay=_replay(path, config, roles) / tokens if tokens else 0.0,
+        roles=roles,
+        base={name: cells[labels[0], name]["bits_per_byte"] for name in names},
+        final={name: cells[final, name]["bits_per_byte"] for name in names},
+        losses=losses,
+        watched=watched,
+    )
+
+
+def find_runs(paths: Sequence[Path]) -> tuple[list[RunFacts], list[str]]:
+    """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep are
+    left out, a line each.
+
+    Raises:
+      UserError: a directory is neither, or no run has ended.
+    """
+    found, left_out = [], []
+    for path in paths:
+        if not is_sweep(path):
+            found.append(read_run(path))
+            continue
+        for run in sorted(child for child in (path / "runs").iterdir() if child.is_dir()):
+            try:
+                found.append(read_run(run))
+            except UserError as error:
+                left_out.append(str(error))
+    if not found:
+        raise UserError(f"no run in {', '.join(map(str, paths))} has ended yet: run the sweep again, it goes on")
+    return found, left_out
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory holds runs, and is none itself."""
+    return not (path / "config.json").exists() and (path / "runs").is_dir()
+
+
+def _parameters(directory: Path) -> int | None:
+    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    return sum(math.prod(t.shape) for file in files for t in SafetensorsFile(file).tensors.values()) or None
+
+
+def _replay(run: Path, config: dict, roles: Mapping[str, str]) -> float:
+    return sum(
+        stage["tokens"] * share
+        for stage in config["stages"]
+        for name, share in mean_shares(stage["mixture"], run).items()
+        if roles[name] == "replay"
+    )
+
+
+def mean_shares(mixture: Mapping[str, Any], run: Path) -> dict[str, float]:
+    """Each domain's share over a whole stage, of a mixture as config.json has it: of a schedule, the mean."""
+    match mixture.get(KIND):
+        case None:
+            return dict(mixture)
+        case "Ramp":  # Along a line and along half a cosine, the mean is the middle.
+            ends = (mean_shares(mixture["start"], run), mean_shares(mixture["end"], run))
+            return {name: sum(end.get(name, 0.0) for end in ends) / 2 for name in {**ends[0], **ends[1]}}
+        case "Phases":
+            means: dict[str, float] = {}
+            for part in mixture["parts"]:
+                for name, share in mean_shares(part["mixture"], run).items():
+                    means[name] = means.get(name, 0.0) + part["share"] * share
+            return means
+        case "Temperature":
+            sizes = {name: read_manifest(run / "data" / name).tokens for name in mixture["domains"]}
+            powers = {name: tokens ** (1 / mixture["temperature"]) for name, tokens in sizes.items()}
+            return {name: power / sum(powers.values()) for name, power in powers.items()}
+        case kind:
+            raise UserError(f"{run}: the shares of a mixture {kind!r} are not known here: leave the run out")
+
+
+def _curves(run: Path, config: dict) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    losses: dict[str, Curve] = {}
+    watched: dict[str, Curve] = {}
+    before = 0
+    for number, stage in enumerate(config["stages"], 1):
+        directory = run / "stages" / f"{number}-{stage['name']}"
+        seen, at_step = before, {}
+        for line in _lines(directory / "metrics.jsonl"):
+            seen += line["tokens"]
+            at_step[line["step"]] = seen
+            for key, value in line.items():
+                if key.startswith("nats/"):
+                    losses.setdefault(key.removeprefix("nats/"), []).append((seen, value))
+        for line in _lines(directory / "watch.jsonl"):
+            for name, value in line["bits_per_byte"].items():
+                watched.setdefault(name, []).append((at_step.get(line["step"], before + line["tokens"]), value))
+        before = seen
+    return losses, watched
+
+
+def _lines(path: Path) -> list[dict]:
+    """Objects of a file, whose last line may be cut."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _flat(config: Any, where: str = "") -> Iterable[tuple[str, Any]]:
+    """Settings by dotted path; a dataclass's kind stands at its own path."""
+    if isinstance(config, dict | list):
+        items = config.items() if isinstance(config, dict) else ((str(n), value) for n, value in enumerate(config))
+        for key, value in items:
+            if key == KIND:
+                yield where or KIND, value
+            else:
+                yield from _flat(value, f"{where}.{key}" if where else key)
+    else:
+        yield where, config
+
+
+def common_domains(runs: Sequence[RunFacts]) -> dict[str, str]:
+    """The domains that all runs measured, with their role in the first of them.
+
+    Raises:
+      UserError: there is none.
+    """
+    common = {name: role for name, role in runs[0].roles.items() if all(name in run.final for run in runs)}
+    if not common:
+        apart = next((run for run in runs if not set(run.final) & set(runs[0].final)), runs[-1])
+        raise UserError(
+            f"the runs have no domain in common ({runs[0].name}: {', '.join(runs[0].final)}; {apart.name}: {', '.join(apart.final)}): "
+            "give runs that measured the same text"
+        )
+    return common

@@ -1,0 +1,210 @@
+"""Shares of what comes out of the packer: exact in every window, whatever the lengths, and changing as they are told."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from loader_inputs import END, loader
+
+from cpt_jax.core.config import from_json, to_json
+from cpt_jax.core.errors import UserError
+from cpt_jax.data.mixture import Mixture, Phase, Phases, Raised, Ramp, Temperature, domains_of, mean_shares, shares_of
+from cpt_jax.data.prepare import prepare
+from cpt_jax.data.sources import SkipCounts
+
+LENGTH, ROWS, STEPS = 128, 8, 320
+SIZES = {"short": (6000, 30), "long": (60, 1500), "few": (100, 200)}
+
+
+class Random:
+    """Each document is of its number alone; its lengths are drawn, with some that are 20 times the mean."""
+
+    fingerprint = "letters"
+
+    def encode_documents(self, texts):
+        return [np.full(int(length), int(number)) for number, length in (text.split() for text in texts)]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for index, (name, (count, mean)) in enumerate(SIZES.items()):
+        lengths = 1 + np.random.default_rng(index).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
+        texts = (f"{100_000 * (index + 1) + number} {length}" for number, length in enumerate(lengths))
+        prepare(name, texts, SkipCounts(), Random(), root / name)
+    return {name: root / name for name in SIZES}
+
+
+def by_row(batches, count: int, names: int = 3) -> np.ndarray:
+    """Tokens of each row by domain [rows, names]."""
+    rows = []
+    for _ in range(count):
+        batch = next(batches)
+        inside = batch["segment_ids"] > 0
+        rows += [np.bincount(d[i], minlength=names) for d, i in zip(batch["domains"], inside, strict=True)]
+    return np.array(rows)
+
+
+def windows(rows: np.ndarray, size: int) -> np.ndarray:
+    """Shares in every window of so many rows, wherever it begins."""
+    sums = np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, 0)])
+    within = sums[size:] - sums[:-size]
+    return within / within.sum(1, keepdims=True)
+
+
+ORDERS = [("best fit", "together"), ("concatenate", "together"), ("none", "together"), ("best fit", "apart")]
+
+
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+def test_every_window_of_a_thousand_rows_is_exact_within_half_a_point(directories, packing, pack_domains):
+    mixture = {"short": 0.6, "long": 0.25, "few": 0.15}
+    batches = loader(directories, mixture, batch_size=ROWS, packing=packing, pack_domains=pack_domains)
+    found = windows(by_row(batches, STEPS), 1000)
+    assert np.abs(found - [0.6, 0.25, 0.15]).max() < 0.005
+
+
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        Ramp(start={"short": 0.5, "long": 0.5}, end={"short": 0.95, "long": 0.05}),
+        Ramp(start={"short": 0.5, "long": 0.5}, end={"short": 0.95, "long": 0.05}, shape="cosine"),
+        Phases(
+            parts=(
+                Phase(share=0.4, mixture={"short": 0.8, "long": 0.2}),
+                Phase(share=0.5, mixture=Ramp(start={"short": 0.8, "long": 0.2}, end={"short": 1.0})),
+                Phase(share=0.1, mixture={"few": 1.0}),
+            )
+        ),
+    ],
+    ids=["linear", "cosine", "phases"],
+)
+def test_a_schedule_is_followed_to_half_a_point(directories, mixture, pack_domains):
+    names = domains_of(mixture)
+    batches = loader(directories, mixture, batch_size=ROWS, steps=STEPS, pack_domains=pack_domains)
+    rows = by_row(batches, STEPS, len(names))
+    expected = shares_of(mixture, names, {})((np.arange(len(rows)) + 0.5) / len(rows))
+    weighted = expected * rows.sum(1, keepdims=True)
+    assert np.abs(windows(rows, 1000) - windows(weighted, 1000)).max() < 0.005
+    # The rows that are packed together blur a border by a few rows.
+    assert np.abs(np.cumsum(rows - weighted, 0)).max() < 5 * LENGTH
+
+
+def test_the_shares_of_schedules():
+    ramp = Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 0.95, "b": 0.05}, shape="cosine")
+    np.testing.assert_allclose(shares_of(ramp, ("a", "b"), {})(np.array([0, 0.5, 1]))[:, 1], [0.5, 0.275, 0.05])
+    heated = shares_of(Temperature(domains=("a", "b"), temperature=2.0), ("a", "b"), {"a": 900, "b": 100})
+    np.testing.assert_allclose(heated(np.zeros(1)), [[0.75, 0.25]])
+    anneal = Phases(parts=(Phase(share=0.9, mixture={"a": 1.0}), Phase(share=0.1, mixture={"b": 1.0})))
+    # Of 10 rows the last one.
+    assert shares_of(anneal, ("a", "b"), {})(np.arange(10) / 10)[:, 1].tolist() == [0] * 9 + [1]
+    assert mean_shares(anneal, {}) == pytest.approx({"a": 0.9, "b": 0.1})
+
+
+def test_a_domain_that_was_read_often_enough_gives_its_share_to_the_others(directories):
+    mixture = {"short": 0.5, "long": 0.3, "few": 0.2}
+    batches = loader(directories, mixture, batch_size=ROWS, max_epochs={"few": 2})
+    rows = by_row(batches, 350)
+    last = rows[-800:].sum(0) / rows[-800:].sum()
+    np.testing.assert_allclose(last, [0.625, 0.375, 0], atol=0.01)
+    assert batches.epochs()["few"] == 2
+    sizes = 1 + np.random.default_rng(2).lognormal(np.log(200) - 0.5, 1.0, 100).astype(int)
+    assert rows[:, 2].sum() == 2 * (sizes + 1).sum(), "each token of it twice, and each document's end"
+
+
+def test_where_all_text_is_used_the_last_batch_is_filled_up(directories):
+    batches = list(loader(directories, {"few": 1.0}, batch_size=ROWS, max_epochs={"few": 1}))
+    assert {len(batch["inputs"]) for batch in batches} == {ROWS}
+    tail = batches[-1]["segment_ids"].max(1)
+    assert not batches[-1]["weights"][tail == 0].any()
+
+
+def changed_mixture_state(directories, before, after, taken: int, **how):
+    """Batches under one mixture, and those that follow under another, from the state in between."""
+    batches = loader(directories, before, batch_size=ROWS, **how)
+    first = [next(batches) for _ in range(taken)]
+    again = loader(directories, after, batch_size=ROWS, **how)
+    again.restore(json.loads(json.dumps(batches.state())))
+    return first, again
+
+
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+def test_another_mixture_in_the_middle_loses_and_repeats_no_token(directories, packing, pack_domains):
+    how = dict(packing=packing, pack_domains=pack_domains, max_epochs={"long": 1, "few": 1})
+    first, again = changed_mixture_state(
+        directories, {"long": 0.8, "few": 0.2}, {"few": 0.3, "long": 0.4, "short": 0.3}, 21, **how
+    )
+    seen = Counter()
+    for number, batch in enumerate([*first, *(next(again) for _ in range(300))]):
+        inside = (batch["segment_ids"] > 0) & (batch["targets"] != END)
+        seen.update(batch["targets"][inside].tolist())
+        assert number < 21 or set(np.unique(batch["domains"][inside])) <= {0, 1, 2}
+    for index, name in ((1, "long"), (2, "few")):
+        count, mean = SIZES[name]
+        lengths = 1 + np.random.default_rng(index).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
+        expected = {100_000 * (index + 1) + number: length for number, length in enumerate(lengths)}
+        assert {token: seen[token] for token in expected} == expected, name
+
+
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_raised_shares_hold_from_the_next_rows_on_and_are_part_of_the_state(directories, pack_domains):
+    mixture, how = {"short": 0.8, "long": 0.2}, dict(batch_size=ROWS, pack_domains=pack_domains)
+    batches = loader(directories, mixture, **how)
+    for _ in range(20):
+        next(batches)
+    batches.raise_shares(Raised(domains=("long",), factor=4.0, maximum=0.6))
+    state = json.dumps(batches.state())
+    again = loader(directories, mixture, **how)
+    again.restore(json.loads(state))
+    for _ in range(5):
+        for one, other in zip(next(batches).values(), next(again).values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+    for _ in range(8):
+        next(batches)
+    rows = by_row(batches, 60, 2)
+    assert abs(rows[:, 1].sum() / rows.sum() - 0.6) < 0.01
+    assert batches.raised() == Raised(domains=("long",), factor=4.0, maximum=0.6)
+
+
+def test_raised_shares_stay_shares():
+    given = shares_of({"a": 0.7, "b": 0.2, "c": 0.1}, ("a", "b", "c"), {})
+    raised = Raised(domains=("b", "c"), factor=1.5, maximum=0.9).over(given, ("a", "b", "c"))(np.zeros(1))
+    np.testing.assert_allclose(raised, [[0.55, 0.3, 0.15]])
+    none = Raised(domains=("b",), factor=2.0, maximum=0.9).over(
+        shares_of(Ramp(start={"a": 1.0, "b": 0.0}, end={"a": 1.0}), ("a", "b"), {}), ("a", "b")
+    )
+    np.testing.assert_allclose(none(np.zeros(1)), [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("state", "mixture", "message"),
+    [
+        ({"sizes": {"long": [60, 1]}}, {"long": 1.0}, "60 documents of 'long'"),
+        ({"sizes": {"gone": [1, 1]}}, {"long": 1.0}, "begun with 'gone'"),
+    ],
+)
+def test_a_state_of_other_documents_is_refused(directories, state, mixture, message):
+    with pytest.raises(UserError, match=message):
+        loader(directories, mixture).restore(state)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Phases(parts=(Phase(share=0.5, mixture={"a": 1.0}),)), "the phases cover 0.5 of the stage"),
+        (lambda: Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 0.5}), "Ramp.end: the shares sum to 0.5"),
+        (lambda: Ramp(start={"a": 1.5, "b": -0.5}, end={"a": 1.0}), "share of 'b' is -0.5"),
+        (lambda: Temperature(domains=("a",), temperature=0.5), "temperature is 0.5"),
+        (lambda: Phase(share=0.0, mixture={"a": 1.0}), "Phase.share is 0"),
+    ],
+)
+def test_wrong_schedules_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
+
+
+def test_every_mixture_comes_back_from_its_json():
+    ramp = Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 1.0})
+    for mixture in ({"a": 1.0}, ramp, Temperature(domains=("a", "b")), Phases(parts=(Phase(share=1.0, mixture=ramp),))):
+        assert from_json(Mixture, json.loads(json.dumps(to_json(mixture)))) == mixture

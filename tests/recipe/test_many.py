@@ -1,0 +1,48 @@
+"""Runs side by side: seeds joined, what differs, the front, and the page."""
+
+import pytest
+from many_runs import write_run
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.recipe.many import find_runs, mean_shares
+from cpt_jax.recipe.many_report import write_runs_report
+from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sweep")
+    for share in (0, 0.01, 0.05, 0.1, 0.25, 0.5):
+        for seed in range(2):
+            write_run(root / "runs" / f"replay-{share}-{seed}", share, seed, noise=0.002)
+    return root
+
+
+def test_seeds_are_joined_and_the_front_is_found(sweep):
+    runs, left_out = find_runs([sweep])
+    settings = settings_of_runs(runs)
+    assert not left_out
+    assert [len(setting.runs) for setting in settings] == [2] * 6
+    assert list(columns_of(runs)) == ["replay"]
+    front = [setting.runs[0].replay for setting in pareto_front(settings, "zh", "en")]
+    assert front == sorted(front)
+    assert 0.5 in front
+
+
+def test_the_page_holds_the_answer(sweep):
+    page = write_runs_report([sweep], sweep / "report.html").read_text()
+    assert "With at most 1% more loss on en, replay 1" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert (sweep / "plots" / "law-en.png").exists()
+
+
+def test_a_schedule_counts_with_its_mean(tmp_path):
+    ramp = {"kind": "Ramp", "start": {"en": 0.5, "zh": 0.5}, "end": {"en": 0.1, "zh": 0.9}}
+    phases = {"kind": "Phases", "parts": [{"share": 0.5, "mixture": ramp}, {"share": 0.5, "mixture": {"zh": 1.0}}]}
+    assert mean_shares(phases, tmp_path)["en"] == pytest.approx(0.15)
+
+
+def test_no_run_has_ended(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="has ended yet"):
+        find_runs([tmp_path])

@@ -1,0 +1,139 @@
+"""Forgetting while a stage trains: what is measured, what is done about it, and that it is the same when continued."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_inputs import FLOAT32, losses, training
+
+from cpt_jax.adapt import Full
+from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import Precision
+from cpt_jax.data.mixture import Raised
+from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
+from cpt_jax.training.ending import ended_early
+from cpt_jax.training.loop import train
+from cpt_jax.training.watch import RaiseReplay, Stop, Watch, Watching, read_watch
+
+
+def documents(seed: int, rows: int = 3, length: int = 32) -> PackedDocuments:
+    tokens = np.random.default_rng(seed).integers(2, 60, (rows, length + 1)).astype(np.int32)
+    arrays = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, length), np.int32),
+        "weights": np.ones((rows, length), np.float32),
+    }
+    return PackedDocuments(arrays, rows * length, 2 * rows * length)
+
+
+def watched(run, budget, base=1e-3, average=None, every=4):
+    """The run with a watch; the base of "en" so good that any model is worse, or as is told."""
+    watching = Watching(
+        watch=Watch(every=every, budget=budget),
+        network=run.network,
+        documents={"en": documents(0), "zh": documents(1)},
+        base={"en": base, "zh": 1e-3},
+        old=("en",),
+        replayed=("en",),
+        batch_size=2,
+        precision=FLOAT32,
+        average=average,
+    )
+    return dataclasses.replace(run, watching=watching)
+
+
+def test_it_measures_the_weights_in_training_and_without_a_budget_changes_nothing(directories, tmp_path):
+    plain = train(training(directories, tmp_path / "plain", Full(), devices=8))
+    run = training(directories, tmp_path / "watched", Full(), devices=8)
+    trained = train(watched(run, None, average=run.ema, every=3))
+    jax.tree.map(np.testing.assert_array_equal, plain, trained)
+    lines = read_watch(tmp_path / "watched")
+    assert [line["step"] for line in lines] == [0, 3, 6, 8]
+    assert {line["action"] for line in lines} == {None}
+    tokens = [json.loads(line)["tokens"] for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [0, sum(tokens[:3]), sum(tokens[:6]), sum(tokens)]
+    for kind, field in (("last", "bits_per_byte"), ("ema", "average")):
+        alone = bits_per_byte(
+            run.network, trained[kind], documents(0), batch_size=3, precision=Precision(compute="float32")
+        )
+        assert lines[-1][field]["en"] == pytest.approx(alone.bits_per_byte, rel=1e-5)
+    assert lines[0]["bits_per_byte"] == pytest.approx(lines[0]["average"])
+
+
+def test_it_raises_replay_and_a_run_that_is_continued_does_the_same(directories, tmp_path):
+    budget = RaiseReplay(limit=0.02, factor=1.4, maximum=0.45)
+    steps = 40
+
+    def run(name):
+        return watched(training(directories, tmp_path / name, Full(), steps=steps), budget, every=8)
+
+    whole = run("whole")
+    train(whole)
+    lines = read_watch(tmp_path / "whole")
+    assert lines[0]["action"] is None
+    assert [line["action"].partition(":")[0] for line in lines[1:3]] == [
+        "raise replay from 25.0% to 35.0%",
+        "raise replay from 35.0% to 45.0%",
+    ]
+    assert {line["action"] for line in lines[3:]} == {None}, "it is at its maximum"
+    assert whole.loader.raised() == Raised(domains=("en",), factor=pytest.approx(1.4**2), maximum=0.45)
+
+    cut = run("cut")
+    draw = cut.loader
+
+    class Dying:
+        taken = 0
+
+        def __getattr__(self, name):
+            return getattr(draw, name)
+
+        def __next__(self):
+            self.taken += 1
+            if self.taken > 21:
+                raise KeyboardInterrupt
+            return next(draw)
+
+    # Saved after every step, and so at one at which it raised; killed behind it.
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(cut, loader=Dying(), checkpoint_seconds=0))
+    train(run("cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert read_watch(tmp_path / "cut") == lines
+    plain = training(directories, tmp_path / "plain", Full(), steps=steps)
+    train(plain)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole"), "more replay is other batches"
+
+
+def test_it_stops_the_stage_with_a_last_checkpoint_and_a_start_more_changes_nothing(directories, tmp_path, capsys):
+    run = watched(training(directories, tmp_path, Full()), Stop(limit=0.02))
+    trained = train(run)
+    step, why = ended_early(tmp_path) or (0, "")
+    assert step == 4 == len(losses(tmp_path))
+    assert why.startswith("stop: en is ")
+    assert "ends after step 4 of 8" in capsys.readouterr().err
+    again = train(watched(training(directories, tmp_path, Full()), Stop(limit=0.02)))
+    jax.tree.map(np.testing.assert_array_equal, trained, again)
+    # A budget that is kept, in the same place: what was said of the end is taken back with the checkpoint's removal only.
+    assert len(losses(tmp_path)) == 4
+    kept = watched(training(directories, tmp_path / "kept", Full()), Stop(limit=0.02), base=1e6)
+    train(kept)
+    assert len(losses(tmp_path / "kept")) == 8
+    assert ended_early(tmp_path / "kept") is None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Watch(every=0), "Watch.every is 0"),
+        (lambda: Stop(limit=-0.1), "limit is -0.1"),
+        (lambda: RaiseReplay(factor=1.0), "factor is 1.0"),
+        (lambda: RaiseReplay(maximum=1.0), "maximum is 1.0"),
+    ],
+)
+def test_wrong_watches_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
