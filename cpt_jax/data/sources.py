@@ -168,7 +168,7 @@ def files_of(corpus: Corpus) -> list[Location]:
 
 def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
     if is_catalogued(corpus.spec):
-        with _told_of(corpus):
+        with told_of(corpus):
             yield from named_records(corpus.spec)
     else:
         for path in files_of(corpus):
@@ -177,7 +177,7 @@ def _records(corpus: Corpus, skipped: SkipCounts) -> Iterator[dict]:
 
 def stretch_of(corpus: Corpus, source: Location, stretch: Stretch, skipped: SkipCounts) -> Iterator[dict]:
     """The records of a stretch of one of a corpus's files, or of its named data set."""
-    with _told_of(corpus):
+    with told_of(corpus):
         if is_catalogued(corpus.spec):
             yield from named_records(corpus.spec, stretch)
         else:
@@ -186,7 +186,7 @@ def stretch_of(corpus: Corpus, source: Location, stretch: Stretch, skipped: Skip
 
 
 @contextlib.contextmanager
-def _told_of(corpus: Corpus) -> Iterator[None]:
+def told_of(corpus: Corpus) -> Iterator[None]:
     """Puts the corpus's name before what is wrong with it."""
     try:
         yield

@@ -2,12 +2,12 @@
 not on who reads them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cpt_jax.core.stores import Location
 from cpt_jax.data.catalogues import is_catalogued, named_stretches
 from cpt_jax.data.files import WHOLE, Stretch, stretches
-from cpt_jax.data.sources import Corpus, Document, SkipCounts, document_of, files_of, stretch_of
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, document_of, files_of, stretch_of, told_of
 
 # Text of a split. At 4 MB a second and core, a shard is some 8 seconds of work, which is what a kill can cost.
 SPLIT_BYTES = 32 << 20
@@ -31,8 +31,14 @@ def splits_of(corpus: Corpus, size: int = SPLIT_BYTES) -> list[Split]:
       UserError: nothing is there, or it cannot be read.
     """
     if is_catalogued(corpus.spec):
-        return [Split(index, ((corpus.spec, each),)) for index, each in enumerate(named_stretches(corpus.spec))]
+        with told_of(corpus):
+            return [Split(index, ((corpus.spec, each),)) for index, each in enumerate(named_stretches(corpus.spec))]
     files = files_of(corpus)
+    with told_of(corpus):
+        return _of_files(files, size)
+
+
+def _of_files(files: Sequence[Location], size: int) -> list[Split]:
     # One look at the sizes, to keep their number within bounds.
     parts = [(file, *each) for file in files for each in stretches(file, size)]
     if (total := sum(weight for _, _, weight in parts)) > size * MOST_SPLITS:

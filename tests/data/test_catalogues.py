@@ -108,6 +108,8 @@ def test_a_wrong_name_is_told_in_one_line(place, spec, message):
     with pytest.raises(UserError, match=f"corpus c: {spec.partition('{')[0]}.*{message}") as raised:
         texts(spec.format(place))
     assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=f"^corpus c: {spec.partition('{')[0]}"):
+        splits_of(Corpus(name="c", spec=spec.format(place)))
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):

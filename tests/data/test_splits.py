@@ -88,6 +88,9 @@ def test_what_cannot_be_unpacked_is_told(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"neither of these")
     with pytest.raises(UserError, match=f"corpus c: .*{name}.*{message}"):
         list(read(Corpus(name="c", spec=str(tmp_path / name)), SkipCounts()))
+    if "compressed inside" in message:
+        with pytest.raises(UserError, match=f"^corpus c: .*{name}.*{message}"):
+            splits_of(Corpus(name="c", spec=str(tmp_path / name)))
 
 
 def test_half_a_pair_of_utf_16_is_counted_and_left_out(tmp_path):
