@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cpt_jax.data.loader import Batch, Loader
 
-# A loader makes some 300,000 tokens a second on one core; fewer than so many need no other processes.
+# A loader makes some millions of tokens a second on one core; fewer than so many need no other processes.
 FEW_LOADERS = 4
 
 
@@ -21,6 +21,7 @@ class Made(NamedTuple):
     batch: Batch
     state: dict
     unreadable: dict[str, int]
+    epochs: dict[str, float]
     error: Exception | None = None
 
 
@@ -108,11 +109,11 @@ class _Here:
     def _made(self, index: int, loader: Loader) -> Made:
         if index not in self._failed:
             try:
-                return Made(next(loader), loader.state(), loader.unreadable())
+                return Made(next(loader), loader.state(), loader.unreadable(), loader.epochs())
             # Whatever it is, it is one run's.
             except Exception as error:
                 self._failed[index] = error
-        return Made({}, {}, {}, self._failed[index])
+        return Made({}, {}, {}, {}, self._failed[index])
 
     def close(self) -> None:
         self._loaders.clear()

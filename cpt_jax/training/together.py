@@ -95,7 +95,7 @@ class _Member:
         if self.step or again:
             say(f"{training.directory}: continues after step {self.step}")
 
-    def write(self, step: int, metrics: dict[str, Any], lap: dict[str, float], unreadable: dict[str, int]) -> None:
+    def write(self, step: int, metrics: dict[str, Any], lap: dict[str, float], made: Made) -> None:
         """A step's line, from its part of the group's metrics."""
         if self.error is not None:
             return
@@ -103,7 +103,7 @@ class _Member:
             kind: metrics[kind][self.domains] for kind in ("nats", "divergence", "tokens") if kind in metrics
         }
         names = self.training.loader.names
-        line = metrics_line(step, own, names, lap, self.flops, self.peak, unreadable)
+        line = metrics_line(step, own, names, lap, self.flops, self.peak, made.unreadable, made.epochs)
         assert self.metrics_file is not None
         self.metrics_file.write(line)
         self.losses.append(line["loss"])
@@ -185,7 +185,7 @@ class _Group:
                 self.watchdog.beat()
                 for index, member in enumerate(members):
                     own = {name: value[index] for name, value in host.items()}
-                    member.write(numbers[index], own, lap, made[index].unreadable)
+                    member.write(numbers[index], own, lap, made[index])
                 shown.advance(1, loss=float(np.mean(host["loss"])))
 
             for number in range(1, steps + 1):
