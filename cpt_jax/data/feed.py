@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cpt_jax.data.loader import Batch, Loader
 
-# A loader makes some 300,000 tokens a second on one core; fewer than so many need no other processes.
+# A loader makes some millions of tokens a second on one core; fewer than so many need no other processes.
 FEW_LOADERS = 4
 
 

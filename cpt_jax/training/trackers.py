@@ -136,7 +136,7 @@ class TensorBoard:
     """A directory of event files, written anew at each start: a reader finds each step once."""
 
     def __init__(self, tracking: Tracking, name: str, directory: Path) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
         out = tracking.directory / "tensorboard" / name
         shutil.rmtree(out, ignore_errors=True)
@@ -154,7 +154,7 @@ class WeightsAndBiases:
     """A run of W&B, continued under the same id; it leaves out steps that it has."""
 
     def __init__(self, tracking: Tracking, name: str, directory: Path) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         identity = _identity(directory, "wandb", lambda: uuid.uuid4().hex)
         config = tracking.directory / "config.json"
@@ -181,8 +181,8 @@ class MLflow:
     """A run of MLflow, continued; what it has of a figure, up to some step, is not told again."""
 
     def __init__(self, tracking: Tracking, name: str, directory: Path) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         where = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(tracking.directory / 'mlflow.db').absolute()}")
         self._client, self._metric = MlflowClient(where), Metric
