@@ -9,7 +9,7 @@ less and forgets less (arXiv 2405.09673); an anchor keeps much but costs a third
 Equal compute: the same model FLOPs in training (`training.flops`). A teacher's forward pass makes a token 1.33 times as dear, LoRA some 0.7 times; tokens are
 fewer or more accordingly. Moving averages come free with every run, averaging with the base is done after training.
 
-`cpt sweep experiments.what_keeps:chinese --export` (the averages with the base are exports): three seeds.
+`cpt sweep experiments.what_keeps:chinese --exports` (the averages with the base are exports): three seeds.
 """
 
 import dataclasses
