@@ -14,9 +14,10 @@ from cpt_jax.core.progress import clock, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, state_of
 from cpt_jax.data.sources import files_of
+from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Recipe
-from cpt_jax.recipe.report import compare_reports, text_table
+from cpt_jax.recipe.report import text_table
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
 
@@ -221,4 +222,4 @@ class SweepDirectory:
         runs = [self.run(name) for name in self.recipes if self.of(name).get("status") == "done"]
         if not runs or self._store is not None:
             return None
-        return compare_reports(runs, self.path / "report.html")
+        return write_runs_report(runs, self.path / "report.html")
