@@ -91,6 +91,7 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": None if arguments.mesh is None else MeshShape.parse(arguments.mesh),
         "hang_seconds": arguments.hang_seconds or None,
         "unreadable": arguments.unreadable,
+        "track": tuple(arguments.track),
         "shared": None if arguments.shared is None else SharedStations(arguments.shared),
     }
 

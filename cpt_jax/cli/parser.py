@@ -92,6 +92,13 @@ def parser() -> argparse.ArgumentParser:
             "--shared", type=Path, metavar="DIR", help="where the runs of a sweep find what they have in common"
         )
         sub.add_argument(
+            "--track",
+            nargs="+",
+            default=[],
+            choices=("tensorboard", "wandb", "mlflow"),
+            help="also tell it the figures",
+        )
+        sub.add_argument(
             "--unreadable",
             choices=("stop", "skip"),
             default="stop",

@@ -23,6 +23,7 @@ from cpt_jax.recipe.stations import Workdir, identity
 from cpt_jax.sharding.mesh import MeshShape, make_mesh, preset
 from cpt_jax.training.guard import HANG_SECONDS
 from cpt_jax.training.profile import ProfiledSteps
+from cpt_jax.training.trackers import Tracking
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -38,6 +39,7 @@ class RunContext:
         self.mesh: MeshShape | None = None
         self.hang_seconds: float | None = HANG_SECONDS
         self.unreadable: Unreadable = "stop"
+        self.tracking: Tracking | None = None
 
     def _station(self, name: str, inputs: object, outputs: list[Path], build, **how: Any) -> None:
         def work() -> None:

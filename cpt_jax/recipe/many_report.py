@@ -55,7 +55,7 @@ def write_runs_report(paths: Sequence[Path], out: Path) -> Path:
         _trade(settings, front, new, old, answer, plots) if new and old else "",
         law,
         _table(settings, front, list(domains), out),
-        _curves(settings, domains, plots),
+        _curves(settings, list(domains), plots),
         _left_out(left_out),
     ]
     seeds = f", {len(runs)} with their seeds" if len(settings) < len(runs) else ""

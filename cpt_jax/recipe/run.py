@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cpt_jax.training.ending import ended_early
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.loop import Training, train
 from cpt_jax.training.profile import ProfiledSteps
+from cpt_jax.training.trackers import TrackerName, Tracking
 
 
 def run(
@@ -50,6 +52,7 @@ def run(
     hang_seconds: float | None = HANG_SECONDS,
     unreadable: Unreadable = "stop",
     shared: SharedStations | None = None,
+    track: Sequence[TrackerName] = (),
 ) -> None:
     """Runs a recipe in `workdir`, a directory or an address in a store; called again, it continues where it stopped. Ends with the domain table and the
     report's path.
@@ -57,7 +60,7 @@ def run(
     `only="train"` ends after the last stage's evaluation, without export, samples and report. `profiled` steps of
     each stage are traced into its directory. `mesh`: how it lies on the devices, which may be another each time.
     `hang_seconds`: of a watchdog over training. `unreadable`: what becomes of data that cannot be read. `shared`: where
-    the runs of a sweep have in common what they have in common.
+    the runs of a sweep have in common what they have in common. `track`: where the figures of training go besides.
 
     Raises:
       Preempted: it was asked to end by SIGTERM; all that was done is kept.
@@ -70,6 +73,8 @@ def run(
         pipeline = Pipeline(recipe, claimed)
         pipeline.profiled, pipeline.mesh = profiled, mesh
         pipeline.hang_seconds, pipeline.unreadable = hang_seconds, unreadable
+        if track:
+            pipeline.tracking = Tracking(kinds=tuple(track), run=recipe.name, directory=claimed.path)
         pipeline.run(only)
     if not processes.is_first():
         return
@@ -268,6 +273,7 @@ class Pipeline(VocabularyStations, Watched):
             hang_seconds=self.hang_seconds,
             journal=self.workdir.journal,
             watching=self.watching(stage, model),
+            tracking=self.tracking,
             stored=None if self.workdir.mirror is None else self.workdir.mirror.checkpoints(directory, stage.keep),
         )
 

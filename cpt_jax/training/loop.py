@@ -39,6 +39,7 @@ from cpt_jax.training.program import Program, Settings
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention, start_of, teacher_weight
 from cpt_jax.training.state import TrainState
 from cpt_jax.training.step import Controls
+from cpt_jax.training.trackers import Trackers, Tracking
 from cpt_jax.training.watch import Watcher, Watching
 
 
@@ -69,6 +70,7 @@ class Training:
     journal: Journal = dataclasses.field(default_factory=Journal)
     stored: StoredCheckpoints | None = None
     watching: Watching | None = None
+    tracking: Tracking | None = None
 
     def settings(self) -> Settings:
         """What is compiled into its step."""
@@ -174,6 +176,7 @@ class _Attendants:
         self.checkpoints = checkpoints
         self.metrics_file = MetricsFile(training.directory / "metrics.jsonl", first)
         self.watcher = Watcher(training.watching, training.mesh, training.directory, first)
+        self.trackers = Trackers(training.tracking, training.name, training.directory)
         self.profile = Profile(training.profiled, training.directory / "profile")
         self.preemption, self.watchdog = Preemption(), Watchdog(training.name, training.hang_seconds)
         again = self.metrics_file.dropped
@@ -189,6 +192,7 @@ class _Attendants:
 
     def close(self) -> None:
         self.profile.close()
+        self.trackers.close()
         self.metrics_file.close()
         self.checkpoints.close()
 
@@ -257,10 +261,12 @@ class _Steps:
         )
         self._attendants.watchdog.beat()
         self._attendants.metrics_file.write(line)
+        self._attendants.trackers.log(line)
         self._losses.append(line["loss"])
         _refuse_many_bad_steps(self._training, line)
         rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
-        self._shown.advance(1, loss=line["loss"], **rates)
+        losses = {f"loss {name}": line[f"nats/{name}"] for name in loader.names if f"nats/{name}" in line}
+        self._shown.advance(1, loss=line["loss"], **(losses if len(losses) > 1 else {}), **rates)
 
     def _after(self, number: int) -> None:
         """What there is to do between two steps."""
@@ -283,9 +289,10 @@ class _Steps:
 
     def _watch(self, number: int) -> None:
         with self._clock.of("watch"):
-            why = self._attendants.watcher.look(
+            line, why = self._attendants.watcher.look(
                 self.state, self._fixed[0], self._training.loader, self._attendants.metrics_file.tokens
             )
+        self._attendants.trackers.log(line)
         self._attendants.watchdog.beat()
         # Shares that were raised are a part of it.
         self._loader_state = self._training.loader.state()

@@ -112,8 +112,8 @@ class Watcher:
         """Whether the weights after a step are to be measured: before the first one, at intervals, and at the end."""
         return self._watching is not None and (step % self._watching.watch.every == 0 or step == last)
 
-    def look(self, state: TrainState, frozen: Tree, loader: Loader, tokens: int) -> str | None:
-        """Measures; why the stage is to end, if it is. May raise shares of the loader.
+    def look(self, state: TrainState, frozen: Tree, loader: Loader, tokens: int) -> tuple[dict, str | None]:
+        """(the measurement, why the stage is to end, if it is). May raise shares of the loader.
 
         The weights are those in training, where they lie: only what is computed from them takes memory.
 
@@ -137,7 +137,7 @@ class Watcher:
         if processes.is_first():
             with disk_full_is_told(self._path), self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        return action if ends else None
+        return line, action if ends else None
 
     def _measured(self, weights: Tree) -> dict[str, float]:
         watching = self._watching

@@ -1,0 +1,106 @@
+"""What the trackers hold after a run that was killed and continued: each step once, with the figures of its files."""
+
+import json
+import os
+
+import pytest
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.training.metrics import MetricsFile
+from cpt_jax.training.trackers import Trackers, Tracking, _earlier
+
+
+def metrics(step):
+    return {"step": step, "loss": 5.0 - step / 8, "nats/en": 4.0, "tokens": 100, "skipped": 0}
+
+
+WATCHED = {"step": 4, "tokens": 400, "bits_per_byte": {"en": 1.5}, "average": {"en": 1.25}, "action": None}
+
+
+def killed_and_continued(tracking, directory):
+    """Eight steps, of which 5 and 6 were told, and are computed again after a kill."""
+    directory.mkdir(exist_ok=True)
+    for first, last in ((0, 6), (4, 8)):
+        file = MetricsFile(directory / "metrics.jsonl", first)
+        trackers = Trackers(tracking, "lora", directory)
+        for step in range(first + 1, last + 1):
+            file.write(metrics(step))
+            trackers.log(metrics(step))
+            if step == 4:
+                (directory / "watch.jsonl").write_text(json.dumps(WATCHED) + "\n")
+                trackers.log(WATCHED)
+        file.close()
+        trackers.close()
+
+
+def test_tensorboard_has_each_step_once(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed (extra: trackers)")
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard, which reads, is not installed"
+    )
+    killed_and_continued(Tracking(kinds=("tensorboard",), run="r", directory=tmp_path), tmp_path / "stage")
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard" / "lora"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(n, 5.0 - n / 8) for n in range(1, 9)]
+    assert [(event.step, event.value) for event in found.Scalars("bits_per_byte/en")] == [(4, 1.5)]
+    assert "nats/en" in found.Tags()["scalars"]
+
+
+# Its store's libraries warn of each other.
+@pytest.mark.filterwarnings("default")
+def test_mlflow_continues_its_run_without_doubled_steps(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (extra: trackers)")
+    pytest.importorskip("sqlalchemy", reason="mlflow's sqlite store needs sqlalchemy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    killed_and_continued(Tracking(kinds=("mlflow",), run="r", directory=tmp_path), tmp_path / "stage")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("cpt_jax")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "r lora"
+    assert run.info.status == "FINISHED"
+    history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "loss")}
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 8
+    assert history == {n: 5.0 - n / 8 for n in range(1, 9)}
+    assert [metric.value for metric in client.get_metric_history(run.info.run_id, "average/en")] == [1.25]
+
+
+def test_wandb_is_the_same_run_at_each_start(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed (extra: trackers)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    killed_and_continued(Tracking(kinds=("wandb",), run="r", directory=tmp_path), tmp_path / "stage")
+    identity = json.loads((tmp_path / "stage" / "trackers.json").read_text())["wandb"]
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert all(identity in file.name and file.stat().st_size > 500 for file in files)
+
+
+def test_a_tracker_that_fails_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    class Failing:
+        def __init__(self, *_):
+            pass
+
+        def log(self, values, step):
+            raise OSError("no network")
+
+        def close(self):
+            raise AssertionError("it is left out")
+
+    monkeypatch.setattr("cpt_jax.training.trackers.TRACKERS", {"wandb": Failing})
+    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"wandb": os.__name__})
+    trackers = Trackers(Tracking(kinds=("wandb",), run="r", directory=tmp_path), "lora", tmp_path)
+    trackers.log(metrics(1))
+    trackers.log(metrics(2))
+    trackers.close()
+    assert capsys.readouterr().err.count("no network") == 1
+
+
+def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"mlflow": "no_such_package"})
+    with pytest.raises(UserError, match="--track mlflow needs no_such_package: run `pip install no_such_package`"):
+        Tracking(kinds=("mlflow",), run="r", directory=tmp_path)
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "watch.jsonl").write_text(json.dumps(WATCHED) + "\n" + '{"step": 8, "to')
+    assert [line["step"] for line in _earlier(tmp_path)] == [4]
