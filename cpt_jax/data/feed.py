@@ -116,7 +116,8 @@ class _Here:
         return Made({}, {}, {}, {}, self._failed[index])
 
     def close(self) -> None:
-        self._loaders.clear()
+        for loader in self._loaders:
+            loader.close()
 
 
 class _Elsewhere:

@@ -51,7 +51,9 @@ def _can(training: Training) -> bool:
     on_host = training.ema is not None and training.ema.on_host
     # One that is watched, or whose text may end, may end before the others.
     alone = training.watching is not None or training.loader.may_end or training.profiled is not None
-    return not on_host and training.precision.frozen_kernels == "as computed" and not alone
+    if on_host or training.watching is not None:
+        return False
+    return training.precision.frozen_kernels == "as computed" and not alone
 
 
 @dataclasses.dataclass

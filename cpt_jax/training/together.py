@@ -24,7 +24,6 @@ from cpt_jax.training.loop import Training
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
 from cpt_jax.training.program import Settings, of_runs
 from cpt_jax.training.stacked import Stack, joint_settings, stacked
-from cpt_jax.training.step import Controls
 
 # Saving holds all runs up: it takes no more than this share of the time.
 SAVING_SHARE = 0.05
@@ -193,9 +192,8 @@ class _Group:
                     batch, made = next(feed)
                 for member, each in zip(members, made, strict=True):
                     member.error = member.error or each.error
-                controls = Controls(
-                    *map(np.stack, zip(*(member.controls(member.step) for member in members), strict=True))
-                )
+                of_each = [member.controls(member.step) for member in members]
+                controls = jax.tree.map(lambda *values: np.stack(values), *of_each)
                 with clock.of("compile") if number == 1 else contextlib.nullcontext():
                     stack.state, metrics = stack.program.step(stack.state, stack.frozen, stack.start, batch, controls)
                 for member in members:

@@ -60,7 +60,7 @@ def group(directories, root, method, *, runs=RUNS, teacher=None, **changes):
     return trainings, makers
 
 
-def close(found, expected, tolerance=1e-5):
+def close(found, expected, tolerance=5e-5):
     """Each leaf, to within a share of its size. (Adam takes single weights whose gradient is next to nothing either way.)"""
     for path, leaf in flatten(expected).items():
         distance = np.linalg.norm(flatten(found)[path] - leaf)
