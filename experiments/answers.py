@@ -1,0 +1,175 @@
+"""What the experiments on the small base found: figures out of finished sweeps, tables and plots.
+
+`python -m experiments.answers SWEEP...` takes the figures of finished runs (directories that `cpt sweep` made, or `cpt run`'s runs beside one another) into `experiments/results/`, one file
+a sweep; without a sweep it prints the tables of `experiments/README.md` from there and draws its plots.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+
+RESULTS, PLOTS = Path("experiments/results"), Path("experiments/plots")
+# Of the forgetting without replay (Ibrahim et al. 2024, arXiv 2403.08763, table 2: German, 405M).
+PUBLISHED = {0.01: 0.52, 0.05: 0.71, 0.1: 0.79, 0.25: 0.88, 0.5: 0.95}
+
+
+def collect(sweep: Path) -> None:
+    """The evaluations of the runs that are there."""
+    out = RESULTS / f"{sweep.name}.json"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    for path in sorted(sweep.glob("runs/*/eval.json")):
+        stages = [stage["name"] for stage in json.loads((path.parent / "config.json").read_text())["stages"]]
+        entries = json.loads(path.read_text())
+        if not any(entry["stage"] == stages[-1] for entry in entries):
+            continue
+        figures: dict[str, dict[str, float]] = {}
+        for entry in entries:
+            kind = {stages[-1]: entry["weights"], "export": "export"}.get(entry["stage"], entry["stage"])
+            figures.setdefault(kind, {})[entry["domain"]] = round(entry["bits_per_byte"], 5)
+        found[path.parent.name] = figures
+    write_json_atomic(out, found)
+    print(f"{out}: {len(found)} runs")
+
+
+def of(sweep: str, setting: str, weights: str = "last") -> dict[str, np.ndarray]:
+    """Bits per byte of a setting's seeds, by domain."""
+    runs = json.loads((RESULTS / f"{sweep}.json").read_text())
+    chosen = [figures for name, figures in runs.items() if name.rpartition("-")[0] == setting and weights in figures]
+    return {domain: np.array([run[weights][domain] for run in chosen]) for domain in (chosen[0][weights] if chosen else {})}
+
+
+def base(sweep: str) -> dict[str, float]:
+    return next(iter(json.loads((RESULTS / f"{sweep}.json").read_text()).values()))["base"]
+
+
+def cell(values: np.ndarray) -> str:
+    spread = f" ± {(values.max() - values.min()) / 2:.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{spread}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def replay(new: str, sweep: str, settings: dict[float, str], weights: str = "last") -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """(share, the new domain, English) for the shares that were run."""
+    found = [(share, of(sweep, setting, weights)) for share, setting in settings.items()]
+    return [(share, figures[new], figures["english"]) for share, figures in found if figures]
+
+
+def shares() -> dict[str, list[tuple[float, np.ndarray, np.ndarray]]]:
+    chinese = {0.0: "nothing", 0.05: "replay-5", 0.25: "replay-25"}
+    code = {share: f"code-{share:.0%}" for share in (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)}
+    return {"chinese": replay("chinese", "keeps", chinese), "code": replay("code", "replay-code", code)}
+
+
+def replay_tables() -> None:
+    sweeps = {"chinese": "keeps", "code": "replay-code"}
+    for new, points in shares().items():
+        known, none = base(sweeps[new])["english"], points[0][2].mean()
+        rows = [["base", f"{base(sweeps[new])[new]:.3f}", f"{known:.3f}", "", "", ""]]
+        for share, learnt, kept in points:
+            removed = 1 - (kept.mean() - known) / (none - known)
+            theirs = f"{PUBLISHED[share]:.0%}" if share in PUBLISHED else ""
+            rows.append([f"{share:.0%}", cell(learnt), cell(kept), f"{removed:.0%}" if share else "", theirs, str(len(kept))])
+        print(table(["replay", new, "english", "of the forgetting removed", "published, German", "seeds"], rows) + "\n")
+
+
+def keeps_rows() -> list[tuple[str, np.ndarray, np.ndarray]]:
+    rows = []
+    for setting, weights, name in (
+        ("nothing", "last", "nothing"),
+        ("nothing", "ema", "nothing, EMA 0.99"),
+        ("lower-rate", "last", "a third of the rate"),
+        ("averaged-0.25", "export", "averaged with the base, 25%"),
+        ("averaged-0.5", "export", "averaged with the base, 50%"),
+        ("averaged-0.75", "export", "averaged with the base, 75%"),
+        ("l2", "last", "L2 to the base"),
+        ("mean-teacher", "last", "mean teacher"),
+        ("anchor-0.2", "last", "anchor, weight 0.2"),
+        ("anchor", "last", "anchor, weight 1"),
+        ("lora-16", "last", "LoRA, rank 16"),
+        ("lora-16-replay-5", "last", "LoRA, rank 16, 5% replay"),
+        ("replay-5", "last", "5% replay"),
+        ("replay-5", "ema", "5% replay, EMA 0.99"),
+        ("replay-25", "last", "25% replay"),
+        ("replay-25", "ema", "25% replay, EMA 0.99"),
+    ):
+        if figures := of("keeps", setting, weights):
+            rows.append((name, figures["chinese"], figures["english"]))
+    return rows
+
+
+def other_tables() -> None:
+    rows = [[name, cell(new), cell(old)] for name, new, old in keeps_rows()]
+    print(table(["what keeps", "chinese", "english"], rows) + "\n")
+    rows = []
+    for setting in ("none", *(f"{n}-{way}" for n in (1000, 4000, 16000) for way in ("equal-text", "equal-compute", "rows-first"))):
+        if figures := of("growing", setting):
+            rows.append([setting, cell(figures["chinese"]), cell(figures["english"])])
+    print(table(["new pieces", "chinese", "english"], rows) + "\n")
+    rows = []
+    for setting in ("stay", "third", "third-at-once", "third-linear", "third-stable", "third-infinite", "peak"):
+        figures, average = of("rewarming", setting), of("rewarming", setting, "ema")
+        rows.append([setting, *(cell(each[name]) for each in (figures, average) for name in ("chinese", "english"))])
+    print(table(["learning rate", "chinese", "english", "chinese, EMA", "english, EMA"], rows))
+
+
+def plot_shares() -> None:
+    figure, axes = new_figure(2, 8.6, 3.2)
+    sweeps = {"chinese": "keeps", "code": "replay-code"}
+    for axis, (new, points) in zip(axes, shares().items(), strict=True):
+        known, none = base(sweeps[new])["english"], points[0][2].mean()
+        x = [max(share, 0.003) for share, *_ in points]
+        removed = [1 - (kept.mean() - known) / (none - known) for *_, kept in points]
+        cost = [learnt.mean() / points[0][1].mean() - 1 for _, learnt, _ in points]
+        axis.plot(x, removed, "o-", color=ACCENT, label="of the forgetting removed")
+        axis.plot(list(PUBLISHED), list(PUBLISHED.values()), "x--", color=GREY, label="published (405M, German)")
+        axis.plot(x, cost, "o-", color=DOMAIN_COLOURS[1], label=f"{new}: bits per byte more")
+        axis.set_xscale("log")
+        axis.set_xticks(x, [f"{share:.0%}" for share, *_ in points])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set_xlabel("share of replay")
+        axis.set_title(new, loc="left", fontweight="bold")
+        axis.legend(frameon=False, fontsize=8)
+    saved(figure, PLOTS, "replay_share")
+
+
+def plot_keeps() -> None:
+    figure, (axis,) = new_figure(1, 7.6, 4.6)
+    for name, new, old in keeps_rows():
+        replayed, averaged = "replay" in name, "averaged" in name
+        colour = ACCENT if replayed else DOMAIN_COLOURS[2] if averaged else DOMAIN_COLOURS[1]
+        axis.errorbar(
+            new.mean(), old.mean(),
+            xerr=[[new.mean() - new.min()], [new.max() - new.mean()]], yerr=[[old.mean() - old.min()], [old.max() - old.mean()]],
+            fmt="o", color=colour, markersize=5, linewidth=1,
+        )  # fmt: skip
+        axis.annotate(name, (new.mean(), old.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axis.axhline(base("keeps")["english"], color=GREY, linestyle="--", linewidth=1)
+    axis.set_xlabel("chinese: bits per byte")
+    axis.set_ylabel("english: bits per byte")
+    saved(figure, PLOTS, "what_keeps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    for sweep in arguments.sweep:
+        collect(sweep)
+    if not arguments.sweep:
+        replay_tables()
+        other_tables()
+        plot_shares()
+        plot_keeps()
+
+
+if __name__ == "__main__":
+    main()
