@@ -1,4 +1,5 @@
-"""Log-likelihoods of texts after texts: the sum over a continuation's tokens, each predicted from all before it."""
+"""Log-likelihoods of texts after texts, summed over a continuation's tokens, and of each token of a text, every one
+predicted from all before it."""
 
 import dataclasses
 import functools
@@ -93,6 +94,34 @@ def _rows(framed: Sequence[list[int]], counted: Sequence[int], rows: int, length
     return arrays, places
 
 
+def _predicted(
+    network: Network,
+    weights: Tree,
+    framed: Sequence[list[int]],
+    counted: Sequence[int],
+    *,
+    max_length: int,
+    batch_tokens: int,
+    precision: Precision,
+    on_progress: Callable[[int], None],
+) -> Iterator[tuple[int, Float[np.ndarray, "counted"], Bool[np.ndarray, "counted"]]]:
+    """Of each sequence, longest first: its index, and of its last `counted` tokens the log-likelihood and whether it
+    was the likeliest."""
+    function = _score_function(network, precision.compute)
+    for length, rows, members in _batches([len(tokens) - 1 for tokens in framed], max_length, batch_tokens):
+        arrays, places = _rows(
+            [framed[index] for index in members], [counted[index] for index in members], rows, length
+        )
+        # One shape for all: places that repeat the first are computed again, to the same end.
+        joined = np.concatenate(places)
+        filled = np.full(-(-rows * length // CHUNK_TOKENS) * CHUNK_TOKENS, joined[0])
+        filled[: len(joined)] = joined
+        log_likelihoods, greedy = map(np.asarray, function(weights, arrays, filled, len(joined)))
+        for index, at in zip(members, places, strict=True):
+            yield index, log_likelihoods[at].astype(np.float64), greedy[at]
+        on_progress(len(members))
+
+
 def score_continuations(
     network: Network,
     weights: Tree,
@@ -118,20 +147,76 @@ def score_continuations(
     if (longest := max((len(pair.continuation) for pair in pairs), default=0)) > max_length:
         raise UserError(f"an answer has {longest} tokens and the model reads {max_length}: leave it out")
     framed = [(pair.context + pair.continuation)[-(max_length + 1) :] for pair in pairs]
-    function, scores = (
-        _score_function(network, precision.compute),
-        [Score(log_likelihood=0.0, greedy=True)] * len(pairs),
-    )
-    for length, rows, members in _batches([len(tokens) - 1 for tokens in framed], max_length, batch_tokens):
-        counted = [len(pairs[index].continuation) for index in members]
-        arrays, places = _rows([framed[index] for index in members], counted, rows, length)
-        # One shape for all: places that repeat the first are computed again, to the same end.
-        joined = np.concatenate(places)
-        filled = np.full(-(-rows * length // CHUNK_TOKENS) * CHUNK_TOKENS, joined[0])
-        filled[: len(joined)] = joined
-        log_likelihoods, greedy = map(np.asarray, function(weights, arrays, filled, len(joined)))
-        for index, at in zip(members, places, strict=True):
-            total = log_likelihoods[at].sum(dtype=np.float64)
-            scores[index] = Score(log_likelihood=float(total), greedy=bool(greedy[at].all()))
-        on_progress(len(members))
+    counted = [len(pair.continuation) for pair in pairs]
+    scores = [Score(log_likelihood=0.0, greedy=True)] * len(pairs)
+    for index, log_likelihoods, greedy in _predicted(
+        network,
+        weights,
+        framed,
+        counted,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        on_progress=on_progress,
+    ):
+        scores[index] = Score(log_likelihood=float(log_likelihoods.sum()), greedy=bool(greedy.all()))
     return scores
+
+
+def _windows(predictions: int, max_length: int) -> Iterator[tuple[int, int]]:
+    """(end, counted) of the windows over so many predictions, as bits per byte has them: each but the first sees at
+    least half a window of what came before."""
+    end = min(predictions, max_length)
+    yield end, end
+    while end < predictions:
+        step = min(max(1, max_length // 2), predictions - end)
+        end += step
+        yield end, step
+
+
+def token_log_likelihoods(
+    network: Network,
+    weights: Tree,
+    sequences: Sequence[list[int]],
+    *,
+    max_length: int,
+    batch_tokens: int,
+    precision: Precision,
+    on_progress: Callable[[int], None] = lambda windows: None,
+) -> list[Float[np.ndarray, "tokens"]]:
+    """The log-likelihood in nats of each token of a sequence but the first, which only says where it begins.
+
+    A sequence longer than `max_length` is read in windows that overlap by half; what counts as read before is as in
+    `bits_per_byte`.
+
+    Args:
+      weights: on the device, in `precision`'s types.
+      sequences: token ids, two of them at least, the start token in front.
+      max_length: tokens that the model reads at once.
+      batch_tokens: tokens of a batch, in more rows where they are shorter.
+      on_progress: called with the number of windows done since the last call.
+
+    Raises:
+      UserError: a sequence has fewer than two tokens.
+    """
+    if (shortest := min((len(tokens) for tokens in sequences), default=2)) < 2:
+        raise UserError(f"a sequence of {shortest} tokens has none to predict: leave it out")
+    places = [
+        (number, end, counted)
+        for number, tokens in enumerate(sequences)
+        for end, counted in _windows(len(tokens) - 1, max_length)
+    ]
+    found = [np.zeros(len(tokens) - 1) for tokens in sequences]
+    for index, log_likelihoods, _ in _predicted(
+        network,
+        weights,
+        [sequences[number][max(0, end - max_length) : end + 1] for number, end, _ in places],
+        [counted for _, _, counted in places],
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        on_progress=on_progress,
+    ):
+        number, end, counted = places[index]
+        found[number][end - counted : end] = log_likelihoods
+    return found

@@ -119,10 +119,20 @@ class Tokenizer:
         """Texts in which special tokens are meant as such (a chat template's); `ids`, and `offsets` in characters."""
         return self._marked.encode_batch(texts, add_special_tokens=False)
 
+    def encode_placed(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """The tokens of `encode_documents` with the characters that they stand for; `ids`, and `offsets`."""
+        return self._plain.encode_batch(texts, add_special_tokens=False)
+
     @functools.cached_property
     def _marked(self) -> tokenizers.Tokenizer:
         # What stands behind the model only adds special tokens, and trims spaces off the offsets.
         return tokenizers.Tokenizer.from_str(json.dumps(self.document | {"post_processor": None}))
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self.document | {"post_processor": None}))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def count(self, texts: Iterable[str]) -> collections.Counter[int]:
         """How often each token stands in the texts, a batch of them in memory at a time."""
