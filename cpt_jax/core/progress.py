@@ -1,6 +1,7 @@
 """Progress of long work: a bar with the time left on a terminal, plain lines elsewhere."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -81,7 +82,8 @@ class Progress:
         self._last_line = 0.0
         self._bar = None
         self._task = None
-        if _shown and sys.stderr.isatty():
+        # A notebook's shell says that it is a terminal, and can be told to be a dumb one.
+        if _shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress
