@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,12 @@ def execute(name: str, directory: Path, parameters: dict) -> str:
 @pytest.fixture(scope="module")
 def texts(tiny_model, tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("notebooks")
+    # As long a context as a recipe evaluates with by default.
+    base = shutil.copytree(tiny_model, root / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     new, old = write_jsonl(root / "new.jsonl", chinese(200)), write_jsonl(root / "old.jsonl", english(150))
-    return root, {"BASE": str(tiny_model), "NEW": str(new)} | {"OLD": str(old)}
+    return root, {"BASE": str(base), "NEW": str(new), "OLD": str(old)}
 
 
 def test_adapting_then_looking_inside(texts):
