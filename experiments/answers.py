@@ -40,7 +40,9 @@ def of(sweep: str, setting: str, weights: str = "last") -> dict[str, np.ndarray]
     """Bits per byte of a setting's seeds, by domain."""
     runs = json.loads((RESULTS / f"{sweep}.json").read_text())
     chosen = [figures for name, figures in runs.items() if name.rpartition("-")[0] == setting and weights in figures]
-    return {domain: np.array([run[weights][domain] for run in chosen]) for domain in (chosen[0][weights] if chosen else {})}
+    return {
+        domain: np.array([run[weights][domain] for run in chosen]) for domain in (chosen[0][weights] if chosen else {})
+    }
 
 
 def base(sweep: str) -> dict[str, float]:
@@ -56,7 +58,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def replay(new: str, sweep: str, settings: dict[float, str], weights: str = "last") -> list[tuple[float, np.ndarray, np.ndarray]]:
+def replay(
+    new: str, sweep: str, settings: dict[float, str], weights: str = "last"
+) -> list[tuple[float, np.ndarray, np.ndarray]]:
     """(share, the new domain, English) for the shares that were run."""
     found = [(share, of(sweep, setting, weights)) for share, setting in settings.items()]
     return [(share, figures[new], figures["english"]) for share, figures in found if figures]
@@ -76,7 +80,9 @@ def replay_tables() -> None:
         for share, learnt, kept in points:
             removed = 1 - (kept.mean() - known) / (none - known)
             theirs = f"{PUBLISHED[share]:.0%}" if share in PUBLISHED else ""
-            rows.append([f"{share:.0%}", cell(learnt), cell(kept), f"{removed:.0%}" if share else "", theirs, str(len(kept))])
+            rows.append(
+                [f"{share:.0%}", cell(learnt), cell(kept), f"{removed:.0%}" if share else "", theirs, str(len(kept))]
+            )
         print(table(["replay", new, "english", "of the forgetting removed", "published, German", "seeds"], rows) + "\n")
 
 
@@ -109,7 +115,10 @@ def other_tables() -> None:
     rows = [[name, cell(new), cell(old)] for name, new, old in keeps_rows()]
     print(table(["what keeps", "chinese", "english"], rows) + "\n")
     rows = []
-    for setting in ("none", *(f"{n}-{way}" for n in (1000, 4000, 16000) for way in ("equal-text", "equal-compute", "rows-first"))):
+    for setting in (
+        "none",
+        *(f"{n}-{way}" for n in (1000, 4000, 16000) for way in ("equal-text", "equal-compute", "rows-first")),
+    ):
         if figures := of("growing", setting):
             rows.append([setting, cell(figures["chinese"]), cell(figures["english"])])
     print(table(["new pieces", "chinese", "english"], rows) + "\n")
@@ -143,7 +152,8 @@ def plot_shares() -> None:
 
 def plot_keeps() -> None:
     figure, (axis,) = new_figure(1, 7.6, 4.6)
-    for name, new, old in keeps_rows():
+    # Moving averages lie on their runs.
+    for name, new, old in [row for row in keeps_rows() if "EMA" not in row[0]]:
         replayed, averaged = "replay" in name, "averaged" in name
         colour = ACCENT if replayed else DOMAIN_COLOURS[2] if averaged else DOMAIN_COLOURS[1]
         axis.errorbar(
@@ -151,7 +161,16 @@ def plot_keeps() -> None:
             xerr=[[new.mean() - new.min()], [new.max() - new.mean()]], yerr=[[old.mean() - old.min()], [old.max() - old.mean()]],
             fmt="o", color=colour, markersize=5, linewidth=1,
         )  # fmt: skip
-        axis.annotate(name, (new.mean(), old.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        left = new.mean() > 4
+        place = (-6, 4) if left else (5, 4) if name != "anchor, weight 0.2" else (5, -10)
+        axis.annotate(
+            name,
+            (new.mean(), old.mean()),
+            xytext=place,
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if left else "left",
+        )
     axis.axhline(base("keeps")["english"], color=GREY, linestyle="--", linewidth=1)
     axis.set_xlabel("chinese: bits per byte")
     axis.set_ylabel("english: bits per byte")
