@@ -72,17 +72,24 @@ def shares() -> dict[str, list[tuple[float, np.ndarray, np.ndarray]]]:
     return {"chinese": replay("chinese", "keeps", chinese), "code": replay("code", "replay-code", code)}
 
 
+def removed_of(points: list[tuple[float, np.ndarray, np.ndarray]], known: float) -> dict[float, float]:
+    """By share, how much of the forgetting without replay is removed; nothing where that was not run."""
+    if points[0][0]:
+        return {}
+    none = points[0][2].mean()
+    return {share: 1 - (kept.mean() - known) / (none - known) for share, _, kept in points if share}
+
+
 def replay_tables() -> None:
     sweeps = {"chinese": "keeps", "code": "replay-code"}
     for new, points in shares().items():
-        known, none = base(sweeps[new])["english"], points[0][2].mean()
+        known = base(sweeps[new])["english"]
         rows = [["base", f"{base(sweeps[new])[new]:.3f}", f"{known:.3f}", "", "", ""]]
+        removed = removed_of(points, known)
         for share, learnt, kept in points:
-            removed = 1 - (kept.mean() - known) / (none - known)
+            ours = f"{removed[share]:.0%}" if share in removed else ""
             theirs = f"{PUBLISHED[share]:.0%}" if share in PUBLISHED else ""
-            rows.append(
-                [f"{share:.0%}", cell(learnt), cell(kept), f"{removed:.0%}" if share else "", theirs, str(len(kept))]
-            )
+            rows.append([f"{share:.0%}", cell(learnt), cell(kept), ours, theirs, str(len(kept))])
         print(table(["replay", new, "english", "of the forgetting removed", "published, German", "seeds"], rows) + "\n")
 
 
@@ -133,18 +140,19 @@ def plot_shares() -> None:
     figure, axes = new_figure(2, 8.6, 3.2)
     sweeps = {"chinese": "keeps", "code": "replay-code"}
     for axis, (new, points) in zip(axes, shares().items(), strict=True):
-        known, none = base(sweeps[new])["english"], points[0][2].mean()
-        x = [max(share, 0.003) for share, *_ in points]
-        removed = [1 - (kept.mean() - known) / (none - known) for *_, kept in points]
-        cost = [learnt.mean() / points[0][1].mean() - 1 for _, learnt, _ in points]
-        axis.plot(x, removed, "o-", color=ACCENT, label="of the forgetting removed")
-        axis.plot(list(PUBLISHED), list(PUBLISHED.values()), "x--", color=GREY, label="published (405M, German)")
-        axis.plot(x, cost, "o-", color=DOMAIN_COLOURS[1], label=f"{new}: bits per byte more")
+        for place, colour, name in ((2, ACCENT, "english"), (1, DOMAIN_COLOURS[1], new)):
+            means = [point[place].mean() for point in points]
+            spread = [[m - point[place].min() for m, point in zip(means, points, strict=True)],
+                      [point[place].max() - m for m, point in zip(means, points, strict=True)]]  # fmt: skip
+            axis.errorbar(
+                [max(point[0], 0.003) for point in points], means, yerr=spread, fmt="o-", color=colour, label=name
+            )
+        axis.axhline(base(sweeps[new])["english"], color=GREY, linestyle="--", linewidth=1, label="english, base")
         axis.set_xscale("log")
-        axis.set_xticks(x, [f"{share:.0%}" for share, *_ in points])
+        axis.set_xticks([max(point[0], 0.003) for point in points], [f"{point[0]:.0%}" for point in points])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.set_xlabel("share of replay")
+        axis.set_ylabel("bits per byte")
         axis.set_title(new, loc="left", fontweight="bold")
         axis.legend(frameon=False, fontsize=8)
     saved(figure, PLOTS, "replay_share")
