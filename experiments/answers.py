@@ -40,7 +40,9 @@ def of(sweep: str, setting: str, weights: str = "last") -> dict[str, np.ndarray]
     """Bits per byte of a setting's seeds, by domain."""
     runs = json.loads((RESULTS / f"{sweep}.json").read_text())
     chosen = [figures for name, figures in runs.items() if name.rpartition("-")[0] == setting and weights in figures]
-    return {domain: np.array([run[weights][domain] for run in chosen]) for domain in (chosen[0][weights] if chosen else {})}
+    return {
+        domain: np.array([run[weights][domain] for run in chosen]) for domain in (chosen[0][weights] if chosen else {})
+    }
 
 
 def base(sweep: str) -> dict[str, float]:
@@ -56,7 +58,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def replay(new: str, sweep: str, settings: dict[float, str], weights: str = "last") -> list[tuple[float, np.ndarray, np.ndarray]]:
+def replay(
+    new: str, sweep: str, settings: dict[float, str], weights: str = "last"
+) -> list[tuple[float, np.ndarray, np.ndarray]]:
     """(share, the new domain, English) for the shares that were run."""
     found = [(share, of(sweep, setting, weights)) for share, setting in settings.items()]
     return [(share, figures[new], figures["english"]) for share, figures in found if figures]
@@ -68,15 +72,24 @@ def shares() -> dict[str, list[tuple[float, np.ndarray, np.ndarray]]]:
     return {"chinese": replay("chinese", "keeps", chinese), "code": replay("code", "replay-code", code)}
 
 
+def removed_of(points: list[tuple[float, np.ndarray, np.ndarray]], known: float) -> dict[float, float]:
+    """By share, how much of the forgetting without replay is removed; nothing where that was not run."""
+    if points[0][0]:
+        return {}
+    none = points[0][2].mean()
+    return {share: 1 - (kept.mean() - known) / (none - known) for share, _, kept in points if share}
+
+
 def replay_tables() -> None:
     sweeps = {"chinese": "keeps", "code": "replay-code"}
     for new, points in shares().items():
-        known, none = base(sweeps[new])["english"], points[0][2].mean()
+        known = base(sweeps[new])["english"]
         rows = [["base", f"{base(sweeps[new])[new]:.3f}", f"{known:.3f}", "", "", ""]]
+        removed = removed_of(points, known)
         for share, learnt, kept in points:
-            removed = 1 - (kept.mean() - known) / (none - known)
+            ours = f"{removed[share]:.0%}" if share in removed else ""
             theirs = f"{PUBLISHED[share]:.0%}" if share in PUBLISHED else ""
-            rows.append([f"{share:.0%}", cell(learnt), cell(kept), f"{removed:.0%}" if share else "", theirs, str(len(kept))])
+            rows.append([f"{share:.0%}", cell(learnt), cell(kept), ours, theirs, str(len(kept))])
         print(table(["replay", new, "english", "of the forgetting removed", "published, German", "seeds"], rows) + "\n")
 
 
@@ -109,7 +122,10 @@ def other_tables() -> None:
     rows = [[name, cell(new), cell(old)] for name, new, old in keeps_rows()]
     print(table(["what keeps", "chinese", "english"], rows) + "\n")
     rows = []
-    for setting in ("none", *(f"{n}-{way}" for n in (1000, 4000, 16000) for way in ("equal-text", "equal-compute", "rows-first"))):
+    for setting in (
+        "none",
+        *(f"{n}-{way}" for n in (1000, 4000, 16000) for way in ("equal-text", "equal-compute", "rows-first")),
+    ):
         if figures := of("growing", setting):
             rows.append([setting, cell(figures["chinese"]), cell(figures["english"])])
     print(table(["new pieces", "chinese", "english"], rows) + "\n")
@@ -124,18 +140,19 @@ def plot_shares() -> None:
     figure, axes = new_figure(2, 8.6, 3.2)
     sweeps = {"chinese": "keeps", "code": "replay-code"}
     for axis, (new, points) in zip(axes, shares().items(), strict=True):
-        known, none = base(sweeps[new])["english"], points[0][2].mean()
-        x = [max(share, 0.003) for share, *_ in points]
-        removed = [1 - (kept.mean() - known) / (none - known) for *_, kept in points]
-        cost = [learnt.mean() / points[0][1].mean() - 1 for _, learnt, _ in points]
-        axis.plot(x, removed, "o-", color=ACCENT, label="of the forgetting removed")
-        axis.plot(list(PUBLISHED), list(PUBLISHED.values()), "x--", color=GREY, label="published (405M, German)")
-        axis.plot(x, cost, "o-", color=DOMAIN_COLOURS[1], label=f"{new}: bits per byte more")
+        for place, colour, name in ((2, ACCENT, "english"), (1, DOMAIN_COLOURS[1], new)):
+            means = [point[place].mean() for point in points]
+            spread = [[m - point[place].min() for m, point in zip(means, points, strict=True)],
+                      [point[place].max() - m for m, point in zip(means, points, strict=True)]]  # fmt: skip
+            axis.errorbar(
+                [max(point[0], 0.003) for point in points], means, yerr=spread, fmt="o-", color=colour, label=name
+            )
+        axis.axhline(base(sweeps[new])["english"], color=GREY, linestyle="--", linewidth=1, label="english, base")
         axis.set_xscale("log")
-        axis.set_xticks(x, [f"{share:.0%}" for share, *_ in points])
+        axis.set_xticks([max(point[0], 0.003) for point in points], [f"{point[0]:.0%}" for point in points])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.set_xlabel("share of replay")
+        axis.set_ylabel("bits per byte")
         axis.set_title(new, loc="left", fontweight="bold")
         axis.legend(frameon=False, fontsize=8)
     saved(figure, PLOTS, "replay_share")
@@ -143,7 +160,8 @@ def plot_shares() -> None:
 
 def plot_keeps() -> None:
     figure, (axis,) = new_figure(1, 7.6, 4.6)
-    for name, new, old in keeps_rows():
+    # Moving averages lie on their runs.
+    for name, new, old in [row for row in keeps_rows() if "EMA" not in row[0]]:
         replayed, averaged = "replay" in name, "averaged" in name
         colour = ACCENT if replayed else DOMAIN_COLOURS[2] if averaged else DOMAIN_COLOURS[1]
         axis.errorbar(
@@ -151,7 +169,16 @@ def plot_keeps() -> None:
             xerr=[[new.mean() - new.min()], [new.max() - new.mean()]], yerr=[[old.mean() - old.min()], [old.max() - old.mean()]],
             fmt="o", color=colour, markersize=5, linewidth=1,
         )  # fmt: skip
-        axis.annotate(name, (new.mean(), old.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        left = new.mean() > 4
+        place = (-6, 4) if left else (5, 4) if name != "anchor, weight 0.2" else (5, -10)
+        axis.annotate(
+            name,
+            (new.mean(), old.mean()),
+            xytext=place,
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if left else "left",
+        )
     axis.axhline(base("keeps")["english"], color=GREY, linestyle="--", linewidth=1)
     axis.set_xlabel("chinese: bits per byte")
     axis.set_ylabel("english: bits per byte")

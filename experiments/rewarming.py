@@ -6,6 +6,8 @@ third of that peak, or to the peak? And does the schedule matter?
 Expectation: as Ibrahim et al. (arXiv 2403.08763): without re-warming less is forgotten and less learned (German 1.21 instead of 1.11 at 405M), a higher peak learns more and forgets more; the schedule's form
 matters little as long as it ends low.
 
+Result: as expected for the peak; schedules that stay high longer learn more and forget more.
+
 `cpt sweep experiments.rewarming:chinese`: three seeds.
 """
 

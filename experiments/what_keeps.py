@@ -6,6 +6,8 @@ of English while the small base learns Chinese statutes, beside replay of 5 and 
 Expectation: replay wins at every gain in Chinese; averaging with the base is near it for nothing (arXiv 2501.05559 finds it comparable to a replay buffer); LoRA learns
 less and forgets less (arXiv 2405.09673); an anchor keeps much but costs a third of the tokens; the mean teacher of a moving average follows the model into forgetting.
 
+Result: replay wins; L2 to the base comes nearest without old text; moving averages change nothing; averaging with the base and the anchor are far behind, against what was expected.
+
 Equal compute: the same model FLOPs in training (`training.flops`). A teacher's forward pass makes a token 1.33 times as dear, LoRA some 0.7 times; tokens are
 fewer or more accordingly. Moving averages come free with every run, averaging with the base is done after training.
 

@@ -68,8 +68,8 @@ def _processes(workers: int) -> Iterator[Each]:
                     shown.advance()
             except BrokenProcessPool as error:
                 raise UserError(
-                    "a process that prepared data was killed (by the kernel, if memory ran out): run it again with fewer "
-                    "--workers; what is done is kept"
+                    "a process that prepared data ended too early (killed by the kernel, if memory ran out): run it again with "
+                    'fewer --workers; what is done is kept. A script of your own must begin under `if __name__ == "__main__":`'
                 ) from error
 
     try:

@@ -253,6 +253,6 @@ def _held_out(
         coordinates, _ = _fit(form, at.of(~left_out), target[~left_out], random)
         said = unit * predict(form.parameters(coordinates[None]), at.of(left_out))[0]
         for index, predicted in zip(np.flatnonzero(left_out), said.tolist(), strict=True):
-            point = used[index]
+            point = used[int(index)]
             entries.append(HeldOut(share=point.share, measured=point.losses[domain], predicted=predicted))
     return tuple(sorted(entries, key=lambda each: each.share))

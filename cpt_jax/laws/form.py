@@ -94,9 +94,11 @@ class Form:
 
     def with_usual_ranges(self, count: int, random: np.random.Generator) -> "Form":
         """For `count` fits: what is fixed for want of runs takes values of its usual range instead."""
-        drawn = {
-            name: np.exp(random.uniform(*np.log(USUAL_RANGES[name]), count)) for name in USUAL if name not in self.free
-        }
+        drawn = {}
+        for name in USUAL:
+            if name not in self.free:
+                low, high = np.log(USUAL_RANGES[name])
+                drawn[name] = np.exp(random.uniform(low, high, count))
         return dataclasses.replace(self, fixed={**self.fixed, **drawn})
 
     @property

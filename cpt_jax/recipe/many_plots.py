@@ -43,15 +43,6 @@ def points_plot(settings: Sequence[Setting], front: Sequence[Setting], new: str,
     axis.plot(
         [s.mean(new) for s in front], [s.mean(old) for s in front], color=ACCENT, linewidth=1.2, alpha=0.7, zorder=1
     )
-    for number, setting in enumerate(front, 1):
-        axis.annotate(
-            str(number),
-            (setting.mean(new), setting.mean(old)),
-            xytext=(7, 5),
-            textcoords="offset points",
-            fontsize=9,
-            fontweight="bold",
-        )
     base = settings[0].runs[0].base[old]
     axis.axhline(base, color=GREY, linestyle="--", linewidth=1, zorder=0)
     axis.annotate(f"base {base:.3f}", (1, base), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -59,7 +50,38 @@ def points_plot(settings: Sequence[Setting], front: Sequence[Setting], new: str,
     axis.margins(x=0.14, y=0.1)
     axis.set_xlabel(f"{new}: bits per byte")
     axis.set_ylabel(f"{old}: bits per byte")
+    _write_numbers(axis, [(setting.mean(new), setting.mean(old)) for setting in front])
     return saved(figure, directory, "runs")
+
+
+def _write_numbers(axis, places: Sequence[tuple[float, float]]) -> None:
+    """Numbers from 1 beside points; where the next one would be written over, both stand together: "2-4"."""
+    # The scales are final once the figure was laid out.
+    axis.figure.draw_without_rendering()
+    x, y = (axis.transData.transform(places) * 72 / axis.figure.dpi).T
+    groups: list[list[int]] = []
+    for index in range(len(places)):
+        if groups:
+            first = groups[-1][0]
+            width = 7 * len(_numbers(groups[-1])) + 3
+            if x[index] - x[first] < width and abs(y[index] - y[first]) < 11:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    for group in groups:
+        axis.annotate(
+            _numbers(group),
+            places[group[0]],
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=9,
+            fontweight="bold",
+        )
+
+
+def _numbers(group: Sequence[int]) -> str:
+    first, last = group[0] + 1, group[-1] + 1
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def curve_plot(settings: Sequence[Setting], domain: str, directory: Path) -> str:

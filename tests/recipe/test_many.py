@@ -5,6 +5,7 @@ from many_runs import write_run
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.recipe.many import find_runs, mean_shares
+from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
 
@@ -27,6 +28,16 @@ def test_seeds_are_joined_and_the_front_is_found(sweep):
     front = [setting.runs[0].replay for setting in pareto_front(settings, "zh", "en")]
     assert front == sorted(front)
     assert 0.5 in front
+
+
+def test_numbers_of_front_points_do_not_lie_on_each_other(tmp_path):
+    for share in (0.05, 0.0505, 0.051, 0.25, 0.5):
+        write_run(tmp_path / "runs" / f"replay-{share}", share)
+    settings = settings_of_runs(find_runs([tmp_path])[0])
+    front = pareto_front(settings, "zh", "en")
+    svg = points_plot(settings, front, "zh", "en", tmp_path)
+    assert len(front) == 5
+    assert [number for number in ("1", "2", "3", "1-3", "4", "5") if f">{number}</text>" in svg] == ["1-3", "4", "5"]
 
 
 def test_the_page_holds_the_answer(sweep):

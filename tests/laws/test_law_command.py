@@ -1,0 +1,135 @@
+"""`cpt law` on tables, and what it says of tables that it cannot read."""
+
+import csv
+import json
+
+import pytest
+
+from cpt_jax.cli import main
+from cpt_jax.core.errors import UserError
+from cpt_jax.laws.points import read_points
+
+SHARES = (0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.35, 0.5)
+# The old domain is 1% worse than the base with 12% of replay.
+NEEDED = 0.12
+
+
+def rows() -> list[dict]:
+    """The base and a run a share, by a known law."""
+
+    def old(share: float) -> float:
+        return 0.9 + 0.2 * (share + 0.01) ** -0.3
+
+    def new(share: float) -> float:
+        return 0.5 + 0.5 * (1.01 - share) ** -0.5
+
+    runs = [
+        {"name": f"replay-{share}", "tokens": 1e9, "share": share, "seed": 0, "en": old(share), "zh": new(share)}
+        for share in SHARES
+    ]
+    return [{"name": "base", "tokens": 0, "share": "", "seed": "", "en": old(NEEDED) / 1.01, "zh": ""}, *runs]
+
+
+@pytest.fixture(params=["csv", "jsonl"])
+def table(request, tmp_path):
+    path = tmp_path / f"runs.{request.param}"
+    if request.param == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows()[0]))
+            writer.writeheader()
+            writer.writerows(rows())
+    else:
+        filled = [{name: value for name, value in row.items() if value != ""} for row in rows()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in filled))
+    return path
+
+
+def test_the_answer_is_said_and_written(table, tmp_path, capsys):
+    main(["law", str(table), "--old", "en", "--new", "zh", "--json", str(tmp_path / "law.json")])
+    said = capsys.readouterr().out
+    figures = json.loads((tmp_path / "law.json").read_text())
+    assert said.startswith("With at most 1% more loss on en, replay about 12%, which costs zh +3.3%")
+    assert figures["answer"] in said
+    asked, *others = figures["budgets"]
+    assert asked["budget"] == {"amount": 0.01, "relative": True}
+    assert asked["replay"]["best"] == pytest.approx(NEEDED, rel=1e-2)
+    assert asked["replay"]["low"] <= asked["replay"]["best"] <= asked["replay"]["high"]
+    # The less is allowed, the more replay.
+    shares = [each["replay"]["best"] for each in others]
+    assert shares == sorted(shares, reverse=True)
+    old, new = figures["laws"]
+    assert (old["domain"], new["domain"]) == ("en", "zh")
+    assert old["r_squared"] > 0.9999
+    assert old["parameters"]["gamma"] == pytest.approx(0.3, rel=0.02)
+    assert [each["share"] for each in old["held_out"]] == list(SHARES)
+    assert figures["critical_ratio"] is None
+
+
+@pytest.mark.parametrize("table", ["csv"], indirect=True)
+def test_a_budget_may_be_loss(table, tmp_path):
+    base = rows()[0]["en"]
+    main(
+        [
+            "law",
+            str(table),
+            "--old",
+            "en",
+            "--new",
+            "zh",
+            "--budget",
+            str(0.01 * base),
+            "--json",
+            str(tmp_path / "law.json"),
+        ]
+    )
+    asked = json.loads((tmp_path / "law.json").read_text())["budgets"][0]
+    assert asked["replay"]["best"] == pytest.approx(NEEDED, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--old", "eng", "--new", "zh"], "no run has the domain 'eng' (did you mean 'en'?); there are: en, zh"),
+        (["--old", "en", "--new", "en"], "old and new are both 'en'"),
+        (["--old", "en", "--new", "zh", "--budget", "a bit"], "the budget is 'a bit': give 1%"),
+    ],
+)
+def test_what_cannot_be_answered_is_told(table, arguments, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["law", str(table), *arguments])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("runs.csv", "share,en\n0.1,1.2\n", "row 1 has no tokens"),
+        ("runs.csv", "tokens,en\n1e9,1.2\n", "row 1 has no share of replay"),
+        ("runs.csv", "tokens,share,en\n1e9,ten,1.2\n", "row 1: 'share' is 'ten', which is no number"),
+        ("runs.csv", "tokens,share,en\n1e9,25,1.2\n", "the share of replay is 25: give 0 to 1"),
+        ("runs.csv", "tokens,share,en\n1e9,0.1,-1\n", "the loss on 'en' is -1.0"),
+        ("runs.csv", "tokens,share,size,en\n1e9,0.1,0,1.2\n", "size is 0: give the number of parameters"),
+        ("runs.jsonl", '{"tokens": 1e9, "share": 0.1\n', "line 1 is no JSON"),
+        ("runs.jsonl", "\n[1, 2]\n", "line 2 is no object"),
+        ("runs.txt", "", "give a .csv or .jsonl table"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_points(tmp_path / name)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="is not there: give"):
+        read_points(tmp_path / "runs.csv")
+
+
+def test_empty_cells_are_domains_that_were_not_measured(tmp_path):
+    (tmp_path / "runs.csv").write_text("tokens,share,en,zh\n0,,1.2,\n1e9,0.1,,1.5\n")
+    base, run = read_points(tmp_path / "runs.csv")
+    assert (base.losses, base.tokens, base.share) == ({"en": 1.2}, 0, 0)
+    assert (run.losses, run.tokens, run.share, run.size) == ({"zh": 1.5}, 1e9, 0.1, None)
