@@ -77,7 +77,7 @@ class RunContext:
         )
         if longest > model.config.max_position_embeddings:
             raise UserError(
-                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}"
+                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}: lower it in the stages and the evaluation"
             )
         for stage in self.recipe.stages:
             context = self.mesh_of(stage).shape["context"]

@@ -20,7 +20,7 @@ from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
-from cpt_jax.recipe.recipe import Domain, Recipe, Role, Samples, Stage, Vocabulary
+from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
@@ -183,10 +183,11 @@ def adapt_recipe(
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
     mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
+    context = network.config.max_position_embeddings
     shape: dict[str, Any] = (
-        dict(batch_size=2, sequence_length=256)
+        dict(batch_size=2, sequence_length=min(256, context))
         if on_cpu
-        else dict(batch_size=8 * jax.device_count(), sequence_length=2048)
+        else dict(batch_size=8 * jax.device_count(), sequence_length=min(2048, context))
     )
     stages = []
     if pieces and method != "embeddings":
@@ -225,6 +226,7 @@ def adapt_recipe(
         stages=tuple(stages),
         chat_template=None if chat_template is None else str(chat_template),
         precision=default_precision(),
+        evaluation=Evaluation(sequence_length=min(512, context)),
         samples=Samples(prompts=(sample.first[:40],)),
     )
     reasons = {
