@@ -22,22 +22,39 @@ def find_experiment(name: str) -> Runs:
     Raises:
       UserError: there is none of that name (the nearest one is named), or it returns no runs.
     """
+    return named_runs(find_function(name, "experiment", "experiments", _returns_recipes, annotated=False)(), name)
+
+
+def find_function(
+    name: str, what: str, package: str, wanted: Callable[[Any], bool], *, annotated: bool = True
+) -> Callable[[], Any]:
+    """The user's function that a command is given: `module:function`, or a bare name from the modules of `package`.
+
+    They are the user's own files: they are looked for from the directory the command is called in.
+
+    Args:
+      what: how it is called in errors.
+      wanted: whether a function may be meant; of a module that is named only where it has to be `annotated`.
+
+    Raises:
+      UserError: there is none of that name (the nearest one is named).
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    if ":" in name:
-        module_name, _, function_name = name.partition(":")
+    module_name, separator, function_name = name.rpartition(":")
+    if separator:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            raise UserError(f"experiment {name!r}: there is no module {error.name!r} here") from error
-        functions = _functions(module, lambda function: True)
+            raise UserError(f"{what} {name!r}: there is no module {error.name!r} here") from error
+        functions = _functions(module, wanted if annotated else lambda function: True)
     else:
-        function_name, functions = name, _functions_of_experiments()
+        functions = _functions_of(package, wanted)
     if function_name not in functions:
         raise UserError(
-            f"there is no experiment {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
+            f"there is no {what} {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
         )
-    return named_runs(functions[function_name](), name)
+    return functions[function_name]
 
 
 def named_runs(given: Any, experiment: str) -> Runs:
@@ -71,14 +88,14 @@ def _functions(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Callable
     return found
 
 
-def _functions_of_experiments() -> dict[str, Callable[[], Any]]:
+def _functions_of(package: str, wanted: Callable[[Any], bool]) -> dict[str, Callable[[], Any]]:
     try:
-        package = importlib.import_module("experiments")
+        path = importlib.import_module(package).__path__
     except ModuleNotFoundError:
         return {}
     found = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        found |= _functions(importlib.import_module(f"experiments.{module.name}"), _returns_recipes)
+    for module in pkgutil.iter_modules(path):
+        found |= _functions(importlib.import_module(f"{package}.{module.name}"), wanted)
     return found
 
 

@@ -1,11 +1,8 @@
 """From what is typed on the command line to a recipe, or to a model."""
 
 import hashlib
-import importlib
 import inspect
 import json
-import pkgutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.stores import Store, is_address, refusals_are_told
-from cpt_jax.recipe.experiment import find_experiment
+from cpt_jax.recipe.experiment import find_experiment, find_function
 from cpt_jax.recipe.recipe import Recipe
 
 # Where a model that is no directory yet (GGUF, adapter, remote) is unpacked when a command has no work directory.
@@ -69,23 +66,7 @@ def find_recipe(name: str) -> Recipe:
         if run not in runs:
             raise UserError(f"experiment {experiment!r} has no run {nearest(run, runs)}; it has: {', '.join(runs)}")
         return runs[run]
-    # Recipes are the user's own files: they are looked for from the directory the command is called in.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    if ":" in name:
-        module_name, _, function_name = name.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"recipe {name!r}: there is no module {error.name!r} here") from error
-        functions = _recipe_functions(module)
-    else:
-        function_name, functions = name, _functions_of_configs()
-    if function_name not in functions:
-        raise UserError(
-            f"there is no recipe {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
-        )
-    return functions[function_name]()
+    return find_function(name, "recipe", "configs", _returns_recipe)()
 
 
 def _saved_recipe(path: Path) -> Recipe:
@@ -99,28 +80,8 @@ def _saved_recipe(path: Path) -> Recipe:
         ) from error
 
 
-def _recipe_functions(module) -> dict[str, Callable[[], Recipe]]:
-    """The functions of a module that are annotated to return a Recipe and need no arguments."""
-    found = {}
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if function.__module__ != module.__name__ or name.startswith("_"):
-            continue
-        signature = inspect.signature(function)
-        required = [p for p in signature.parameters.values() if p.default is p.empty]
-        if signature.return_annotation in (Recipe, "Recipe") and not required:
-            found[name] = function
-    return found
-
-
-def _functions_of_configs() -> dict[str, Callable[[], Recipe]]:
-    try:
-        package = importlib.import_module("configs")
-    except ModuleNotFoundError:
-        return {}
-    found = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        found |= _recipe_functions(importlib.import_module(f"configs.{module.name}"))
-    return found
+def _returns_recipe(function: Callable) -> bool:
+    return inspect.signature(function).return_annotation in (Recipe, "Recipe")
 
 
 def apply_overrides(recipe: Recipe, arguments: list[str]) -> Recipe:

@@ -48,12 +48,12 @@ def _joint(training: Training, trainings: Sequence[Training]) -> Settings:
 
 
 def _can(training: Training) -> bool:
-    on_host = training.ema is not None and training.ema.on_host
-    # One that is watched, or whose text may end, may end before the others.
-    alone = training.watching is not None or training.loader.may_end or training.profiled is not None
-    if on_host or training.watching is not None:
+    if training.ema is not None and training.ema.on_host:
         return False
-    return training.precision.frozen_kernels == "as computed" and not alone
+    # One that is watched, or whose text may end, may end before the others.
+    if training.watching is not None or training.loader.may_end:
+        return False
+    return training.precision.frozen_kernels == "as computed" and training.profiled is None
 
 
 @dataclasses.dataclass

@@ -46,10 +46,7 @@ def execute(name: str, directory: Path, parameters: dict) -> str:
 @pytest.fixture(scope="module")
 def texts(tiny_model, tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("notebooks")
-    # As long a context as a recipe evaluates with by default.
     base = shutil.copytree(tiny_model, root / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     new, old = write_jsonl(root / "new.jsonl", chinese(200)), write_jsonl(root / "old.jsonl", english(150))
     return root, {"BASE": str(base), "NEW": str(new), "OLD": str(old)}
 
