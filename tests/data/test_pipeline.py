@@ -260,5 +260,5 @@ def test_a_worker_that_is_killed_is_told(place, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
     cleaning = Cleaning(filters=("deadly:end",))
-    with pytest.raises(UserError, match=r"was killed .*fewer --workers"):
+    with pytest.raises(UserError, match=r"ended too early .*fewer --workers"):
         prepare_corpus(task(place, tmp_path / "out", cleaning=cleaning), 2, split_bytes=SPLIT)
