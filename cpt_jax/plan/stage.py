@@ -155,10 +155,22 @@ def compile_stage(planned: PlannedStage, hardware: Hardware, shape: MeshShape | 
     return CompiledStage(
         # What is given back and is no argument's memory anew: metrics.
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        text=compiled.as_text() or "",
+        text=program_text(compiled, hardware),
         seconds=time.perf_counter() - started,
         **made,
     )
+
+
+def program_text(compiled: jax.stages.Compiled, hardware: Hardware) -> str:
+    """The compiled program."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        version = jax.__version__
+        raise UserError(
+            f"hardware {hardware.name!r}: jax {version} cannot read the program that its compiler wrote ({str(error).splitlines()[0]}): "
+            f"they are not of one version; pip install 'jax[tpu]=={version}', or jax[cuda12] for GPUs"
+        ) from error
 
 
 def arguments_of(planned: PlannedStage, network: Network, mesh: Mesh) -> tuple[Any, tuple]:

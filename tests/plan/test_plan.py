@@ -21,7 +21,7 @@ from cpt_jax.plan.command import Wanted, stage_of_model
 from cpt_jax.plan.hardware import hardware_named
 from cpt_jax.plan.plan import explain, plan_stage
 from cpt_jax.plan.search import candidates, remat_name, remat_named
-from cpt_jax.plan.stage import PlannedStage, compile_stage
+from cpt_jax.plan.stage import PlannedStage, compile_stage, program_text
 from cpt_jax.recipe.recipe import Stage
 from cpt_jax.sharding.hardware import backend, compiling_for
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
@@ -190,6 +190,15 @@ def test_a_compiler_that_is_missing_is_named(name, package, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         hardware_named(name).devices()
+
+
+def test_a_compiler_of_another_version_is_told(monkeypatch):
+    def unreadable(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    with pytest.raises(UserError, match=r"'cpu-1': jax .* cannot read .*RET_CHECK.*pip install 'jax\[tpu\]=="):
+        program_text(jax.jit(lambda x: x).lower(1.0).compile(), hardware_named("cpu-1"))
 
 
 def test_names_of_policies():
