@@ -150,7 +150,7 @@ def explain(plan: StagePlan) -> str:
     line, seconds = plan.roofline, plan.step_seconds
     if line is not None:
         lines.append(
-            f"  a step: {line.model_flops * hardware.chips / 1e15:,.2f} PFLOP of the model; a device computes {line.flops / 1e12:,.1f} TFLOP and moves {size(line.bytes)}"
+            f"  a step: {_short(line.model_flops * hardware.chips / 1e12)} TFLOP of the model; a device computes {_short(line.flops / 1e12)} TFLOP and moves {size(line.bytes)}"
         )
     if line is not None and seconds is not None:
         exchange = ", ".join(f"{axes} {each:.3f} s" for axes, each in line.exchange.items()) or "none"
@@ -203,10 +203,14 @@ def _collective_rows(plan: StagePlan) -> list[tuple[str, ...]]:
 
 def _long(plan: StagePlan) -> str:
     figures = plan.figures()
-    times = " to ".join(f"{each:,.1f}" for each in figures["hours"])
-    chip_hours = " to ".join(f"{each:,.1f}" for each in figures["chip_hours"])
+    times, chip_hours = (" to ".join(map(_short, figures[name])) for name in ("hours", "chip_hours"))
     cost = "" if plan.price is None else ", cost " + " to ".join(f"{each:,.2f}" for each in figures["cost"])
     return f"{times} hours, {chip_hours} chip-hours{cost}"
+
+
+def _short(number: float) -> str:
+    """At least two digits, and no exponent of large ones."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _indented(text: str) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -254,6 +255,8 @@ def test_the_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "all-gather" in done.stdout
+    # Of a small model too.
+    assert re.search(r"a step: [\d.e-]*[1-9][\d.e-]* TFLOP", done.stdout)
     assert json.loads((tmp_path / "plan.json").read_text())["mesh"]["fsdp"] == 4
     done = subprocess.run(
         [*command, "--mesh", "fsdp=4", "--batch", "3"], env=environment, capture_output=True, text=True
