@@ -49,6 +49,17 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
 
 
+def trackers_of(sub: argparse.ArgumentParser) -> None:
+    """Where the figures of training go besides."""
+    sub.add_argument(
+        "--track",
+        nargs="+",
+        default=[],
+        choices=("tensorboard", "wandb", "mlflow"),
+        help="also tell it the figures",
+    )
+
+
 def replay_and_forgetting(sub: argparse.ArgumentParser) -> None:
     """How much `adapt` replays, and what it does about forgetting."""
     sub.add_argument(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning
+from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning, trackers_of
 from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
 from cpt_jax.cli.laws import LAW, law, law_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
@@ -91,13 +91,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--shared", type=Path, metavar="DIR", help="where the runs of a sweep find what they have in common"
         )
-        sub.add_argument(
-            "--track",
-            nargs="+",
-            default=[],
-            choices=("tensorboard", "wandb", "mlflow"),
-            help="also tell it the figures",
-        )
+        trackers_of(sub)
         sub.add_argument(
             "--unreadable",
             choices=("stop", "skip"),

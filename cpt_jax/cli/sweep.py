@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cpt_jax.cli.arguments import trackers_of
 from cpt_jax.core.stores import location
 
 HELP = "Runs an experiment, a function that returns recipes; called again, it continues where it stopped."
@@ -46,6 +47,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
         metavar="ARGUMENTS",
         help='of sbatch or sky, as in "--gpus-per-node=1 --time=2:00:00"',
     )
+    trackers_of(sub)
     sub.add_argument("--exports", action="store_true", help="with each run's export, samples and report")
     sub.add_argument("--update", action="store_true", help="go on with changed recipes; what they do not touch is kept")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -60,6 +62,7 @@ def sweep(arguments: argparse.Namespace, _: list[str]) -> None:
     names = ("together", "at_once", "queue", "exports", "update")
     manner = Manner(
         queue_arguments=tuple(shlex.split(arguments.queue_arguments)),
+        track=tuple(arguments.track),
         **{name: getattr(arguments, name) for name in names},
     )
     if not sweep(arguments.experiment, arguments.workdir, manner, dry_run=arguments.dry_run, json_path=arguments.json):

@@ -128,7 +128,7 @@ def in_order(
     left = generator.permutation(len(tokens))
     if tokens.shape[1] == 1:
         return left.tolist()
-    behind, order = credit.copy(), []
+    behind, order = credit, []
     for number in range(len(tokens)):
         candidates = tokens[left]
         share = shares[min(number, len(shares) - 1)]

@@ -19,6 +19,7 @@ from cpt_jax.training.loop import Training, train
 from cpt_jax.training.memory import device_memory, stage_memory
 from cpt_jax.training.stacked import joint_settings
 from cpt_jax.training.together import train_together
+from cpt_jax.training.trackers import TrackerName, Tracking
 
 # Of a device's memory, for what is counted on paper: compilers take more.
 USABLE = 0.6
@@ -66,6 +67,7 @@ def run_group(
     only: str | None,
     update: bool,
     most: int | None,
+    track: Sequence[TrackerName],
     on_failure: Callable[[str, Exception], None],
     on_done: Callable[[str], None],
 ) -> None:
@@ -88,6 +90,7 @@ def run_group(
         def begin(name: str) -> None:
             workdir = claimed.enter_context(Workdir(place(name), recipes[name], update=update, shared=shared))
             pipelines[name] = Pipeline(recipes[name], workdir)
+            pipelines[name].tracking = Tracking(kinds=tuple(track), run=name, directory=workdir.path)
             pipelines[name].until_training()
             if len(recipes) > 1:
                 # A run's own time left says little among others.

@@ -73,8 +73,7 @@ def run(
         pipeline = Pipeline(recipe, claimed)
         pipeline.profiled, pipeline.mesh = profiled, mesh
         pipeline.hang_seconds, pipeline.unreadable = hang_seconds, unreadable
-        if track:
-            pipeline.tracking = Tracking(kinds=tuple(track), run=recipe.name, directory=claimed.path)
+        pipeline.tracking = Tracking(kinds=tuple(track), run=recipe.name, directory=claimed.path)
         pipeline.run(only)
     if not processes.is_first():
         return

@@ -13,6 +13,7 @@ from cpt_jax.core.stores import Location, is_address
 from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.training.trackers import TrackerName, check_packages
 
 Together = Literal["auto", "never"] | int
 AtOnce = Literal["auto"] | int
@@ -25,7 +26,7 @@ class Manner:
     together: how many may be one program at most; "auto": as many as there is memory for, on a CPU one. at_once: how many processes,
     each with a run of its own; "auto": by memory and cores. queue: a batch system that gets a job a run, with
     `queue_arguments` of its own. exports: each run with its export, samples and report. update: go on with changed
-    recipes.
+    recipes. track: where the figures of training go besides.
     """
 
     together: Together = "auto"
@@ -34,6 +35,7 @@ class Manner:
     queue_arguments: tuple[str, ...] = ()
     exports: bool = False
     update: bool = False
+    track: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("together", "at_once"):
@@ -46,6 +48,8 @@ class Manner:
             raise UserError("--queue leaves it to the queue how many run at once: leave out --at-once")
         if self.queue_arguments and self.queue is None:
             raise UserError("--queue-arguments are for a queue: give --queue slurm or skypilot")
+        if self.queue is None:
+            check_packages(self.track)
 
     @property
     def only(self) -> str | None:
@@ -139,6 +143,7 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
                 only=manner.only,
                 update=manner.update,
                 most=most,
+                track=manner.track,
                 on_failure=failed,
                 on_done=done,
             )
@@ -149,6 +154,7 @@ def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[st
     """How a process of its own is told to do a run: (command of `cpt`, recipe, flags beside --workdir)."""
     flags = [] if directory.in_store else ["--shared", str(directory.shared.directory)]
     flags += ["--update"] if manner.update else []
+    flags += ["--track", *manner.track] if manner.track else []
     return "run" if manner.exports else "train", f"{directory.experiment}/{name}", flags
 
 

@@ -1,5 +1,5 @@
 """Several stages that one program can train, trained as one: `jax.vmap` of the step over their states, batches and
-controls. Each writes the checkpoints and the metrics that it would write alone."""
+controls. Each writes the checkpoints and the metrics that it would write alone, and tells its trackers."""
 
 import contextlib
 import functools
@@ -24,6 +24,7 @@ from cpt_jax.training.loop import Training
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
 from cpt_jax.training.program import Settings, of_runs
 from cpt_jax.training.stacked import Stack, joint_settings, stacked
+from cpt_jax.training.trackers import Trackers
 
 # Saving holds all runs up: it takes no more than this share of the time.
 SAVING_SHARE = 0.05
@@ -67,7 +68,7 @@ class _Member:
         self.checkpoints = Checkpoints(training.directory / "checkpoints", training.keep, training.stored)
         self.controls, self.error = training.controls(), None
         self.losses: list[float] = []
-        self.step, self.metrics_file, self.loader_state = 0, None, None
+        self.step, self.metrics_file, self.trackers, self.loader_state = 0, None, None, None
         # The place of its domains among those of all.
         self.domains = np.array([names.index(name) for name in training.loader.names], np.int32)
         self.flops, self.peak = training.flops(training.loader.sequence_length), training.peak_flops()
@@ -80,6 +81,7 @@ class _Member:
             stack.put(index, state)
             self.step = int(state.step)
         self.metrics_file = MetricsFile(training.directory / "metrics.jsonl", self.step)
+        self.trackers = Trackers(training.tracking, training.name, training.directory)
         again = self.metrics_file.dropped
         compiling = sum(line["compile_seconds"] for line in again)
         lost = sum(line["seconds"] for line in again) - compiling
@@ -104,7 +106,9 @@ class _Member:
         names = self.training.loader.names
         line = metrics_line(step, own, names, lap, self.flops, self.peak, made.unreadable, made.epochs)
         assert self.metrics_file is not None
+        assert self.trackers is not None
         self.metrics_file.write(line)
+        self.trackers.log(line)
         self.losses.append(line["loss"])
         if line["skipped_in_a_row"] >= self.training.optimizer.max_skipped:
             self.error = UserError(
@@ -122,6 +126,8 @@ class _Member:
         self.training.journal.write(event, station=self.training.name, checkpoint_seconds=time.monotonic() - started)
 
     def close(self) -> None:
+        if self.trackers is not None:
+            self.trackers.close()
         if self.metrics_file is not None:
             self.metrics_file.close()
         self.checkpoints.close()

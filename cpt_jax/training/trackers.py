@@ -22,8 +22,14 @@ from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-# The package that each is written by.
-PACKAGES: dict[str, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+# What each is written by: modules, and the packages that they come in.
+PACKAGES: dict[str, dict[str, str]] = {
+    "tensorboard": {"tensorboardX": "tensorboardX"},
+    "wandb": {"wandb": "wandb"},
+    "mlflow": {"mlflow": "mlflow-skinny"},
+}
+# MLflow's sqlite store needs more; a server does not.
+SQLITE = {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +48,21 @@ class Tracking:
     directory: Path
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if importlib.util.find_spec(PACKAGES[kind]) is None:
-                raise UserError(f"--track {kind} needs {PACKAGES[kind]}: run `pip install {PACKAGES[kind]}`")
+        check_packages(self.kinds)
+
+
+def check_packages(kinds: Sequence[TrackerName]) -> None:
+    """That trackers can be written.
+
+    Raises:
+      UserError: a package is not installed.
+    """
+    for kind in kinds:
+        in_sqlite = kind == "mlflow" and os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("sqlite:")
+        needed = PACKAGES[kind] | (SQLITE if in_sqlite else {})
+        missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise UserError(f"--track {kind} needs {', '.join(missing)}: run `pip install {' '.join(missing)}`")
 
 
 class Tracker(Protocol):
@@ -164,6 +182,8 @@ class WeightsAndBiases:
             group=tracking.run,
             id=identity,
             resume="allow",
+            # Beside those of other runs of a group.
+            reinit="create_new",
             dir=str(tracking.directory),
             config=json.loads(config.read_text()) if config.exists() else None,
         )
@@ -183,11 +203,18 @@ class MLflow:
     def __init__(self, tracking: Tracking, name: str, directory: Path) -> None:
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
+        from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
         where = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(tracking.directory / 'mlflow.db').absolute()}")
         self._client, self._metric = MlflowClient(where), Metric
-        found = self._client.get_experiment_by_name("cpt_jax")
-        experiment = self._client.create_experiment("cpt_jax") if found is None else found.experiment_id
+        try:
+            experiment = self._client.create_experiment("cpt_jax")
+        except MlflowException:
+            # It is there: asking first would leave time for another run to make it.
+            found = self._client.get_experiment_by_name("cpt_jax")
+            if found is None:
+                raise
+            experiment = found.experiment_id
 
         def create() -> str:
             return self._client.create_run(experiment, run_name=f"{tracking.run} {name}").info.run_id

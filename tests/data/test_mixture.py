@@ -64,6 +64,17 @@ def test_every_window_of_a_thousand_rows_is_exact_within_half_a_point(directorie
     assert np.abs(found - [0.6, 0.25, 0.15]).max() < 0.005
 
 
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+def test_what_rows_that_were_packed_together_leave_owing_the_next_ones_give_first(directories, packing, pack_domains):
+    shares = np.array([0.6, 0.25, 0.15])
+    mixture = dict(zip(SIZES, shares.tolist(), strict=True))
+    batches = loader(directories, mixture, batch_size=ROWS, packing=packing, pack_domains=pack_domains)
+    rows = by_row(batches, STEPS)
+    owed = np.cumsum(rows.sum(1))[:, None] * shares - np.cumsum(rows, 0)
+    # From the first row to any other, each domain is within a row of its share.
+    assert np.abs(owed).max() < LENGTH
+
+
 @pytest.mark.parametrize("pack_domains", ["together", "apart"])
 @pytest.mark.parametrize(
     "mixture",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from inputs import chinese, english, write_jsonl
+from tensorboard.backend.event_processing import event_accumulator
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.recipe import queues
@@ -102,7 +103,7 @@ def same_run(found, expected):
             str(path.relative_to(root))
             for path in root.rglob("*")
             # Checkpoints but the last, which is there in any case, follow from the time, and so do the names of their chunks.
-            if path.is_file() and "checkpoints" not in path.parts
+            if path.is_file() and not {"checkpoints", "tensorboard"} & {*path.parts}
         )
         for root in (found, expected)
     ]
@@ -118,10 +119,8 @@ def same_run(found, expected):
 
 
 def test_runs_together_killed_and_continued_are_the_single_ones(place, single, capsys):
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "cpt_jax", "sweep", "swept:three", "--workdir", "killed", "--together", "3"],
-        stderr=subprocess.DEVNULL,
-    )
+    words = ["sweep", "swept:three", "--workdir", "killed", "--together", "3", "--track", "tensorboard"]
+    killed = subprocess.Popen([sys.executable, "-m", "cpt_jax", *words], stderr=subprocess.DEVNULL)
     stages = [place / "killed/runs" / name / "stages/1-lora" for name in ("quarter", "half", "most")]
     until = time.monotonic() + 300
     while not all((stage / "checkpoints/1").exists() for stage in stages) and time.monotonic() < until:
@@ -131,8 +130,13 @@ def test_runs_together_killed_and_continued_are_the_single_ones(place, single, c
     assert not (stages[2] / "checkpoints/40").exists()
     # One of them goes on by itself, the others together.
     run(find_recipe("swept:three/quarter"), Path("killed/runs/quarter"), only="train")
-    assert sweep("swept:three", Path("killed"), Manner(together=3), json_path=Path("figures.json"))
+    manner = Manner(together=3, track=("tensorboard",))
+    assert sweep("swept:three", Path("killed"), manner, json_path=Path("figures.json"))
     same_run(place / "killed/runs/most", single)
+    for name in ("half", "most"):
+        found = event_accumulator.EventAccumulator(str(place / "killed/runs" / name / "tensorboard/stage-lora"))
+        found.Reload()
+        assert [event.step for event in found.Scalars("loss")] == list(range(1, 41))
     events = (place / "killed/runs/half/events.jsonl").read_text()
     assert '"together": 3' in events
     assert '"together": 2' in events
@@ -201,7 +205,7 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
         f"wc -l < {calls}",
     )
     program(tmp_path / "bin" / "squeue", 'echo "$*" | grep -q jobs=2 && echo RUNNING', "exit 0")
-    manner = Manner(queue="slurm", queue_arguments=("--time=1:00",))
+    manner = Manner(queue="slurm", queue_arguments=("--time=1:00",), track=("wandb", "mlflow"))
     with pytest.raises(UserError, match="from the repository's directory"):
         sweep("swept:three", tmp_path / "queued", manner)
     launch = Path(__file__).parents[2] / "launch"
@@ -209,7 +213,8 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
     assert sweep("swept:three", tmp_path / "queued", manner)
     submitted = calls.read_text().splitlines()
     assert submitted[0] == (
-        f"swept:three/quarter {tmp_path}/queued/runs/quarter train --shared {tmp_path}/queued/shared | "
+        f"swept:three/quarter {tmp_path}/queued/runs/quarter train --shared {tmp_path}/queued/shared "
+        f"--track wandb mlflow | "
         f"--parsable --job-name=cpt-quarter --nodes=1 --gpus-per-node=1 --ntasks-per-node=1 --time=1:00 {launch}/slurm.sbatch"
     )
     assert len(submitted) == 3
@@ -240,7 +245,7 @@ def test_machines_of_skypilot_get_a_directory_in_a_store(tmp_path, monkeypatch):
     assert f"RECIPE=swept:three/quarter --env WORKDIR={address}/runs/quarter --env COMMAND=run" in first
 
 
-def test_wrong_input_is_told_in_a_line(place, tmp_path):
+def test_wrong_input_is_told_in_a_line(place, tmp_path, monkeypatch):
     import swept
 
     with pytest.raises(UserError, match="2 runs named 'one'"):
@@ -259,6 +264,10 @@ def test_wrong_input_is_told_in_a_line(place, tmp_path):
         sweep("swept:three", place, Manner())
     with pytest.raises(UserError, match="leave out --together"):
         Manner(at_once=2, together=4)
+    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"wandb": {"no_such_module": "no-such-package"}})
+    with pytest.raises(UserError, match="run `pip install no-such-package`"):
+        Manner(track=("wandb",))
+    Manner(track=("wandb",), queue="slurm")
     assert not (tmp_path / "none").exists()
 
 

@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 from training_inputs import losses, training
 
 from cpt_jax.adapt import Full, LoRA
@@ -25,6 +26,7 @@ from cpt_jax.training.loop import train
 from cpt_jax.training.retention import Anchor, MeanTeacher
 from cpt_jax.training.stacked import joint_settings
 from cpt_jax.training.together import train_together
+from cpt_jax.training.trackers import Tracking
 
 # What a run differs in: mixture, learning rate, seed, schedule, teacher's weight.
 RUNS = (
@@ -116,20 +118,31 @@ def preempted_after(step, module):
 
 def test_a_group_that_was_asked_to_end_goes_on_from_where_each_is(directories, tmp_path, whole):
     root, expected = whole
+
+    def tracked():
+        trainings, makers = group(directories, tmp_path, **ANCHORED)
+        each = [Tracking(kinds=("tensorboard",), run="r", directory=run.directory) for run in trainings]
+        return [dataclasses.replace(run, tracking=own) for run, own in zip(trainings, each, strict=True)], makers
+
     patch = preempted_after(3, together)
     with pytest.raises(Preempted, match="step 3"):
-        train_together(*group(directories, tmp_path, **ANCHORED))
+        train_together(*tracked())
     patch.undo()
     # One of them goes on alone for two steps; then all are at different ones.
     patch = preempted_after(5, loop)
     with pytest.raises(Preempted, match="step 5"):
-        train(group(directories, tmp_path, **ANCHORED)[0][1])
+        train(tracked()[0][1])
     patch.undo()
-    results = train_together(*group(directories, tmp_path, **ANCHORED))
+    results = train_together(*tracked())
     for index, (result, there) in enumerate(zip(results, expected, strict=True)):
         close(result["last"], there["last"])
         close(result["ema"], there["ema"])
         np.testing.assert_allclose(losses(tmp_path / str(index)), losses(root / str(index)), rtol=1e-5)
+        # Its tracker holds its own figures, each step once.
+        held = event_accumulator.EventAccumulator(str(tmp_path / str(index) / "tensorboard/stage"))
+        held.Reload()
+        told = [(event.step, event.value) for event in held.Scalars("loss")]
+        assert told == [(step, np.float32(loss)) for step, loss in enumerate(losses(tmp_path / str(index)), 1)]
 
 
 def test_a_run_that_cannot_go_on_takes_no_other_along(directories, tmp_path, whole):

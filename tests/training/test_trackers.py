@@ -2,10 +2,12 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.training import trackers as written_by
 from cpt_jax.training.metrics import MetricsFile
 from cpt_jax.training.trackers import Trackers, Tracking, _earlier
 
@@ -75,6 +77,55 @@ def test_wandb_is_the_same_run_at_each_start(tmp_path, monkeypatch):
     assert all(identity in file.name and file.stat().st_size > 500 for file in files)
 
 
+def told_at_once(tmp_path, kind, count=3):
+    """Runs that go on together, each with losses of its own: [run][step]."""
+    directories = [tmp_path / f"run-{number}" for number in range(count)]
+    for directory in directories:
+        directory.mkdir()
+    trackers = []
+    for directory in directories:
+        trackers.append(Trackers(Tracking(kinds=(kind,), run=directory.name, directory=directory), "lora", directory))
+        # The next one finds it open.
+        trackers[-1]._pool.submit(lambda: None).result()
+    told = [[(10 * number + step) / 64 for step in range(1, 5)] for number in range(count)]
+    for step in range(1, 5):
+        for own, losses in zip(trackers, told, strict=True):
+            own.log({"step": step, "loss": losses[step - 1]})
+    for own in trackers:
+        own.close()
+    return directories, told
+
+
+def test_wandb_holds_runs_that_go_on_together_apart(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed (extra: trackers)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    directories, told = told_at_once(tmp_path, "wandb")
+    for directory, losses in zip(directories, told, strict=True):
+        [file] = (directory / "wandb").glob("offline-run-*/*.wandb")
+        # Its figures stand in it as JSON; the last may be written after the run was closed.
+        until = time.monotonic() + 30
+        while str(losses[-1]).encode() not in file.read_bytes() and time.monotonic() < until:
+            time.sleep(0.05)
+        found = [[str(loss).encode() in file.read_bytes() for loss in each] for each in told]
+        assert found == [[other == directory] * 4 for other in directories]
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_holds_runs_that_go_on_together_apart(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (extra: trackers)")
+    pytest.importorskip("sqlalchemy", reason="mlflow's sqlite store needs sqlalchemy")
+    # One store for all, which the first of them makes.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'all.db'}")
+    directories, told = told_at_once(tmp_path, "mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'all.db'}")
+    for directory, losses in zip(directories, told, strict=True):
+        run = client.get_run(json.loads((directory / "trackers.json").read_text())["mlflow"])
+        assert run.info.run_name == f"{directory.name} lora"
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [(metric.step, metric.value) for metric in history] == list(zip(range(1, 5), losses, strict=True))
+
+
 def test_a_tracker_that_fails_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     class Failing:
         def __init__(self, *_):
@@ -87,7 +138,7 @@ def test_a_tracker_that_fails_is_left_out_and_said(tmp_path, monkeypatch, capsys
             raise AssertionError("it is left out")
 
     monkeypatch.setattr("cpt_jax.training.trackers.TRACKERS", {"wandb": Failing})
-    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"wandb": os.__name__})
+    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"wandb": {os.__name__: "wandb"}})
     trackers = Trackers(Tracking(kinds=("wandb",), run="r", directory=tmp_path), "lora", tmp_path)
     trackers.log(metrics(1))
     trackers.log(metrics(2))
@@ -95,9 +146,15 @@ def test_a_tracker_that_fails_is_left_out_and_said(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err.count("no network") == 1
 
 
-def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("cpt_jax.training.trackers.PACKAGES", {"mlflow": "no_such_package"})
-    with pytest.raises(UserError, match="--track mlflow needs no_such_package: run `pip install no_such_package`"):
+def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(written_by.importlib.util, "find_spec", lambda module: module if module == "wandb" else None)
+    needed = "mlflow-skinny, sqlalchemy, alembic: run `pip install mlflow-skinny sqlalchemy alembic`"
+    with pytest.raises(UserError, match=f"--track mlflow needs {needed}"):
+        Tracking(kinds=("wandb", "mlflow"), run="r", directory=tmp_path)
+    # A server keeps its own store.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
+    with pytest.raises(UserError, match=r"run `pip install mlflow-skinny`$"):
         Tracking(kinds=("mlflow",), run="r", directory=tmp_path)
 
 
