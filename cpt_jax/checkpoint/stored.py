@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -72,8 +72,7 @@ class StoredCheckpoints:
             raise UserError(
                 f"{self._store.address}/{newest} is damaged ({wrong[0]}): remove {newest}.json beside it, and run the recipe again: it goes on from the one before"
             )
-        own = {name: digest for name, digest in listed.items() if Path(name).name not in LATER}
-        (self._directory / str(newest) / CHECKSUMS).write_text(json.dumps(own, indent=1))
+        _write_checksums(self._directory / str(newest), listed)
         if (metrics := self._stage.read("metrics.jsonl")) is not None:
             self._metrics.write_bytes(metrics)
 
@@ -133,17 +132,38 @@ class StoredCheckpoints:
                 self._store.remove(part)
 
 
+def _write_checksums(checkpoint: Path, listed: Mapping[str, str]) -> None:
+    """As a checkpoint on a disk has them."""
+    own = {name: digest for name, digest in listed.items() if Path(name).name not in LATER}
+    (checkpoint / CHECKSUMS).write_text(json.dumps(own, indent=1))
+
+
+def as_on_disk(directory: Path) -> None:
+    """Makes a copy of a store's checkpoints/ what it would be on a disk: those that are listed, with their checksums."""
+    listings = {match[1]: path for path in directory.glob("*") if (match := _LISTED.fullmatch(path.name))}
+    for path in directory.glob("*"):
+        if path.is_dir() and path.name not in listings:
+            shutil.rmtree(path)
+    for step, path in listings.items():
+        (directory / step).mkdir(exist_ok=True)
+        _write_checksums(directory / step, json.loads(path.read_text())["files"])
+        path.unlink()
+
+
 def _all_here(name: str) -> None:
     """Returns when all processes have come here; not in the main thread, which has barriers of its own."""
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=WAIT_SECONDS * 1000)
 
 
-def own_parts() -> tuple[ocp.options.MultiprocessingOptions, dict[str, ocp.CheckpointHandler]]:
-    """What makes orbax write each process's part to its own disk: its options, and the handlers of what is saved."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+def own_parts(options: ocp.CheckpointManagerOptions) -> dict[str, ocp.CheckpointHandler]:
+    """Makes orbax write each process's part to its own disk; returns the handlers of what is saved."""
+    options.multiprocessing_options = alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    # In the background, all processes are told that the directory is there by the first that has made its own: another
+    # would write where nothing is yet, and then make, or empty, its own.
+    options.async_options = ocp.AsyncOptions(create_directories_asynchronously=False)
     arrays = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0, use_replica_parallel=False))
     )
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone, type_handler_registry=arrays)
-    return alone, {"state": state, "loader": ocp.JsonCheckpointHandler(multiprocessing_options=alone)}
+    return {"state": state, "loader": ocp.JsonCheckpointHandler(multiprocessing_options=alone)}

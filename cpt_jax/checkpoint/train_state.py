@@ -36,7 +36,7 @@ class Checkpoints:
         if not processes.told(processes.is_first() and _set_aside_damaged(self._directory)):
             raise UserError(f"{directory} has checkpoints, and none is intact: remove it to begin the stage anew")
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=(keep or Keep()).policy(),
+            preservation_policy=keep or Keep(),
             # Not to choose by, but to have metrics written.
             best_fn=loss_of,
             cleanup_tmp_directories=True,
@@ -45,7 +45,7 @@ class Checkpoints:
         )
         handlers = None
         if stored is not None:
-            options.multiprocessing_options, handlers = own_parts()
+            handlers = own_parts(options)
             self._directory.mkdir(parents=True, exist_ok=True)
         with disk_full_is_told(directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)

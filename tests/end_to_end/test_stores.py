@@ -3,7 +3,6 @@ machine, by one process or by two that have no file system in common."""
 
 import gzip
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import environment
 from store_server import s3_server
 from tiny_recipe import write_tiny
 
@@ -33,10 +33,10 @@ def place(tiny_model, tmp_path_factory):
 
 def begin(place: Path, cache: str, *arguments: str) -> subprocess.Popen:
     """A command of cpt on a machine of its own, as far as it can tell."""
-    own = {"XDG_CACHE_HOME": str(place / cache), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    own = {"XDG_CACHE_HOME": str(place / cache)}
     command = [sys.executable, "-m", "cpt_jax", *arguments]
     return subprocess.Popen(
-        command, cwd=place, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=place, env=environment(place, 2) | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -1,7 +1,6 @@
 """`cpt run` asked to end and started again, `cpt doctor` on a run that is whole, and on one that is not."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 
 import pytest
+from commands import environment
 from inputs import english, write_jsonl
 
 RECIPE = """
@@ -44,10 +44,9 @@ def place(tiny_model, tmp_path_factory):
 
 
 def start(*arguments, cwd) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "cpt_jax", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

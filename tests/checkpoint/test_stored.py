@@ -1,0 +1,93 @@
+"""Checkpoints of two processes that have no disk in common: whole, whichever of them is slow."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from commands import environment
+
+from cpt_jax.core.stores import Store
+
+PROCESS = """
+import asyncio, json, sys
+from pathlib import Path
+from cpt_jax.core.processes import Processes
+number, port, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+Processes(coordinator=f"127.0.0.1:{port}", count=2, index=number).start()
+import fsspec, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from cpt_jax.checkpoint.intact import Checksummed
+from cpt_jax.checkpoint.keep import Keep
+from cpt_jax.checkpoint.stored import StoredCheckpoints
+from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
+from cpt_jax.core.stores import Store
+from cpt_jax.training.state import TrainState
+
+fsspec.config.conf["file"] = {"auto_mkdir": True}
+if number == 1:
+    create = Checksummed.create
+
+    async def late(self):
+        await asyncio.sleep(1.0)
+        return await create(self)
+
+    Checksummed.create = late
+
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+whole = np.random.default_rng(0).normal(size=(600, 70)).astype(np.float32)
+
+def spread(array, *axes):
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda at: array[at])
+
+def state(step):
+    return TrainState(
+        spread(np.asarray(step)), {"kernel": spread(whole + step, "fsdp")}, {"mean": spread(whole * step, None, "fsdp")}, None
+    )
+
+def opened(place):
+    stage = root / f"{place}-{number}"
+    stage.mkdir(exist_ok=True)
+    (stage / "metrics.jsonl").touch()
+    return stage, StoredCheckpoints(Store(f"file://{root}/store"), stage, Keep())
+
+stage, stored = opened("first")
+checkpoints = Checkpoints(stage / "checkpoints", Keep(), stored)
+for step in (1, 2):
+    checkpoints.save(state(step), {"position": step}, 1.0)
+checkpoints.wait()
+checkpoints.close()
+
+stage, stored = opened("second")
+checkpoints = Checkpoints(stage / "checkpoints", Keep(), stored)
+found, loader = checkpoints.restore(state(0))
+checkpoints.close()
+assert loader == {"position": 2}
+for restored, expected in zip(jax.tree.leaves(found), jax.tree.leaves(state(2)), strict=True):
+    for ours, theirs in zip(restored.addressable_shards, expected.addressable_shards, strict=True):
+        np.testing.assert_array_equal(ours.data, theirs.data)
+"""
+
+
+def test_a_process_that_is_slow_writes_its_part_whole(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)],
+            env=environment(tmp_path),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        for process in processes:
+            _, problems = process.communicate(timeout=60)
+            assert process.returncode == 0, problems[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
