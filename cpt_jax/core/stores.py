@@ -198,6 +198,7 @@ def _stand_in(address: str) -> Iterator[Path]:
     """A local path for a directory in a store, with its last two names, gone afterwards: errors name the address."""
     root = Path(tempfile.mkdtemp(prefix="cpt-"))
     local = root.joinpath(*PurePosixPath(address.partition("://")[2]).parts[-2:])
+    local.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield local
     except UserError as error:
@@ -218,7 +219,7 @@ def read_from(directory: Location, wanted: Callable[[str], bool]) -> Iterator[Pa
         return
     store = Store(str(directory))
     with _stand_in(store.address) as local:
-        local.mkdir(parents=True)
+        local.mkdir(exist_ok=True)
         with refusals_are_told(store.address):
             store.copy(local, filter(wanted, store.names()))
         yield local
@@ -232,7 +233,7 @@ def fetched(file: Location) -> Iterator[Path]:
         return
     place, _, name = str(file).rpartition("/")
     with _stand_in(place) as local:
-        local.mkdir(parents=True)
+        local.mkdir(exist_ok=True)
         with refusals_are_told(str(file)), contextlib.suppress(FileNotFoundError):
             Store(place).copy(local, [name])
         yield local / name

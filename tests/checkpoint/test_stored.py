@@ -1,15 +1,10 @@
 """Checkpoints of two processes that have no disk in common: whole, whichever of them is slow."""
 
-import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 from commands import environment
-
-from cpt_jax.core.stores import Store
 
 PROCESS = """
 import asyncio, json, sys

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from gguf_files import SIZES, write_model
 from inputs import chinese, write_jsonl
 from many_runs import write_run
 from safetensors.numpy import save_file
+from transformers import LlamaConfig
 
 from cpt_jax.cli import main
 from cpt_jax.core.stores import Store
@@ -66,10 +68,7 @@ def test_a_law_of_runs_and_of_tables_in_a_store(sweep, tmp_path, capsys):
     assert capsys.readouterr().out == f"{expected}memory://bucket/law.html\n"
     store = Store("memory://bucket")
     assert json.loads(store.read("figures/law.json") or b"")["answer"] in expected
-    assert b"plots" not in (store.read("law.html") or b"")
-    store.write("runs.csv", b"tokens,share,en,zh\n")
-    with pytest.raises(SystemExit):
-        main(["law", "memory://bucket/runs.csv", *domains])
+    assert {"law.html", "plots/law-en.png"} <= set(store.names())
     store.write("no.csv", b"share\n0.5\n")
     with pytest.raises(SystemExit):
         main(["law", "memory://bucket/no.csv", *domains])
@@ -86,7 +85,19 @@ def test_tokenizers_models_and_text_in_a_store(tiny_model, tmp_path, monkeypatch
     store.upload(tmp_path, [tmp_path / "zh.jsonl"])
     text = ["--corpus", f"{store.address}/zh.jsonl"]
     grown = f"{store.address}/grown/tokenizer"
-    main(["tokenizer", "extend", "--base", f"{store.address}/base/tokenizer", *text, "--new-tokens", "25", "--out", grown])
+    main(
+        [
+            "tokenizer",
+            "extend",
+            "--base",
+            f"{store.address}/base/tokenizer",
+            *text,
+            "--new-tokens",
+            "25",
+            "--out",
+            grown,
+        ]
+    )
     # Both are called tokenizer.
     both = ["--base", f"{store.address}/base/tokenizer", "--tokenizer", grown]
     main(["tokenizer", "report", *both, *text, "--json", f"{store.address}/t.json"])
@@ -106,9 +117,15 @@ def test_tokenizers_models_and_text_in_a_store(tiny_model, tmp_path, monkeypatch
 
 
 def test_a_gguf_file_in_a_store(tmp_path, monkeypatch, capsys):
-    from gguf_files import write_gguf
-
     monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "made", LlamaConfig(**SIZES))
+    store = Store("memory://ggufs")
+    store.upload(tmp_path / "made", [tmp_path / "made" / "model.gguf"])
+    main(["model", "import-gguf", "--gguf", f"{store.address}/model.gguf", "--out", f"{store.address}/model"])
+    for model in ("model", "model.gguf"):
+        capsys.readouterr()
+        main(["model", "inspect", "--model", f"{store.address}/{model}"])
+        assert "embed/base" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
