@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+import pytest
+
+from cpt_jax.cli import main
+
 
 def environment(place: Path, devices: int = 1) -> dict[str, str]:
     """Of a command that runs in `place`, a directory of a test: so many devices. XLA compiles quickly instead of well, and
@@ -19,3 +23,14 @@ def environment(place: Path, devices: int = 1) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(place.parent / "compiled"),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """A command in this process: (exit status, stdout, stderr)."""
+    capsys.readouterr()
+    try:
+        main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return status, *capsys.readouterr()

@@ -1,6 +1,7 @@
 """A run whose directory, corpus and base are in an object store is the run on a disk: killed and continued on another
 machine, by one process or by two that have no file system in common."""
 
+import functools
 import gzip
 import json
 import socket
@@ -11,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import environment
+from commands import call, environment
 from store_server import s3_server
 from tiny_recipe import write_tiny
 
-from cpt_jax.cli import main
 from cpt_jax.core.stores import Store
 
 pytestmark = pytest.mark.slow
@@ -56,20 +56,10 @@ def run(place: Path, cache: str, name: str, *more: str) -> subprocess.Popen:
 
 @pytest.fixture
 def cpt(place, monkeypatch, capsys):
-    """A command in this process, as on a machine that has nothing of the runs: (exit status, stdout, stderr)."""
+    """A command in this process, as on a machine that has nothing of the runs."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "elsewhere"))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            main(list(arguments))
-            status = 0
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
+    return functools.partial(call, capsys)
 
 
 def content(store: Store) -> dict[str, bytes | None]:
