@@ -2,15 +2,17 @@
 
 Each process writes its own part of a checkpoint to its own disk (orbax, an array a directory of chunks, each chunk by
 one process), and uploads it in the background. When all have done that, the first one writes STEP.json, which lists all
-files: a checkpoint without it is not there. To continue, each process fetches the whole.
+files: a checkpoint without it is not there. To continue, each process fetches the chunks that its devices hold.
 """
 
+import itertools
 import json
 import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -55,8 +57,9 @@ class StoredCheckpoints:
     def _listing(self, step: int) -> dict:
         return json.loads(self._store.read(f"{step}.json") or b"{}")
 
-    def fetch(self) -> None:
-        """Makes the newest checkpoint the only one on this process's disk, whole, and its metrics lie beside it.
+    def fetch(self, wanted: Callable[[str], bool]) -> None:
+        """Makes the newest checkpoint the only one on this process's disk, with those of its files whose names are wanted,
+        and its metrics lie beside it.
 
         Raises:
           UserError: it is damaged.
@@ -67,7 +70,8 @@ class StoredCheckpoints:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if newest is None:
             return
-        listed = self._listing(newest)["files"]
+        files = self._listing(newest)["files"]
+        listed = {name: digest for name, digest in files.items() if wanted(name)}
         if wrong := self._store.fetch(self._directory / str(newest), listed, str(newest)):
             raise UserError(
                 f"{self._store.address}/{newest} is damaged ({wrong[0]}): remove {newest}.json beside it, and run the recipe again: it goes on from the one before"
@@ -75,6 +79,12 @@ class StoredCheckpoints:
         _write_checksums(self._directory / str(newest), listed)
         if (metrics := self._stage.read("metrics.jsonl")) is not None:
             self._metrics.write_bytes(metrics)
+
+    def fetch_shards(self, like: Any) -> None:
+        """Has the chunks too that the devices of this process are to hold of arrays that are placed as `like` is."""
+        newest = self._directory / str(next(iter(self.steps())))
+        needed = _chunks(like, newest)
+        self.fetch(lambda name: name in needed or not is_chunk(name))
 
     def put(self, step: int) -> None:
         """Begins to upload a checkpoint that is complete on this process's disk."""
@@ -105,7 +115,7 @@ class StoredCheckpoints:
         local, own = self._directory / str(step), jax.process_index()
         files = [path for path in local.rglob("*") if path.is_file() and path != local / CHECKSUMS]
         if own:
-            files = [path for path in files if _CHUNK.fullmatch(str(path.relative_to(local)))]
+            files = [path for path in files if is_chunk(str(path.relative_to(local)))]
         listed = self._store.upload(local, files, str(step))
         if own:
             self._store.write(f"{step}.of-{own}", json.dumps(listed).encode())
@@ -130,6 +140,31 @@ class StoredCheckpoints:
         for part in {name.partition("/")[0] for name in self._store.names()}:
             if int(part.partition(".")[0]) not in kept:
                 self._store.remove(part)
+
+
+def is_chunk(name: str) -> bool:
+    """Whether a file of a checkpoint holds a part of an array."""
+    return _CHUNK.fullmatch(name) is not None
+
+
+def is_trained(name: str) -> bool:
+    """Whether it is needed of a stage that is done: what its optimizer remembers is not."""
+    return not (is_chunk(name) and name.startswith("state/optimizer_state."))
+
+
+def _chunks(like: Any, checkpoint: Path) -> set[str]:
+    """The names of the chunks with what this process's devices hold of arrays that are placed as `like` is."""
+    needed = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        name = "state/" + ".".join(str(jax.tree_util.keystr((key,), simple=True)) for key in path)
+        chunk = json.loads((checkpoint / name / ".zarray").read_text())["chunks"]
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
+            spans = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
+            places = [
+                range(start // size, -(-stop // size)) for (start, stop, _), size in zip(spans, chunk, strict=True)
+            ]
+            needed |= {f"{name}/{'.'.join(map(str, at)) or '0'}" for at in itertools.product(*places)}
+    return needed
 
 
 def _write_checksums(checkpoint: Path, listed: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from cpt_jax.checkpoint.keep import Keep
-from cpt_jax.checkpoint.stored import StoredCheckpoints, as_on_disk
+from cpt_jax.checkpoint.stored import StoredCheckpoints, as_on_disk, is_trained
 from cpt_jax.core.errors import TRY_AGAIN, UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import say
@@ -77,7 +77,7 @@ class Mirror:
             return False
         for path in outputs:
             if path.parent.name == "checkpoints":
-                self.checkpoints(path.parents[1], Keep()).fetch()
+                self.checkpoints(path.parents[1], Keep()).fetch(is_trained)
         return all(path.exists() for path in outputs)
 
     def remove(self, paths: Iterable[Path]) -> None:

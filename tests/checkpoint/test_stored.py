@@ -1,5 +1,6 @@
-"""Checkpoints of two processes that have no disk in common: whole, whichever of them is slow."""
+"""Checkpoints of two processes that have no disk in common."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import fsspec, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cpt_jax.checkpoint.intact import Checksummed
 from cpt_jax.checkpoint.keep import Keep
-from cpt_jax.checkpoint.stored import StoredCheckpoints
+from cpt_jax.checkpoint.stored import StoredCheckpoints, is_chunk, is_trained
 from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.stores import Store
 from cpt_jax.training.state import TrainState
@@ -37,10 +38,9 @@ whole = np.random.default_rng(0).normal(size=(600, 70)).astype(np.float32)
 def spread(array, *axes):
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda at: array[at])
 
-def state(step):
-    return TrainState(
-        spread(np.asarray(step)), {"kernel": spread(whole + step, "fsdp")}, {"mean": spread(whole * step, None, "fsdp")}, None
-    )
+def state(step, rows=("fsdp",), columns=(None, "fsdp")):
+    trainable, mean = {"kernel": spread(whole + step, *rows)}, {"mean": spread(whole * step, *columns)}
+    return TrainState(spread(np.asarray(step)), trainable, mean, None)
 
 def opened(place):
     stage = root / f"{place}-{number}"
@@ -55,18 +55,30 @@ for step in (1, 2):
 checkpoints.wait()
 checkpoints.close()
 
-stage, stored = opened("second")
-checkpoints = Checkpoints(stage / "checkpoints", Keep(), stored)
-found, loader = checkpoints.restore(state(0))
-checkpoints.close()
-assert loader == {"position": 2}
-for restored, expected in zip(jax.tree.leaves(found), jax.tree.leaves(state(2)), strict=True):
-    for ours, theirs in zip(restored.addressable_shards, expected.addressable_shards, strict=True):
-        np.testing.assert_array_equal(ours.data, theirs.data)
+def chunk_bytes(checkpoint):
+    files = [path for path in checkpoint.rglob("*") if is_chunk(str(path.relative_to(checkpoint)))]
+    return sum(path.stat().st_size for path in files)
+
+def restored(place, *axes):
+    stage, stored = opened(place)
+    checkpoints = Checkpoints(stage / "checkpoints", Keep(), stored)
+    found, loader = checkpoints.restore(state(0, *axes))
+    checkpoints.close()
+    assert loader == {"position": 2}
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(state(2, *axes)), strict=True):
+        for ours, theirs in zip(leaf.addressable_shards, expected.addressable_shards, strict=True):
+            np.testing.assert_array_equal(ours.data, theirs.data)
+    return stage, stored, chunk_bytes(stage / "checkpoints" / "2")
+
+parts = [restored("as it was")[2], restored("otherwise", (None, "fsdp"), ("fsdp",))[2]]
+print(json.dumps({"whole": chunk_bytes(root / "store" / "checkpoints" / "2"), "parts": parts}))
+stage, stored, _ = restored("again")
+stored.fetch(is_trained)
+np.testing.assert_array_equal(read_trained(stage / "checkpoints")["last"]["kernel"], whole + 2)
 """
 
 
-def test_a_process_that_is_slow_writes_its_part_whole(tmp_path):
+def test_each_writes_and_fetches_its_part_whole_though_one_is_slow(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,6 +86,7 @@ def test_a_process_that_is_slow_writes_its_part_whole(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)],
             env=environment(tmp_path),
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -81,8 +94,12 @@ def test_a_process_that_is_slow_writes_its_part_whole(tmp_path):
     ]
     try:
         for process in processes:
-            _, problems = process.communicate(timeout=60)
+            out, problems = process.communicate(timeout=60)
             assert process.returncode == 0, problems[-3000:]
+            read = json.loads(out.splitlines()[-1])
+            # Half of each array that lies as it was saved; of all chunks a part, where it is cut the other way.
+            assert 0.4 * read["whole"] < read["parts"][0] < 0.6 * read["whole"]
+            assert read["parts"][1] == read["whole"]
     finally:
         for process in processes:
             process.kill()
