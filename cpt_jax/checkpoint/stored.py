@@ -58,8 +58,8 @@ class StoredCheckpoints:
         return json.loads(self._store.read(f"{step}.json") or b"{}")
 
     def fetch(self, wanted: Callable[[str], bool]) -> None:
-        """Makes the newest checkpoint the only one on this process's disk, with those of its files whose names are wanted,
-        and its metrics lie beside it.
+        """Makes the newest checkpoint the only one on this process's disk, with those of its files whose names are
+        wanted, and its metrics lie beside it.
 
         Raises:
           UserError: it is damaged.
@@ -174,7 +174,7 @@ def _write_checksums(checkpoint: Path, listed: Mapping[str, str]) -> None:
 
 
 def as_on_disk(directory: Path) -> None:
-    """Makes a copy of a store's checkpoints/ what it would be on a disk: those that are listed, with their checksums."""
+    """Makes a copy of a store's checkpoints/ what it would be on a disk: what is listed, with its checksums."""
     listings = {match[1]: path for path in directory.glob("*") if (match := _LISTED.fullmatch(path.name))}
     for path in directory.glob("*"):
         if path.is_dir() and path.name not in listings:

@@ -155,18 +155,14 @@ def read_trained(directory: Path) -> dict[str, Tree]:
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
+        metadata = dict(checkpointer.metadata(path).item_metadata)
         on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         # What the optimizer remembers is not read: of a checkpoint from a store it may not be here.
-        like = {
-            name: jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host)
-                if name in ("trainable", "average")
-                else ocp.PLACEHOLDER,
-                part,
+        like = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
+        for name in metadata.keys() & {"trainable", "average"}:
+            like[name] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), metadata[name]
             )
-            for name, part in dict(metadata).items()
-        }
         placed = ocp.checkpoint_utils.construct_restore_args(like)
         state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(like, restore_args=placed))
     trained = {"last": state["trainable"]}

@@ -209,7 +209,7 @@ def _stand_in(address: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def read_from(directory: Location, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A local directory to read: `directory` itself, or a copy of those of its files in the store whose names are wanted.
+    """A local directory to read: `directory` itself, or a copy of the files in the store whose names are wanted.
 
     Raises:
       UserError: the store cannot be reached; and those of the body, with the address instead of the copy's path.

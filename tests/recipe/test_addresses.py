@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from cpt_jax.cli import main
 from cpt_jax.core.stores import Store
 from cpt_jax.recipe.many import find_runs
+from cpt_jax.recipe.sweep_directory import SweepDirectory
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def test_the_page_over_a_sweep_goes_into_its_store(sweep, tmp_path, capsys):
     assert all(run.encode() in (after["report.html"] or b"") for run in ("share-0.0", "share-0.05", "share-0.5"))
     assert {name for name in after if name not in before} > {"report.html", "plots/law-en.png"}
     assert {name: after[name] for name in before} == before
+
+
+def test_a_sweep_writes_its_page_beside_its_runs(sweep, tmp_path):
+    store, names = Store(sweep), [path.name for path in (tmp_path / "sweep" / "runs").iterdir()]
+    records = [{"name": name, "status": "done"} for name in names]
+    store.write("sweep.json", json.dumps({"experiment": "made:up", "runs": records}).encode())
+    assert SweepDirectory(sweep, "made:up", dict.fromkeys(names), claim=False).report() == f"{sweep}/report.html"
+    assert store.read("report.html")
 
 
 def test_a_law_of_runs_and_of_tables_in_a_store(sweep, tmp_path, capsys):
