@@ -11,6 +11,7 @@ from cpt_jax.checkpoint.peft.config import read_peft_config
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.core.stores import Location, fetched, is_address, state_of
 from cpt_jax.models.linear import merge_lora
 
 # Of a directory that was made of files: which, and as they were.
@@ -18,10 +19,10 @@ MADE_OF = "made_of.json"
 _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"}
 
 
-def resolve_base(base: str, cache: Path) -> Path:
+def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     """A model directory: `base` itself, or in `cache` a .gguf file converted, a PEFT adapter merged into its base, or a
     view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id is fetched to the hub's
-    own cache.
+    own cache. Without `weights`, that directory may be a tokenizer's alone.
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
@@ -29,17 +30,16 @@ def resolve_base(base: str, cache: Path) -> Path:
     path = Path(base).expanduser()
     if (path / ADAPTER).exists() and not (path / "config.json").exists():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return _made(files, cache, lambda: _merge_adapter(path, cache))
+        return _made(_states(files), cache, lambda: _merge_adapter(path, cache))
     if path.is_dir():
         return path
     if base.endswith(".gguf"):
-        if not path.exists():
+        if not is_address(base) and not path.exists():
             raise UserError(f"base {base} does not exist")
-        from cpt_jax.checkpoint.gguf import import_gguf
-
-        return _made([path], cache, lambda: import_gguf(path, cache))
-    if "://" in base:
-        return _view(base.rstrip("/"), cache)
+        states = [state_of(base)] if is_address(base) else _states([path])
+        return _made(states, cache, lambda: _import_gguf(base if is_address(base) else path, cache))
+    if is_address(base):
+        return _view(base.rstrip("/"), cache, weights)
     if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise UserError(
             f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M, nor a URL like gs://bucket/model"
@@ -60,10 +60,21 @@ def resolve_base(base: str, cache: Path) -> Path:
     return resolve_base(str(fetched), cache)
 
 
-def _made(files: list[Path], cache: Path, make: Callable[[], None]) -> Path:
-    """`cache`, made of these files, unless it was made of them as they are now."""
-    states = [(file.resolve(), file.stat()) for file in files]
-    origin = [{"file": str(file), "bytes": s.st_size, "modified": s.st_mtime_ns} for file, s in states]
+def _states(files: list[Path]) -> list:
+    """What tells whether files are as they were."""
+    found = [(file.resolve(), file.stat()) for file in files]
+    return [{"file": str(file), "bytes": s.st_size, "modified": s.st_mtime_ns} for file, s in found]
+
+
+def _import_gguf(file: Location, cache: Path) -> None:
+    from cpt_jax.checkpoint.gguf import import_gguf
+
+    with fetched(file) as path:
+        import_gguf(path, cache)
+
+
+def _made(origin: list, cache: Path, make: Callable[[], None]) -> Path:
+    """`cache`, made of files that are as `origin` says, unless it was made of these."""
     mark = cache / MADE_OF
     if not mark.exists() or json.loads(mark.read_text()) != origin:
         make()
@@ -85,7 +96,7 @@ def _merge_adapter(path: Path, cache: Path) -> None:
     save(cache, config, merged, hf_config, tokenizer, generation=directory)
 
 
-def _view(url: str, cache: Path) -> Path:
+def _view(url: str, cache: Path, weights: bool) -> Path:
     """A local directory with the small files of a remote one, and an index that names its weights where they are.
 
     Nothing is written where it would be what is there: a run that continues must find the base as it was.
@@ -100,15 +111,17 @@ def _view(url: str, cache: Path) -> Path:
         raise UserError(
             f"base {url} cannot be read ({type(error).__name__}: {error}): check the address and your credentials"
         ) from error
+    weight_map = {}
     if INDEX in files:
         weight_map = json.loads(files[INDEX])["weight_map"]
     elif SINGLE in found:
         weight_map = dict.fromkeys(SafetensorsFile(f"{url}/{SINGLE}").tensors, SINGLE)
-    else:
+    elif weights:
         raise UserError(f"base {url} has no weights (no {SINGLE}): give a whole model directory")
     sizes = {file: found.get(file) for file in sorted(set(weight_map.values()))}
     index = {"metadata": {"sizes": sizes}, "weight_map": {name: f"{url}/{file}" for name, file in weight_map.items()}}
-    files[INDEX] = json.dumps(index).encode()
+    if weight_map:
+        files[INDEX] = json.dumps(index).encode()
     if cache.is_dir() and {path.name: path.read_bytes() for path in cache.iterdir()} == files:
         return cache
     with atomic_directory(cache) as out:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -43,19 +43,15 @@ class Keep:
             kept |= set(sorted(steps, key=lambda step: loss_of({METRIC: losses[step]}))[: self.best])
         return kept
 
-    def policy(self) -> policies.PreservationPolicy:
-        """As orbax has it."""
-        kept: list[policies.PreservationPolicy] = [policies.LatestN(self.last)]
-        if self.every is not None:
-            kept.append(policies.EveryNSteps(interval_steps=self.every, exact_interval=False))
-        if self.best is not None:
-            best = policies.BestN(
-                get_metric_fn=loss_of, reverse=True, n=self.best, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best)
-        return policies.AnyPreservationPolicy(kept)
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: object = None
+    ) -> Sequence[bool]:
+        """As orbax asks (`PreservationPolicy`)."""
+        kept = self.kept({each.step: loss_of(each.metrics or {}) for each in checkpoints})
+        return [each.step in kept for each in checkpoints]
 
 
-def loss_of(metrics: dict[str, float]) -> float:
-    """What checkpoints are compared by; one whose steps had a loss that is no number is never the best."""
-    return math.inf if math.isnan(metrics[METRIC]) else metrics[METRIC]
+def loss_of(metrics: Mapping[str, float]) -> float:
+    """What checkpoints are compared by; one whose steps had a loss that is no number, or none, is never the best."""
+    loss = metrics.get(METRIC, math.inf)
+    return math.inf if math.isnan(loss) else loss

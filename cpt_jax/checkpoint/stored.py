@@ -2,15 +2,17 @@
 
 Each process writes its own part of a checkpoint to its own disk (orbax, an array a directory of chunks, each chunk by
 one process), and uploads it in the background. When all have done that, the first one writes STEP.json, which lists all
-files: a checkpoint without it is not there. To continue, each process fetches the whole.
+files: a checkpoint without it is not there. To continue, each process fetches the chunks that its devices hold.
 """
 
+import itertools
 import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -55,8 +57,9 @@ class StoredCheckpoints:
     def _listing(self, step: int) -> dict:
         return json.loads(self._store.read(f"{step}.json") or b"{}")
 
-    def fetch(self) -> None:
-        """Makes the newest checkpoint the only one on this process's disk, whole, and its metrics lie beside it.
+    def fetch(self, wanted: Callable[[str], bool]) -> None:
+        """Makes the newest checkpoint the only one on this process's disk, with those of its files whose names are
+        wanted, and its metrics lie beside it.
 
         Raises:
           UserError: it is damaged.
@@ -67,15 +70,21 @@ class StoredCheckpoints:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if newest is None:
             return
-        listed = self._listing(newest)["files"]
+        files = self._listing(newest)["files"]
+        listed = {name: digest for name, digest in files.items() if wanted(name)}
         if wrong := self._store.fetch(self._directory / str(newest), listed, str(newest)):
             raise UserError(
                 f"{self._store.address}/{newest} is damaged ({wrong[0]}): remove {newest}.json beside it, and run the recipe again: it goes on from the one before"
             )
-        own = {name: digest for name, digest in listed.items() if Path(name).name not in LATER}
-        (self._directory / str(newest) / CHECKSUMS).write_text(json.dumps(own, indent=1))
+        _write_checksums(self._directory / str(newest), listed)
         if (metrics := self._stage.read("metrics.jsonl")) is not None:
             self._metrics.write_bytes(metrics)
+
+    def fetch_shards(self, like: Any) -> None:
+        """Has the chunks too that the devices of this process are to hold of arrays that are placed as `like` is."""
+        newest = self._directory / str(next(iter(self.steps())))
+        needed = _chunks(like, newest)
+        self.fetch(lambda name: name in needed or not is_chunk(name))
 
     def put(self, step: int) -> None:
         """Begins to upload a checkpoint that is complete on this process's disk."""
@@ -106,7 +115,7 @@ class StoredCheckpoints:
         local, own = self._directory / str(step), jax.process_index()
         files = [path for path in local.rglob("*") if path.is_file() and path != local / CHECKSUMS]
         if own:
-            files = [path for path in files if _CHUNK.fullmatch(str(path.relative_to(local)))]
+            files = [path for path in files if is_chunk(str(path.relative_to(local)))]
         listed = self._store.upload(local, files, str(step))
         if own:
             self._store.write(f"{step}.of-{own}", json.dumps(listed).encode())
@@ -133,17 +142,63 @@ class StoredCheckpoints:
                 self._store.remove(part)
 
 
+def is_chunk(name: str) -> bool:
+    """Whether a file of a checkpoint holds a part of an array."""
+    return _CHUNK.fullmatch(name) is not None
+
+
+def is_trained(name: str) -> bool:
+    """Whether it is needed of a stage that is done: what its optimizer remembers is not."""
+    return not (is_chunk(name) and name.startswith("state/optimizer_state."))
+
+
+def _chunks(like: Any, checkpoint: Path) -> set[str]:
+    """The names of the chunks with what this process's devices hold of arrays that are placed as `like` is."""
+    needed = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        name = "state/" + ".".join(str(jax.tree_util.keystr((key,), simple=True)) for key in path)
+        chunk = json.loads((checkpoint / name / ".zarray").read_text())["chunks"]
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
+            spans = [part.indices(size) for part, size in zip(index, leaf.shape, strict=True)]
+            places = [
+                range(start // size, -(-stop // size)) for (start, stop, _), size in zip(spans, chunk, strict=True)
+            ]
+            needed |= {f"{name}/{'.'.join(map(str, at)) or '0'}" for at in itertools.product(*places)}
+    return needed
+
+
+def _write_checksums(checkpoint: Path, listed: Mapping[str, str]) -> None:
+    """As a checkpoint on a disk has them."""
+    own = {name: digest for name, digest in listed.items() if Path(name).name not in LATER}
+    (checkpoint / CHECKSUMS).write_text(json.dumps(own, indent=1))
+
+
+def as_on_disk(directory: Path) -> None:
+    """Makes a copy of a store's checkpoints/ what it would be on a disk: what is listed, with its checksums."""
+    listings = {match[1]: path for path in directory.glob("*") if (match := _LISTED.fullmatch(path.name))}
+    for path in directory.glob("*"):
+        if path.is_dir() and path.name not in listings:
+            shutil.rmtree(path)
+    for step, path in listings.items():
+        (directory / step).mkdir(exist_ok=True)
+        _write_checksums(directory / step, json.loads(path.read_text())["files"])
+        path.unlink()
+
+
 def _all_here(name: str) -> None:
     """Returns when all processes have come here; not in the main thread, which has barriers of its own."""
     if jax.process_count() > 1:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=WAIT_SECONDS * 1000)
 
 
-def own_parts() -> tuple[ocp.options.MultiprocessingOptions, dict[str, ocp.CheckpointHandler]]:
-    """What makes orbax write each process's part to its own disk: its options, and the handlers of what is saved."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+def own_parts(options: ocp.CheckpointManagerOptions) -> dict[str, ocp.CheckpointHandler]:
+    """Makes orbax write each process's part to its own disk; returns the handlers of what is saved."""
+    options.multiprocessing_options = alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    # In the background, all processes are told that the directory is there by the first that has made its own: another
+    # would write where nothing is yet, and then make, or empty, its own.
+    options.async_options = ocp.AsyncOptions(create_directories_asynchronously=False)
     arrays = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0, use_replica_parallel=False))
     )
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone, type_handler_registry=arrays)
-    return alone, {"state": state, "loader": ocp.JsonCheckpointHandler(multiprocessing_options=alone)}
+    return {"state": state, "loader": ocp.JsonCheckpointHandler(multiprocessing_options=alone)}

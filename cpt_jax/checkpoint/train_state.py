@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from cpt_jax.checkpoint.intact import Checksummed, fault, steps
 from cpt_jax.checkpoint.keep import METRIC, Keep, loss_of
-from cpt_jax.checkpoint.stored import StoredCheckpoints, own_parts
+from cpt_jax.checkpoint.stored import StoredCheckpoints, is_chunk, own_parts
 from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
@@ -32,11 +32,12 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: Keep | None = None, stored: StoredCheckpoints | None = None) -> None:
         self._directory, self._saving, self._stored = directory.absolute(), False, stored
         if stored is not None:
-            stored.fetch()
+            # Which chunks are needed is known by what is restored.
+            stored.fetch(lambda name: not is_chunk(name))
         if not processes.told(processes.is_first() and _set_aside_damaged(self._directory)):
             raise UserError(f"{directory} has checkpoints, and none is intact: remove it to begin the stage anew")
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=(keep or Keep()).policy(),
+            preservation_policy=keep or Keep(),
             # Not to choose by, but to have metrics written.
             best_fn=loss_of,
             cleanup_tmp_directories=True,
@@ -45,7 +46,7 @@ class Checkpoints:
         )
         handlers = None
         if stored is not None:
-            options.multiprocessing_options, handlers = own_parts()
+            handlers = own_parts(options)
             self._directory.mkdir(parents=True, exist_ok=True)
         with disk_full_is_told(directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
@@ -83,6 +84,7 @@ class Checkpoints:
         if self._stored is None:
             restore = ocp.args.StandardRestore(abstract)
         else:
+            self._stored.fetch_shards(like)
             placed = ocp.checkpoint_utils.construct_restore_args(abstract)
             restore = ocp.args.PyTreeRestore(abstract, restore_args=placed)
         found = self._manager.restore(step, args=ocp.args.Composite(state=restore, loader=ocp.args.JsonRestore()))
@@ -151,11 +153,18 @@ def read_trained(directory: Path) -> dict[str, Tree]:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
     )
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        metadata = dict(checkpointer.metadata(path).item_metadata)
         on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), dict(metadata))
-        state = checkpointer.restore(path, like)
+        # What the optimizer remembers is not read: of a checkpoint from a store it may not be here.
+        like = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, metadata)
+        for name in metadata.keys() & {"trainable", "average"}:
+            like[name] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), metadata[name]
+            )
+        placed = ocp.checkpoint_utils.construct_restore_args(like)
+        state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(like, restore_args=placed))
     trained = {"last": state["trainable"]}
     if state.get("average"):
         trained["ema"] = state["average"]

@@ -4,6 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cpt_jax.core.stores import location
+
+
+def on_disk(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is in a store, and is needed on a disk: fetch it, and give its path")
+    return Path(text)
+
 
 def named_spec(text: str) -> tuple[str, str]:
     name, separator, spec = text.partition("=")
@@ -27,7 +35,7 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--scores", choices=("below-base", "own", "zero"), help="of a SentencePiece union (default below-base)"
     )
-    sub.add_argument("--ban", type=Path, metavar="FILE", help="pieces that are never learnt, one a line (UTF-8)")
+    sub.add_argument("--ban", type=on_disk, metavar="FILE", help="pieces that are never learnt, one a line (UTF-8)")
     sub.add_argument(
         "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
     )
@@ -117,4 +125,4 @@ def plan_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--compile", type=int, default=3, metavar="N", help="of what --search ranks on paper, the first N (default 3)"
     )
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--json", type=location, help="also write the figures to this file")

@@ -1,10 +1,9 @@
 """`cpt data`: its flags, and what it does with them; imports happen inside, so that --help needs no JAX."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from cpt_jax.cli.arguments import named_spec
+from cpt_jax.cli.arguments import named_spec, on_disk
 from cpt_jax.core.stores import location
 
 # Where the steps run: by processes of this machine, or by a runner of Apache Beam.
@@ -46,12 +45,12 @@ def _cleaning(sub: argparse.ArgumentParser) -> None:
 def data_prepare_of(sub: argparse.ArgumentParser) -> None:
     """The flags of `data prepare`."""
     spec: dict[str, Any] = dict(type=named_spec, nargs="+", metavar="NAME=SPEC")
-    sub.add_argument("--tokenizer", required=True, type=Path)
+    sub.add_argument("--tokenizer", required=True, help="its directory, or a hub id")
     sub.add_argument("--input", required=True, **spec)
     sub.add_argument("--out", required=True, type=location, help="a directory, or an address as gs://BUCKET/DATA")
     _texts(sub)
     sub.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
+        "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
     )
     _cleaning(sub)
     sub.add_argument("--runner", choices=RUNNERS, default="local", help="of Apache Beam, but the first (default local)")
@@ -68,8 +67,8 @@ def data_stats_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", nargs="+", metavar="DIR|NAME=SPEC", help="prepared directories, or corpora as they are")
     _texts(sub)
     _cleaning(sub)
-    sub.add_argument("--html", type=Path, help="also write a self-contained page to this file")
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--html", type=location, help="also write a self-contained page to this file")
+    sub.add_argument("--json", type=location, help="also write the figures to this file")
 
 
 def _cleaned(arguments: argparse.Namespace):

@@ -1,7 +1,8 @@
 """The flags of `cpt law`, and what it does with them."""
 
 import argparse
-from pathlib import Path
+
+from cpt_jax.core.stores import location
 
 LAW = "How much to replay: laws of the loss against share, tokens and size, fitted on runs that were made."
 
@@ -11,7 +12,7 @@ def law_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "source",
         nargs="+",
-        type=Path,
+        type=location,
         help="runs' directories, sweeps' directories, or tables (.csv, .jsonl: tokens, share, a column of losses a domain; size, seed)",
     )
     sub.add_argument("--old", required=True, metavar="NAME", help="the domain that is to be kept")
@@ -25,8 +26,10 @@ def law_of(sub: argparse.ArgumentParser) -> None:
         "--tokens", type=float, metavar="N", help="of the run to be planned (default: the most that were run)"
     )
     sub.add_argument("--size", type=float, metavar="N", help="its model's parameters (default: the most that were run)")
-    sub.add_argument("--html", type=Path, help="also write a self-contained page to this file, and plots/ beside it")
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument(
+        "--html", type=location, help="also write a self-contained page to this file, and plots/ beside it"
+    )
+    sub.add_argument("--json", type=location, help="also write the figures to this file")
 
 
 def law(arguments: argparse.Namespace, _: list[str]) -> None:

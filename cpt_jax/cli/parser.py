@@ -1,11 +1,17 @@
 """The commands and their flags."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli import handlers
-from cpt_jax.cli.arguments import named_spec, plan_of, replay_and_forgetting, texts_and_learning, trackers_of
+from cpt_jax.cli.arguments import (
+    named_spec,
+    on_disk,
+    plan_of,
+    replay_and_forgetting,
+    texts_and_learning,
+    trackers_of,
+)
 from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
 from cpt_jax.cli.laws import LAW, law, law_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
@@ -56,11 +62,11 @@ def parser() -> argparse.ArgumentParser:
             "--chat", nargs="+", default=[], metavar="NAME", help="corpora that hold conversations: answers are learnt"
         )
         sub.add_argument(
-            "--chat-template", type=Path, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
+            "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
         )
 
     def json_out(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--json", type=Path, help="also write the figures to this file")
+        sub.add_argument("--json", type=location, help="also write the figures to this file")
 
     def machine(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -89,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
             help="when no step ends for so long, say where it hangs; after as long again exit with 75 (default 1800; 0: never)",
         )
         sub.add_argument(
-            "--shared", type=Path, metavar="DIR", help="where the runs of a sweep find what they have in common"
+            "--shared", type=on_disk, metavar="DIR", help="where the runs of a sweep find what they have in common"
         )
         trackers_of(sub)
         sub.add_argument(
@@ -167,7 +173,9 @@ def parser() -> argparse.ArgumentParser:
     )
     texts_and_learning(sub)
     sub.add_argument("--new-tokens", required=True, type=int, help="pieces learnt from the corpora, at most")
-    sub.add_argument("--candidates", type=Path, metavar="FILE", help="terms to be pieces besides, one a line (UTF-8)")
+    sub.add_argument(
+        "--candidates", type=on_disk, metavar="FILE", help="terms to be pieces besides, one a line (UTF-8)"
+    )
     sub.add_argument(
         "--drop-unreachable", action="store_true", help="leave out pieces that the corpora never come to use"
     )
@@ -178,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
         ("slow-fast-differences", "documents that tokenizer.model and tokenizer.json may cut differently"),
     ):
         sub.add_argument(f"--max-{name}", type=float, metavar="SHARE", help=f"limit (0 to 1) of {help}")
-    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--out", required=True, type=location)
     json_out(sub)
     sub = command(
         tokenizer,
@@ -197,19 +205,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the curve's numbers of new pieces (default 500 to 32000)",
     )
-    sub.add_argument("--html", type=Path, help="also write a self-contained page to this file")
-    sub.add_argument("--plot", type=Path, help="also write the curve's picture to this PNG file")
+    sub.add_argument("--html", type=location, help="also write a self-contained page to this file")
+    sub.add_argument("--plot", type=location, help="also write the curve's picture to this PNG file")
     json_out(sub)
 
     model = group("model", "import, extend and inspect models")
     sub = command(model, "import-gguf", handlers.model_import_gguf, "A GGUF file as a HF directory (dequantised).")
-    sub.add_argument("--gguf", required=True, type=Path)
-    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--gguf", required=True, type=location)
+    sub.add_argument("--out", required=True, type=location)
     sub = command(
         model, "extend", handlers.model_extend, "Grows the embedding (and an untied head) to the tokenizer's size."
     )
     sub.add_argument("--model", required=True)
-    sub.add_argument("--tokenizer", required=True, type=Path)
+    sub.add_argument("--tokenizer", required=True, help="its directory, or a hub id")
     sub.add_argument(
         "--init", nargs="+", default=[], choices=ROWS, help="what the new rows start from; with --probe, several"
     )
@@ -217,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--vectors", nargs=2, default=[], metavar="VEC", help="wechsel: aligned .vec files, old and new")
     sub.add_argument("--probe", type=int, metavar="STEPS", help="train each kind of rows so long, and take the best")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", required=True, type=Path)
+    sub.add_argument("--out", required=True, type=location)
     text_field(sub)
     json_out(sub)
     sub = command(
@@ -264,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True, help="a HF directory, a .gguf file, a hub id, or a run's directory")
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     sub.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ...} on each'
+        "--prompts", type=location, metavar="FILE", help='one prompt a line, or .jsonl with {"prompt": ...} on each'
     )
     sub.add_argument("--new-tokens", type=int, default=100, metavar="N", help="at most (default 100)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
@@ -288,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-gb", type=float, metavar="GB", help=f"largest weight file {unset}")
 
     sub = command(commands, "doctor", handlers.doctor, "Verifies a run: what is there is what was written, and agrees.")
-    sub.add_argument("run", type=Path)
+    sub.add_argument("run", type=location, help="a run's directory, or its address in a store")
     json_out(sub)
 
     sub = command(
@@ -297,8 +305,8 @@ def parser() -> argparse.ArgumentParser:
         handlers.report,
         "A run's HTML report; of a sweep or of several runs, a page over all of them.",
     )
-    sub.add_argument("run", nargs="+", type=Path, help="runs' directories, or a sweep's")
-    sub.add_argument("--out", type=Path, help="of several (default: report.html of a sweep, else compare.html)")
+    sub.add_argument("run", nargs="+", type=location, help="runs' directories, or a sweep's; or addresses of them")
+    sub.add_argument("--out", type=location, help="of several (default: report.html of a sweep, else compare.html)")
 
     law_of(command(commands, "law", law, LAW))
     return parser

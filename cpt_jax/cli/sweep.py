@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from cpt_jax.cli.arguments import trackers_of
@@ -51,7 +50,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--exports", action="store_true", help="with each run's export, samples and report")
     sub.add_argument("--update", action="store_true", help="go on with changed recipes; what they do not touch is kept")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--json", type=location, help="also write the figures to this file")
 
 
 def sweep(arguments: argparse.Namespace, _: list[str]) -> None:

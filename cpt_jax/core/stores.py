@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from cpt_jax.core.checksums import checksums, sha256
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import disk_full_is_told
+from cpt_jax.core.storage import disk_full_is_told, write_json_atomic
 
 # Files fetched at a time: most are small, and waited for more than transferred.
 _AT_ONCE = 16
@@ -120,6 +120,17 @@ class Store:
             there = pool.map(lambda name: self._fetched(directory, name, listed[name], below), listed)
             return [name for name, is_there in zip(listed, there, strict=True) if not is_there]
 
+    def copy(self, directory: Path, names: Iterable[str]) -> None:
+        """Puts files of these names, as they are in the store, under the same names into a local directory."""
+
+        def one(name: str) -> None:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            with disk_full_is_told(directory / name):
+                self._files.get_file(self._at(name), str(directory / name))
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(one, names))
+
     def _fetched(self, directory: Path, name: str, digest: str, below: str) -> bool:
         path = directory / name
         if _is(path, digest):
@@ -183,17 +194,88 @@ def state_of(address: str) -> list:
 
 
 @contextlib.contextmanager
+def _stand_in(address: str) -> Iterator[Path]:
+    """A local path for a directory in a store, with its last two names, gone afterwards: errors name the address."""
+    root = Path(tempfile.mkdtemp(prefix="cpt-"))
+    local = root.joinpath(*PurePosixPath(address.partition("://")[2]).parts[-2:])
+    local.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield local
+    except UserError as error:
+        raise UserError(str(error).replace(str(local), address)) from error
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def read_from(directory: Location, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """A local directory to read: `directory` itself, or a copy of the files in the store whose names are wanted.
+
+    Raises:
+      UserError: the store cannot be reached; and those of the body, with the address instead of the copy's path.
+    """
+    if not is_address(directory):
+        yield Path(directory)
+        return
+    store = Store(str(directory))
+    with _stand_in(store.address) as local:
+        local.mkdir(exist_ok=True)
+        with refusals_are_told(store.address):
+            store.copy(local, filter(wanted, store.names()))
+        yield local
+
+
+@contextlib.contextmanager
+def fetched(file: Location) -> Iterator[Path]:
+    """A local file to read: `file` itself, or a copy of it; a path where nothing is if the store has no such file."""
+    if not is_address(file):
+        yield Path(file)
+        return
+    place, _, name = str(file).rpartition("/")
+    with _stand_in(place) as local:
+        local.mkdir(exist_ok=True)
+        with refusals_are_told(str(file)), contextlib.suppress(FileNotFoundError):
+            Store(place).copy(local, [name])
+        yield local / name
+
+
+@contextlib.contextmanager
 def written_to(out: Location) -> Iterator[Path]:
-    """A local path to write at: `out` itself, or one whose files are in the store afterwards."""
+    """A local path to write a directory at: `out` itself, or one whose files are in the store afterwards.
+
+    Raises:
+      UserError: there is something at this address.
+    """
     if not is_address(out):
         yield Path(out)
         return
     store = Store(str(out))
-    root = Path(tempfile.mkdtemp(prefix="cpt-"))
-    try:
-        local = root / cache_of(str(out)).name
+    with refusals_are_told(store.address):
+        if store.names():
+            raise UserError(f"{out} exists: give another --out, or remove it first")
+    with _stand_in(store.address) as local:
         yield local
-        with refusals_are_told(str(out)):
-            store.upload(local, (path for path in local.rglob("*") if path.is_file()))
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+        _put(store, local)
+
+
+@contextlib.contextmanager
+def written_beside(out: Location) -> Iterator[Path]:
+    """A local path to write a file at, and others beside it: `out` itself, or one after which all are in the store."""
+    if not is_address(out):
+        yield Path(out)
+        return
+    place, _, name = str(out).rpartition("/")
+    with _stand_in(place) as local:
+        yield local / name
+        _put(Store(place), local)
+
+
+def _put(store: Store, local: Path) -> None:
+    with refusals_are_told(store.address):
+        store.upload(local, (path for path in local.rglob("*") if path.is_file()))
+
+
+def write_json(out: Location, value: object) -> None:
+    """Writes a JSON file, on a disk or in a store, whole or not at all."""
+    with written_beside(out) as path:
+        write_json_atomic(path, value)

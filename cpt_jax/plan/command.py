@@ -9,7 +9,7 @@ from cpt_jax.adapt import Embeddings, Full, LoRA, Method
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, fetched, is_address, write_json
 from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
@@ -60,7 +60,7 @@ def plan(
     searching: bool,
     compiled: int,
     price: float | None,
-    json_path: Path | None,
+    json_path: Location | None,
 ) -> None:
     """Prints the plan of every stage (or of one), or with `searching` the best ways to run it.
 
@@ -96,7 +96,7 @@ def plan(
         if searching:
             summary["candidates"] = [_figures(each) for each in ranked]
         # Of one stage, its figures stand at the top.
-        write_json_atomic(json_path, summary | (figures[0] if figures else {}))
+        write_json(json_path, summary | (figures[0] if figures else {}))
 
 
 def _stages(
@@ -148,12 +148,13 @@ def hf_config_of(model: str) -> dict:
     """A model's config.json: a file, a directory, or a hub id, of which nothing else is fetched."""
     path = Path(model).expanduser()
     if path.suffix == ".json":
-        if not path.is_file():
-            raise UserError(f"{model} does not exist: give a model's config.json or directory")
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{model} is not JSON (line {error.lineno}): give a model's config.json") from error
+        with fetched(model if is_address(model) else path) as file:
+            if not file.is_file():
+                raise UserError(f"{model} does not exist: give a model's config.json or directory")
+            try:
+                return json.loads(file.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{model} is not JSON (line {error.lineno}): give a model's config.json") from error
     if path.is_dir() or "://" in model or path.suffix == ".gguf" or model.count("/") != 1:
         return read_config(find_model(model))
     import huggingface_hub

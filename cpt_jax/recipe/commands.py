@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, write_json, written_to
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import corpora_of, texts_of
-from cpt_jax.recipe.find import find_model
+from cpt_jax.recipe.find import find_model, find_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
@@ -19,46 +19,48 @@ from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 def model_extend(
     *,
     model: str,
-    tokenizer: Path,
+    tokenizer: str,
     init: Sequence[str],
     corpora: Sequence[str],
     vectors: Sequence[str],
     probe_steps: int | None,
     text_field: str,
     seed: int,
-    out: Path,
-    json_path: Path | None,
+    out: Location,
+    json_path: Location | None,
 ) -> None:
     """`cpt model extend`: rows of one kind, or, with a probe, of the kind that is best after `probe_steps` steps."""
     quiet_libraries()
     candidates = _candidates(init, vectors, probe_steps is not None)
     if needy := [name for name, rows in candidates.items() if isinstance(rows, NEEDS_TEXT) and not corpora]:
         raise UserError(f"rows {needy[0]!r} are made from text of the new domain: give --corpus SPEC")
+    directory = find_tokenizer(tokenizer)
     if probe_steps is None:
         if len(candidates) > 1:
             raise UserError(
                 f"--init names {len(candidates)} kinds of rows: give one, or --probe STEPS to choose by training"
             )
-        growth = Growth(find_model(model), tokenizer, seed, lambda: texts_of(corpora_of(corpora, text_field)))
-        growth.save(growth.rows(next(iter(candidates.values()))), out)
+        with written_to(out) as local:
+            growth = Growth(find_model(model), directory, seed, lambda: texts_of(corpora_of(corpora, text_field)))
+            growth.save(growth.rows(next(iter(candidates.values()))), local)
         print(out)
         return
     if not corpora:
         raise UserError("--probe trains on text of the new domain: give --corpus SPEC")
-    with tempfile.TemporaryDirectory() as directory:
-        parts = [HeldApart(corpus, Holdout(), Path(directory)) for corpus in corpora_of(corpora, text_field)]
+    with tempfile.TemporaryDirectory() as place, written_to(out) as local:
+        parts = [HeldApart(corpus, Holdout(), Path(place)) for corpus in corpora_of(corpora, text_field)]
         heldout = [text for part in parts for text in part.measured()]
-        growth = Growth(find_model(model), tokenizer, seed, lambda: (text for part in parts for text in part.learnt()))
+        growth = Growth(find_model(model), directory, seed, lambda: (text for part in parts for text in part.learnt()))
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
-        growth.save(rows, out)
+        growth.save(rows, local)
     print(f"{'rows':<26}{'at once':>10}{f'{probe_steps} steps':>12}{'seconds to make':>18}   (bits per byte, held out)")
     for result in results:
         before, after = result.bits_per_byte.values()
         print(f"{result.name:<26}{before:>10.3f}{after:>12.3f}{result.seconds:>18.0f}")
     print(f"{out}: {results[0].name}")
     if json_path is not None:
-        write_json_atomic(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
+        write_json(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
 
 
 def _candidates(names: Sequence[str], vectors: Sequence[str], probed: bool) -> dict[str, InitRows]:

@@ -16,7 +16,7 @@ from cpt_jax.core.checksums import difference
 from cpt_jax.core.config import from_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import read_heldout
 from cpt_jax.data.mixture import domains_of
@@ -24,6 +24,7 @@ from cpt_jax.data.prepare import MANIFEST, read_manifest
 from cpt_jax.data.records import shard_fault
 from cpt_jax.recipe.export import GATE, logit_difference, numpy_type
 from cpt_jax.recipe.lineage import Lineage
+from cpt_jax.recipe.mirror import examined
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.training.ending import ended_early
@@ -39,21 +40,23 @@ class Finding:
     says: str
 
 
-def examine_run(run: Path, json_path: Path | None = None) -> bool:
-    """Prints what is found of each part of a run, and whether all of it is good.
+def examine_run(run: Location, json_path: Location | None = None) -> bool:
+    """Prints what is found of each part of a run, also of one in a store, and whether all of it is good.
 
     Raises:
       UserError: it is no run's directory, or a process is running in it.
     """
     quiet_libraries()
     findings = []
-    for finding in Patient(run).findings():
-        print(f"{'good ' if finding.good else 'WRONG'}  {finding.part}: {finding.says}", flush=True)
-        findings.append(finding)
+    with examined(run) as path:
+        for found in Patient(path).findings():
+            finding = dataclasses.replace(found, says=found.says.replace(str(path), str(run)))
+            print(f"{'good ' if finding.good else 'WRONG'}  {finding.part}: {finding.says}", flush=True)
+            findings.append(finding)
     wrong = [finding for finding in findings if not finding.good]
     print(f"{len(wrong)} of {len(findings)} parts are wrong" if wrong else "all is as it was written")
     if json_path is not None:
-        write_json_atomic(json_path, {"good": not wrong, "findings": [dataclasses.asdict(f) for f in findings]})
+        write_json(json_path, {"good": not wrong, "findings": [dataclasses.asdict(f) for f in findings]})
     return not wrong
 
 
@@ -74,7 +77,7 @@ class Patient:
                     raise UserError(f"a process is running in {run}: examine it when that has ended") from error
 
     def findings(self) -> Iterator[Finding]:
-        yield self._stations()
+        yield self._found("run", self._stations)
         for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             yield self._found(f"data/{name}", lambda name=name: self._data(name))
         for index, stage in enumerate(self.recipe.stages):
@@ -99,11 +102,15 @@ class Patient:
         mark = self.path / ".stations" / f"{station}.json"
         return mark.exists() and json.loads(mark.read_text())["done"]
 
-    def _stations(self) -> Finding:
-        names = sorted(path.stem for path in (self.path / ".stations").glob("*.json"))
+    def _stations(self) -> str:
+        marks = {path.stem: json.loads(path.read_text()) for path in (self.path / ".stations").glob("*.json")}
+        names = sorted(marks)
+        for name in names:
+            # Marks in a store have the SHA-256 of what the station wrote.
+            if (wrong := difference(self.path, marks[name].get("files", {}))) is not None:
+                raise UserError(f"{wrong}: run the recipe again, which does {name} anew")
         begun = [name for name in names if not self._done(name)]
-        says = f"{len(names) - len(begun)} stations are done" + (f"; not finished: {', '.join(begun)}" if begun else "")
-        return Finding(part="run", good=True, says=says)
+        return f"{len(names) - len(begun)} stations are done" + (f"; not finished: {', '.join(begun)}" if begun else "")
 
     def _data(self, name: str) -> str:
         directory = self.path / "data" / name

@@ -8,7 +8,7 @@ from pathlib import Path
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import progress, quiet_libraries
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, fetched, is_address, write_json
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.data.sources import Corpus, Document, SkipCounts, named_corpora, read
@@ -144,7 +144,7 @@ def evaluate_model(
     chat: Sequence[str],
     chat_template: Path | None,
     max_bytes: int,
-    json_path: Path | None,
+    json_path: Location | None,
 ) -> None:
     """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions."""
     if not data and not choices:
@@ -156,7 +156,10 @@ def evaluate_model(
         )
         for corpus in named_corpora(data, text_field, chat)
     }
-    questions = {name: read_questions(Path(file).expanduser()) for name, file in choices}
+    questions: dict[str, list[Question]] = {}
+    for name, given in choices:
+        with fetched(given if is_address(given) else Path(given).expanduser()) as file:
+            questions[name] = read_questions(file)
     models = [model] if against is None else [against, model]
     figures = {name: _evaluate(name, domains, questions) for name in models}
     written: dict[str, list[dict]] = {"results": [], "choices": []}
@@ -165,7 +168,7 @@ def evaluate_model(
     if questions:
         written["choices"], written["differences"] = _choices_entries(figures, list(questions))
     if json_path is not None:
-        write_json_atomic(json_path, written)
+        write_json(json_path, written)
 
 
 def run_harness(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
-from cpt_jax.core.stores import Store, is_address, refusals_are_told
+from cpt_jax.core.stores import Store, fetched, is_address, location, refusals_are_told
 from cpt_jax.recipe.experiment import find_experiment, find_function
 from cpt_jax.recipe.recipe import Recipe
 
@@ -36,7 +36,21 @@ def find_model(name: str) -> Path:
             )
         path = path / "export"
         name = str(path)
-    return resolve_base(name, CACHE / f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
+    return resolve_base(name, _cache_of(name))
+
+
+def find_tokenizer(name: str) -> Path:
+    """A directory with a tokenizer's files, from the same as a model's, or from one that has no weights.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(name).expanduser()
+    return path if path.is_dir() else resolve_base(name, _cache_of(name), weights=False)
+
+
+def _cache_of(name: str) -> Path:
+    return CACHE / f"{Path(name).stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _stored_model(address: str) -> str:
@@ -59,7 +73,8 @@ def find_recipe(name: str) -> Recipe:
       UserError: there is none of that name (the nearest one is named), or it is no recipe.
     """
     if name.endswith(".json"):
-        return _saved_recipe(Path(name))
+        with fetched(location(name)) as path:
+            return _saved_recipe(path)
     if "/" in name:
         experiment, _, run = name.partition("/")
         runs = find_experiment(experiment)

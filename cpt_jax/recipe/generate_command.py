@@ -10,7 +10,7 @@ from typing import Literal
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import quiet_libraries, say
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, fetched, write_json
 from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.models.generate import Generation
 from cpt_jax.models.sampling import Sampling
@@ -221,15 +221,17 @@ def generate_text(
     *,
     model: str,
     prompts: Sequence[str],
-    prompts_path: Path | None,
+    prompts_path: Location | None,
     new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str],
     chat: bool,
-    json_path: Path | None,
+    json_path: Location | None,
 ) -> None:
     """`cpt generate`: text on stdout (with --chat the answers alone), its speed on stderr."""
-    prompts = [*prompts, *(read_prompts(prompts_path) if prompts_path is not None else [])]
+    if prompts_path is not None:
+        with fetched(prompts_path) as file:
+            prompts = [*prompts, *read_prompts(file)]
     if not prompts:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts FILE")
     if new_tokens < 1:
@@ -260,7 +262,7 @@ def generate_text(
     say(str(speed))
     if json_path is not None:
         results = [dataclasses.asdict(each) for each in done]
-        write_json_atomic(json_path, {"results": results, "tokens_per_second": speed.tokens_per_second})
+        write_json(json_path, {"results": results, "tokens_per_second": speed.tokens_per_second})
 
 
 def _show(text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from cpt_jax.adapt import Embeddings, Full, LoRA, Method
 from cpt_jax.checkpoint.hf import INDEX, SINGLE, load, read_config
 from cpt_jax.core.precision import default_precision
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
@@ -20,7 +20,7 @@ HEADER = ("weight", "shape", "type in files", "axes", "parameters", "MB")
 
 
 def model_inspect(
-    directory: Path, *, method: Method | None, optimizer: str, new_tokens: int, json_path: Path | None
+    directory: Path, *, method: Method | None, optimizer: str, new_tokens: int, json_path: Location | None
 ) -> None:
     """Prints the configuration and the table of parameters, from config.json and the files' headers alone.
 
@@ -69,7 +69,7 @@ def model_inspect(
     else:
         print()
     if json_path is not None:
-        write_json_atomic(json_path, summary | {"weights": weights})
+        write_json(json_path, summary | {"weights": weights})
 
 
 def _bytes(path: str, size: int, method: Method | None) -> int:

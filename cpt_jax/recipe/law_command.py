@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError, nearest
-from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.stores import Location, fetched, is_address, write_json, written_beside
 from cpt_jax.laws.answer import Budget, fit_both
 from cpt_jax.laws.points import Point, read_points
 from cpt_jax.recipe.law_page import Study, study_section, study_text
@@ -17,14 +18,14 @@ from cpt_jax.recipe.side_by_side import alike, points_of
 
 def law(
     *,
-    sources: Sequence[Path],
+    sources: Sequence[Location],
     old: str,
     new: str,
     budget: str,
     tokens: float | None,
     size: float | None,
-    json_path: Path | None,
-    html_path: Path | None,
+    json_path: Location | None,
+    html_path: Location | None,
 ) -> None:
     """Fits the laws of two domains on runs, sweeps and tables, and prints the answer."""
     allowed, (points, unit, notes) = Budget.parse(budget), _points(sources)
@@ -35,25 +36,32 @@ def law(
     study = Study.of(points, fit_both(points, old, new), allowed, tokens, size)
     print("\n".join([study_text(study), *(f"note: {note}" for note in notes)]))
     if json_path is not None:
-        write_json_atomic(json_path, study.as_json())
+        write_json(json_path, study.as_json())
     if html_path is not None:
         body = f'<div class="answer"><p>{html.escape(study.asked.sentence)}</p></div>'
-        body += study_section(study, unit, html_path.parent / "plots")
-        body += "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
-        runs = len(study.laws[0].points)
-        write_text_atomic(
-            html_path, page(f"{html.escape(old)} and {html.escape(new)}", f"a law of {runs} runs", body, STYLE)
-        )
+        runs, title = len(study.laws[0].points), f"{html.escape(old)} and {html.escape(new)}"
+        with written_beside(html_path) as path:
+            body += study_section(study, unit, path.parent / "plots")
+            body += "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
+            write_text_atomic(path, page(title, f"a law of {runs} runs", body, STYLE))
         print(html_path)
 
 
-def _points(sources: Sequence[Path]) -> tuple[list[Point], str, list[str]]:
+def _is_table(source: Location) -> bool:
+    return str(source).endswith((".csv", ".jsonl")) or not (is_address(source) or Path(source).exists())
+
+
+def _points(sources: Sequence[Location]) -> tuple[list[Point], str, list[str]]:
     """The points, the unit of their losses, and what was left out."""
-    tables = [source for source in sources if source.suffix in (".csv", ".jsonl") or not source.exists()]
+    tables = [source for source in sources if _is_table(source)]
     if tables and len(tables) < len(sources):
         raise UserError(f"{tables[0]} is a table among runs: give tables or runs, whose losses may be in other units")
     if tables:
-        return [point for table in tables for point in read_points(table)], "loss", []
+        points = []
+        for table in tables:
+            with fetched(table) as path:
+                points += read_points(path)
+        return points, "loss", []
     runs, notes = find_runs(sources)
     used, others = alike(runs)
     if others:

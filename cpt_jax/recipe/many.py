@@ -10,9 +10,11 @@ from typing import Any
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.stores import Location, Store, glob_addresses, is_address, read_from, refusals_are_told
+from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
-from cpt_jax.recipe.report import final_label, grid, load_run
+from cpt_jax.recipe.report import final_label, grid, is_reported, load_run
 
 Curve = list[tuple[int, float]]
 
@@ -24,7 +26,7 @@ class RunFacts:
     the base's, grown, `None` if it is not there; `losses` (nats a token, in training) and `watched` (bits per byte,
     held out) are curves over the tokens so far."""
 
-    path: Path
+    path: Location
     name: str
     settings: Mapping[str, Any]
     seed: int
@@ -54,12 +56,17 @@ class RunFacts:
         return Point(losses=self.base, tokens=0, share=0.0, size=self.parameters, name=f"base of {self.name}")
 
 
-def read_run(path: Path) -> RunFacts:
-    """The facts of a run's directory.
+def read_run(location: Location) -> RunFacts:
+    """The facts of a run's directory, also of one in a store.
 
     Raises:
       UserError: it is no run's directory, or its result was not evaluated yet.
     """
+    with read_from(location, is_reported) as path:
+        return _facts(location, path)
+
+
+def _facts(location: Location, path: Path) -> RunFacts:
     config, entries = load_run(path)
     labels, cells = grid(entries)
     final, names = final_label(config), [domain["corpus"]["name"] for domain in config["domains"]]
@@ -72,12 +79,12 @@ def read_run(path: Path) -> RunFacts:
     losses, watched = _curves(path, config)
     tokens = sum(stage["tokens"] for stage in config["stages"])
     return RunFacts(
-        path=path,
+        path=location,
         name=path.resolve().name if path.resolve().parent.name == "runs" else config["name"],
         settings=dict(_flat(config)),
         seed=config.get("seed", 0),
         tokens=tokens,
-        parameters=_parameters(path / "base") or _parameters(Path(config["base"])),
+        parameters=_parameters(f"{location}/base") or _parameters(config["base"]),
         replay=_replay(path, config, roles) / tokens if tokens else 0.0,
         roles=roles,
         base={name: cells[labels[0], name]["bits_per_byte"] for name in names},
@@ -87,7 +94,7 @@ def read_run(path: Path) -> RunFacts:
     )
 
 
-def find_runs(paths: Sequence[Path]) -> tuple[list[RunFacts], list[str]]:
+def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
     """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep are
     left out, a line each.
 
@@ -99,7 +106,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[RunFacts], list[str]]:
         if not is_sweep(path):
             found.append(read_run(path))
             continue
-        for run in sorted(child for child in (path / "runs").iterdir() if child.is_dir()):
+        for run in _runs_of(path):
             try:
                 found.append(read_run(run))
             except UserError as error:
@@ -109,13 +116,23 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[RunFacts], list[str]]:
     return found, left_out
 
 
-def is_sweep(path: Path) -> bool:
+def is_sweep(location: Location) -> bool:
     """Whether a directory holds runs, and is none itself."""
-    return not (path / "config.json").exists() and (path / "runs").is_dir()
+    with refusals_are_told(str(location)):
+        return Place(location).read("config.json") is None and bool(_runs_of(location))
 
 
-def _parameters(directory: Path) -> int | None:
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+def _runs_of(sweep: Location) -> list[Location]:
+    if is_address(sweep):
+        names = {name.split("/")[1] for name in Store(str(sweep)).names("runs")}
+        return [f"{sweep}/runs/{name}" for name in sorted(names)]
+    return sorted(child for child in Path(sweep).glob("runs/*") if child.is_dir())
+
+
+def _parameters(directory: str) -> int | None:
+    """What the headers of a model's files have, without their weights."""
+    pattern = f"{directory}/*.safetensors"
+    files = glob_addresses(pattern) if is_address(pattern) else sorted(Path(directory).glob("*.safetensors"))
     return sum(math.prod(t.shape) for file in files for t in SafetensorsFile(file).tensors.values()) or None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.stores import Location, written_beside
 from cpt_jax.laws.answer import Budget, fit_both
 from cpt_jax.recipe.law_page import Study, study_section
 from cpt_jax.recipe.many import RunFacts, common_domains, find_runs
@@ -37,13 +38,20 @@ document.querySelectorAll("table.sortable").forEach(table => table.querySelector
 </script>"""
 
 
-def write_runs_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes a page over the runs of these directories (runs, or sweeps with runs/), and plots/*.png beside it.
+def write_runs_report(paths: Sequence[Location], out: Location) -> Location:
+    """Writes a page over the runs of these directories (runs, or sweeps with runs/), also of those in a store, and
+    plots/*.png beside it.
 
     Raises:
       UserError: a directory holds no run, none has ended, or the runs have no domain in common.
     """
     runs, left_out = find_runs(paths)
+    with written_beside(out) as page:
+        _write(runs, left_out, page, of_one=len(paths) == 1)
+    return out
+
+
+def _write(runs: Sequence[RunFacts], left_out: Sequence[str], out: Path, *, of_one: bool) -> None:
     domains, plots = common_domains(runs), out.parent / "plots"
     settings = settings_of_runs(runs)
     new, old = (
@@ -59,10 +67,9 @@ def write_runs_report(paths: Sequence[Path], out: Path) -> Path:
         _left_out(left_out),
     ]
     seeds = f", {len(runs)} with their seeds" if len(settings) < len(runs) else ""
-    title = html.escape(out.parent.resolve().name if len(paths) == 1 else "Runs compared")
+    title = html.escape(out.parent.resolve().name if of_one else "Runs compared")
     subtitle = f"{len(settings)} settings{seeds}; changes are from each run's own base"
     write_text_atomic(out, page(title, subtitle, "".join(sections) + SCRIPT, STYLE))
-    return out
 
 
 def _trade(
@@ -150,7 +157,7 @@ def _links(setting: Setting, out: Path) -> str:
     """The runs of a setting, linked to their own reports where there are some."""
     links = []
     for run in setting.runs:
-        report, name = run.path / "report.html", html.escape(run.name)
+        report, name = Path(run.path) / "report.html", html.escape(run.name)
         place = html.escape(Path(os.path.relpath(report, out.parent)).as_posix())
         links.append(f'<a href="{place}">{name}</a>' if report.exists() else name)
     return f"<small class=runs>{', '.join(links)}</small>"

@@ -4,6 +4,7 @@ A run works on local files. What a station wrote is uploaded when it is done, an
 files: a mark in the store means that its outputs are there. Several processes have a copy each.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,22 +12,23 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from cpt_jax.checkpoint.keep import Keep
-from cpt_jax.checkpoint.stored import StoredCheckpoints
-from cpt_jax.core.errors import TRY_AGAIN
+from cpt_jax.checkpoint.stored import StoredCheckpoints, as_on_disk, is_trained
+from cpt_jax.core.errors import TRY_AGAIN, UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import say
-from cpt_jax.core.stores import Store, cache_of, refusals_are_told
+from cpt_jax.core.stores import Location, Store, cache_of, is_address, read_from, refusals_are_told
 
 MARKS = ".stations"
 # Of a run that has no mark of its own.
 SMALL = ("config.json", "eval.json", "timings.json", "report.html", JOURNAL, "plots")
 LEASE = ".lease.json"
+ELSEWHERE = "wait for it, or choose another --workdir"
 REFRESH_SECONDS, LEASE_SECONDS = 20.0, 60.0
 
 
@@ -75,7 +77,7 @@ class Mirror:
             return False
         for path in outputs:
             if path.parent.name == "checkpoints":
-                self.checkpoints(path.parents[1], Keep()).fetch()
+                self.checkpoints(path.parents[1], Keep()).fetch(is_trained)
         return all(path.exists() for path in outputs)
 
     def remove(self, paths: Iterable[Path]) -> None:
@@ -91,6 +93,25 @@ class Mirror:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
+
+
+@contextlib.contextmanager
+def examined(run: Location) -> Iterator[Path]:
+    """A run's directory as it would be on a disk: itself, or a copy of all that is in the store but reports.
+
+    Raises:
+      UserError: another process is running in the one in a store.
+    """
+    if is_address(run):
+        with refusals_are_told(str(run)):
+            holder = Lease(Store(str(run))).holder()
+        if holder is not None:
+            raise UserError(f"{holder}: examine it when that has ended")
+    with read_from(run, lambda name: name != LEASE and not name.startswith(("plots/", "report.html"))) as path:
+        if is_address(run):
+            for checkpoints in path.glob("stages/*/checkpoints"):
+                as_on_disk(checkpoints)
+        yield path
 
 
 class Lease:
@@ -111,13 +132,13 @@ class Lease:
         """None: it is this process's; or who has it. Waits for one that may be over."""
         with refusals_are_told(self._store.address):
             if not self._store.create(LEASE, self._content()):
-                if (refusal := self._others_is_over()) is not None:
-                    return refusal
+                if (holder := self.holder()) is not None:
+                    return f"{holder}: {ELSEWHERE}"
                 self._store.write(LEASE, self._content())
                 # Of two that found it over, the last to write has it.
                 time.sleep(1.0)
                 if (found := self._found()).get("token") != self._own["token"]:
-                    return self._told(found)
+                    return f"{self._told(found)}: {ELSEWHERE}"
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
         return None
 
@@ -130,11 +151,11 @@ class Lease:
     def _told(self, found: dict) -> str:
         return (
             f"another process ({found.get('place', '').partition(' ')[0]}, {found.get('process')}) is running in "
-            f"{self._store.address}: wait for it, or choose another --workdir"
+            f"{self._store.address}"
         )
 
-    def _others_is_over(self) -> str | None:
-        """None as soon as it is known to be; or who has it."""
+    def holder(self) -> str | None:
+        """Who has it; None as soon as it is known that nobody does."""
         first = self._found()
         if not first or (first["place"] == self._own["place"] and not _alive(first["process"])):
             return None

@@ -4,15 +4,22 @@ terminal."""
 import html
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
 from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
 from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.recipe.page import html_table, page
 from cpt_jax.recipe.plots import curves_plot, fertility_plot, stages_plot
 from cpt_jax.recipe.watch_report import endings, watch_section
+from cpt_jax.training.ending import ENDED
+
+# What reports are made of.
+SOURCES = {"config.json", "eval.json", "fertility.json", "timings.json", "manifest.json", "samples.md"}
+SOURCES |= {"metrics.jsonl", "watch.jsonl", JOURNAL, ENDED}
 
 
 def load_run(run: Path) -> tuple[dict, list[dict]]:
@@ -211,12 +218,27 @@ def _samples_section(run: Path) -> str:
     return f"<h2>Samples, continued greedily</h2>{''.join(blocks)}" if blocks else ""
 
 
-def write_report(run: Path) -> Path:
-    """Writes report.html of a run's directory, and plots/*.png. Parts whose files are not there are left out.
+def write_report(run: Location) -> Location:
+    """Writes report.html into a run's directory, also one in a store, and plots/*.png. Parts whose files are not there
+    are left out.
 
     Raises:
       UserError: it is no run's directory, or nothing was evaluated yet.
     """
+    with read_from(run, is_reported) as path:
+        page = _written(path)
+        if is_address(run):
+            with refusals_are_told(str(run)):
+                Store(str(run)).upload(path, [page, *(path / "plots").iterdir()])
+    return f"{run}/report.html" if is_address(run) else page
+
+
+def is_reported(name: str) -> bool:
+    """Whether reports are made of a file of this name."""
+    return PurePosixPath(name).name in SOURCES or name.startswith("evaluations/")
+
+
+def _written(run: Path) -> Path:
     config, entries = load_run(run)
     domains = [domain["corpus"]["name"] for domain in config["domains"]]
     plots = run / "plots"

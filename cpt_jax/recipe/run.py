@@ -14,13 +14,14 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.stores import Location, Store, is_address, written_to
+from cpt_jax.core.stores import Location, is_address, written_to
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
 from cpt_jax.data.holdout import read_heldout, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import domains_of, mean_shares
 from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import MANIFEST, STATISTICS, read_manifest
 from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import corpus_state, files_of
@@ -302,19 +303,14 @@ def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) 
     Raises:
       UserError: no run, not finished, no such weights, or there is something at `out`.
     """
-    if Store(str(out)).names() if is_address(out) else Path(out).exists():
+    if not is_address(out) and Path(out).exists():
         raise UserError(f"{out} exists: give another --out, or remove it first")
-    if is_address(run_directory):
-        config = Store(str(run_directory)).read("config.json")
-    else:
-        path = Path(run_directory) / "config.json"
-        config = path.read_bytes() if path.exists() else None
-    if config is None:
+    if (config := Place(run_directory).read("config.json")) is None:
         raise UserError(f"{run_directory} is no run's directory (no config.json)")
     recipe = from_json(Recipe, json.loads(config))
     export = dataclasses.replace(recipe.export, **changes)
     recipe.check_export(export)
-    with Workdir(run_directory, recipe) as claimed, written_to(out) as local:
+    with written_to(out) as local, Workdir(run_directory, recipe) as claimed:
         claimed.fetch_done()
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cpt_jax.checkpoint.keep import Keep
+from cpt_jax.checkpoint.stored import is_trained
 from cpt_jax.core import processes
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
@@ -266,7 +267,7 @@ class Workdir:
                 continue
             self.mirror.fetch(content["files"], [])
             for stage in {Path(name).parent for name in content["files"] if name.startswith("stages/")}:
-                self.mirror.checkpoints(self.path / stage, Keep()).fetch()
+                self.mirror.checkpoints(self.path / stage, Keep()).fetch(is_trained)
 
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""

@@ -8,8 +8,7 @@ from typing import Literal
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import clock, quiet_libraries, say
-from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.core.stores import Location, is_address
+from cpt_jax.core.stores import Location, is_address, write_json
 from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.sweep_directory import SweepDirectory
@@ -69,7 +68,12 @@ class Manner:
 
 
 def sweep(
-    experiment: str, workdir: Location | None, manner: Manner, *, dry_run: bool = False, json_path: Path | None = None
+    experiment: str,
+    workdir: Location | None,
+    manner: Manner,
+    *,
+    dry_run: bool = False,
+    json_path: Location | None = None,
 ) -> bool:
     """Runs an experiment in a directory; called again, it goes on. Ends with a table, sweep.json and the report over all
     runs. Whether no run has failed.
@@ -96,7 +100,7 @@ def sweep(
         if (page := directory.report()) is not None:
             print(f"\nreport: {page}")
         if json_path is not None:
-            write_json_atomic(json_path, directory.content())
+            write_json(json_path, directory.content())
         failed = directory.failed()
     for name, error in failed.items():
         say(f"sweep: run {name} failed: {error}")

@@ -12,7 +12,7 @@ from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import clock, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
-from cpt_jax.core.stores import Location, Store, is_address, state_of
+from cpt_jax.core.stores import Location, Store, is_address, location, state_of
 from cpt_jax.data.sources import files_of
 from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.mirror import MARKS
@@ -217,9 +217,8 @@ class SweepDirectory:
             rows.insert(1, ["base", *(f"{base[name]:.3f}" if name in base else "-" for name in domains), "", ""])
         return text_table(rows)
 
-    def report(self) -> Path | None:
+    def report(self) -> Location | None:
         """The page over all runs that are done; None: none is."""
-        runs = [self.run(name) for name in self.recipes if self.of(name).get("status") == "done"]
-        if not runs or self._store is not None:
-            return None
-        return write_runs_report(runs, self.path / "report.html")
+        names = [name for name in self.recipes if self.of(name).get("status") == "done"]
+        runs = [location(self.run_location(name)) for name in names]
+        return write_runs_report(runs, location(f"{self.location}/report.html")) if runs else None

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress, say
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.stores import Location, is_address, write_json, written_beside, written_to
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
+from cpt_jax.recipe.find import find_tokenizer
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.recipe.tokenizer_curve import curve_text, write_curve_picture
@@ -28,8 +28,6 @@ from cpt_jax.vocab.segmentation import kind_of
 from cpt_jax.vocab.selection import sampled
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-# Where the tokenizer of a GGUF base is unpacked.
-CACHE = Path(".cache/models")
 # Text that figures are measured on: of each corpus when extending, of each when comparing, and for speed.
 MEASURED_BYTES, COMPARED_BYTES, SPEED_BYTES = 2_000_000, 20_000_000, 2_000_000
 
@@ -74,11 +72,6 @@ def _terms(path: Path | None) -> tuple[str, ...]:
     raise UserError(f"{path} holds no term: write one a line")
 
 
-def _directory(tokenizer: str) -> Path:
-    path = Path(tokenizer).expanduser()
-    return path if path.is_dir() else resolve_base(tokenizer, CACHE / path.stem)
-
-
 def _sample(corpus: Corpus, max_bytes: int) -> list[str]:
     """Whole documents, chosen by hash where there are more than `max_bytes`; what was left out is told."""
     skipped = SkipCounts()
@@ -98,15 +91,16 @@ def _holdout(share: float) -> Holdout:
 
 def tokenizer_extend(
     *, base: str, corpora: Sequence[str], protect: Sequence[str], extension: Extension, drop_unreachable: bool,
-    limits: Limits, heldout_share: float, text_field: str, out: Path, json_path: Path | None,
+    limits: Limits, heldout_share: float, text_field: str, out: Location, json_path: Location | None,
 ) -> None:  # fmt: skip
     """`cpt tokenizer extend`: writes nothing unless the gate lets the result pass."""
-    source = _directory(base)
-    _check_out(out, source)
+    source = find_tokenizer(base)
+    if not is_address(out):
+        _check_out(Path(out), source)
     kind_of(Tokenizer(source))
     named = corpora_of([*corpora, *protect], text_field)
     new, old = named[: len(corpora)], named[len(corpora) :]
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, written_to(out) as local:
         measured = {corpus.name: _sample(corpus, MEASURED_BYTES) for corpus in new}
         kept = {corpus.name: HeldApart(corpus, _holdout(heldout_share), Path(place)) for corpus in old}
         measured |= {name: parts.measured() for name, parts in kept.items()}
@@ -118,7 +112,7 @@ def tokenizer_extend(
             lambda: itertools.chain.from_iterable(parts.learnt() for parts in kept.values()),
             measured,
             list(kept),
-            out,
+            local,
             None,
         )
     for row in figures["corpora"]:
@@ -126,7 +120,7 @@ def tokenizer_extend(
     print(report_text(figures))
     print(f"learnt from {figures['learnt_bytes']:,} of {figures['corpus_bytes']:,} bytes; written: {out}")
     if json_path is not None:
-        write_json_atomic(json_path, figures)
+        write_json(json_path, figures)
 
 
 def _check_out(out: Path, base: Path) -> None:
@@ -145,8 +139,8 @@ def _check_out(out: Path, base: Path) -> None:
 
 def tokenizer_report(
     *, base: str, tokenizer: str | None, corpora: Sequence[str], protect: Sequence[str], extension: Extension | None,
-    sizes: Sequence[int], sample_bytes: int | None, heldout_share: float, text_field: str, json_path: Path | None,
-    html_path: Path | None, picture_path: Path | None,
+    sizes: Sequence[int], sample_bytes: int | None, heldout_share: float, text_field: str, json_path: Location | None,
+    html_path: Location | None, picture_path: Location | None,
 ) -> None:  # fmt: skip
     """`cpt tokenizer report`: two tokenizers compared, and with an `extension` how far each number of pieces would
     take the base."""
@@ -156,8 +150,8 @@ def tokenizer_report(
         raise UserError("--plot is the picture of the curve: give --curve with it")
     if extension is not None and min(sizes) < 1:
         raise UserError(f"--sizes holds {min(sizes)}: give numbers of new pieces of at least 1")
-    before = Tokenizer(_directory(base))
-    after = None if tokenizer is None else Tokenizer(_directory(tokenizer))
+    before = Tokenizer(find_tokenizer(base))
+    after = None if tokenizer is None else Tokenizer(find_tokenizer(tokenizer))
     named = corpora_of([*corpora, *protect], text_field)
     figures: dict = {"base_tokenizer": base, "corpora": []}
     texts: dict[str, list[str]] = {}
@@ -170,11 +164,13 @@ def tokenizer_report(
         figures["curve"] = measured_curve(before, extension, new, old, sizes, heldout_share)
         print(curve_text(figures["curve"]))
     if json_path is not None:
-        write_json_atomic(json_path, figures)
+        write_json(json_path, figures)
     if picture_path is not None:
-        write_curve_picture(figures["curve"], picture_path)
+        with written_beside(picture_path) as path:
+            write_curve_picture(figures["curve"], path)
     if html_path is not None:
-        write_page(html_path, figures, before, after, texts)
+        with written_beside(html_path) as path:
+            write_page(path, figures, before, after, texts)
         print(f"page: {html_path}")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.checkpoint.keep import Keep
-from cpt_jax.checkpoint.stored import StoredCheckpoints
+from cpt_jax.checkpoint.stored import StoredCheckpoints, is_trained
 from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import Journal
@@ -163,7 +163,7 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
         attendants.close()
     if jax.process_count() > 1:
         if training.stored is not None:
-            training.stored.fetch()
+            training.stored.fetch(is_trained)
         return read_trained(training.directory / "checkpoints")
     trained = {"last": state.trainable} | ({} if state.average is None else {"ema": state.average})
     return jax.tree.map(np.asarray, trained)

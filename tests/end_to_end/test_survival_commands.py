@@ -1,7 +1,7 @@
 """`cpt run` asked to end and started again, `cpt doctor` on a run that is whole, and on one that is not."""
 
+import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from commands import call, environment
 from inputs import english, write_jsonl
 
 RECIPE = """
@@ -44,10 +45,9 @@ def place(tiny_model, tmp_path_factory):
 
 
 def start(*arguments, cwd) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "cpt_jax", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -57,7 +57,13 @@ def cpt(*arguments, cwd) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-def test_sigterm_ends_with_the_code_that_launchers_try_again_on(place):
+@pytest.fixture
+def doctor(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    return functools.partial(call, capsys, "doctor")
+
+
+def test_sigterm_ends_with_the_code_that_launchers_try_again_on(place, doctor):
     process = start("run", "recipes:long", "--workdir", "asked", cwd=place)
     metrics = place / "asked" / "stages" / "1-all" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
@@ -66,14 +72,14 @@ def test_sigterm_ends_with_the_code_that_launchers_try_again_on(place):
     code, _, error = cpt("run", "recipes:long", "--workdir", "asked", cwd=place)
     assert code == 2
     assert "another process is running in asked" in error
-    code, _, error = cpt("doctor", "asked", cwd=place)
+    code, _, error = doctor("asked")
     assert code == 2
     assert "a process is running in asked" in error
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate()
     assert process.returncode == 75, error
     assert "preempted: stage-all: step" in error
-    code, out, _ = cpt("doctor", "asked", cwd=place)
+    code, out, _ = doctor("asked")
     assert code == 0, out
     assert "not finished: stage-all" in out
 
@@ -95,8 +101,8 @@ def largest(directory):
     return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_a_doctor_finds_nothing_in_a_whole_run_and_every_part_that_was_changed(finished, place):
-    code, out, _ = cpt("doctor", "run", "--json", "found.json", cwd=place)
+def test_a_doctor_finds_nothing_in_a_whole_run_and_every_part_that_was_changed(finished, place, doctor):
+    code, out, _ = doctor("run", "--json", "found.json")
     assert code == 0, out
     assert json.loads((place / "found.json").read_text())["good"]
     assert "Goodput" in (finished / "report.html").read_text()
@@ -104,7 +110,7 @@ def test_a_doctor_finds_nothing_in_a_whole_run_and_every_part_that_was_changed(f
     change(largest(harmed / "stages" / "1-all" / "checkpoints" / "40"))
     change(harmed / "data" / "en" / "train-00000.arrayrecord")
     change(harmed / "export" / "model.safetensors")
-    code, out, _ = cpt("doctor", "harmed", cwd=place)
+    code, out, _ = doctor("harmed")
     assert code == 1
     wrong = [line for line in out.splitlines() if line.startswith("WRONG")]
     assert [line.split()[1] for line in wrong] == ["data/en:", "stages/1-all:", "export:"]
@@ -112,7 +118,7 @@ def test_a_doctor_finds_nothing_in_a_whole_run_and_every_part_that_was_changed(f
     assert "train-00000.arrayrecord is not what was written" in out
 
 
-def test_a_last_checkpoint_that_was_removed_is_made_again_from_the_one_before(finished, place):
+def test_a_last_checkpoint_that_was_removed_is_made_again_from_the_one_before(finished, place, doctor):
     again = shutil.copytree(finished, place / "again")
     shutil.rmtree(again / "stages" / "1-all" / "checkpoints" / "40")
     code, _, error = cpt("run", "recipes:short", "--workdir", "again", cwd=place)
@@ -120,5 +126,5 @@ def test_a_last_checkpoint_that_was_removed_is_made_again_from_the_one_before(fi
     assert "stage-all: continues after step" in error
     for name in ("eval.json", "export/model.safetensors"):
         assert (again / name).read_bytes() == (finished / name).read_bytes(), name
-    code, out, _ = cpt("doctor", "again", cwd=place)
+    code, out, _ = doctor("again")
     assert code == 0, out

@@ -14,15 +14,21 @@ STEPS = 400
 SEED = 4
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Programs that were compiled are kept beside a run: all have them in common."""
+    return tmp_path_factory.mktemp("fire")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kills"),
     [(["--domains", 2], 3), (["--domains", 1, "--packing", "none"], 2)],
     ids=["mixed, packed", "neither"],
 )
-def test_sigkill_at_random_instants_changes_no_bit(tmp_path, options, kills):
-    options = [*options, "--steps", STEPS]
-    whole, killed = Fire(tmp_path / "whole", options), Fire(tmp_path / "killed", options)
+def test_sigkill_at_random_instants_changes_no_bit(place, options, kills):
+    name, options = f"{kills}-kills", [*options, "--steps", STEPS]
+    whole, killed = Fire(place / f"{name}-whole", options), Fire(place / name, options)
     whole.run(Place())
     met = kill_often(killed, kills, random.Random(SEED), 0.3)
     assert sum(met.values()) == kills
@@ -34,9 +40,9 @@ def test_sigkill_at_random_instants_changes_no_bit(tmp_path, options, kills):
 
 
 @pytest.mark.slow
-def test_over_changes_of_mesh_and_processes_the_documents_keep_their_order(tmp_path):
-    places = [Place(1, 8, "fsdp=4,tensor=2"), Place(2, 1, "fsdp=2"), Place(1, 2, "tensor=2")]
-    whole, moved = Fire(tmp_path / "whole", ["--steps", 60]), Fire(tmp_path / "moved", ["--steps", 60])
+def test_over_changes_of_mesh_and_processes_the_documents_keep_their_order(place):
+    places = [Place(1, 4, "fsdp=2,tensor=2"), Place(2, 1, "fsdp=2"), Place(1, 2, "tensor=2")]
+    whole, moved = Fire(place / "whole", ["--steps", 60]), Fire(place / "moved", ["--steps", 60])
     whole.run(Place())
     move_often(moved, places, 12, random.Random(2))
     assert moved.ledger() == whole.ledger()
