@@ -144,7 +144,9 @@ def tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.checkpoint.gguf import import_gguf
+    from cpt_jax.core.storage import refuse_existing
 
+    refuse_existing(arguments.out)
     import_gguf(arguments.gguf, arguments.out)
     print(arguments.out)
 

@@ -127,12 +127,14 @@ def _key(node: Any, name: str, walked: list[str]) -> Any:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
             return {"True": True, "False": False, "None": None}.get(text, text)
+    # 1e6 may be meant for a whole number; a field that is none takes both.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def differences(saved: Any, given: Any, where: str = "") -> list[str]:

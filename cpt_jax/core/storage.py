@@ -57,6 +57,16 @@ def write_json_atomic(path: Path, value: object) -> None:
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def refuse_existing(out: Path) -> None:
+    """Before a command writes a directory of its own, which would replace what is there.
+
+    Raises:
+      UserError: there is something at `out`.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: give another --out, or remove it first")
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to write into, which appears at `path` (replacing what is there) once all of it was written."""

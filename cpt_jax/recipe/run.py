@@ -303,6 +303,7 @@ def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) 
     Raises:
       UserError: no run, not finished, no such weights, or there is something at `out`.
     """
+    quiet_libraries()
     if Store(str(out)).names() if is_address(out) else Path(out).exists():
         raise UserError(f"{out} exists: give another --out, or remove it first")
     if is_address(run_directory):

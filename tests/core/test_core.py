@@ -42,6 +42,7 @@ def test_overrides_reach_everywhere_and_keep_types():
     assert changed.stages[1].optimizer.learning_rate == 2e-3
     assert changed.stages[0] == recipe().stages[0]
     assert override(recipe(), "stages.0.tokens", "2048").stages[0].tokens == 2048
+    assert override(recipe(), "stages.0.tokens", "1e6").stages[0].tokens == 1_000_000
     assert override(recipe(), "name", "12").name == "12"
 
 
@@ -135,4 +136,10 @@ def test_the_plan_corrects_its_guess(monkeypatch):
     assert plan.seconds_left("b", current_left=10.0) == 10
     plan.skip("b")
     assert plan.seconds_left() == 0
+    # A small part that mostly compiled says little about what is left.
+    plan = Plan({"a": 1.0, "b": 1e6}, seconds_per_unit=1e-5)
+    plan.begin("a")
+    now[0] += 2.0
+    plan.end("a")
+    assert plan.seconds_left() < 20
     assert (clock(59.6), clock(125), clock(7300)) == ("1 min 00 s", "2 min 05 s", "2 h 01 min")
