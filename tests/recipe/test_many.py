@@ -1,5 +1,7 @@
 """Runs side by side: seeds joined, what differs, the front, and the page."""
 
+import json
+
 import pytest
 from many_runs import write_run
 
@@ -7,6 +9,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.recipe.many import find_runs, mean_shares
 from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
+from cpt_jax.recipe.plots import curves_plot, new_figure, saved
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
 
 
@@ -38,6 +41,29 @@ def test_numbers_of_front_points_do_not_lie_on_each_other(tmp_path):
     svg = points_plot(settings, front, "zh", "en", tmp_path)
     assert len(front) == 5
     assert [number for number in ("1", "2", "3", "1-3", "4", "5") if f">{number}</text>" in svg] == ["1-3", "4", "5"]
+
+
+def test_runs_that_differ_in_much_are_called_by_their_names(tmp_path):
+    write_run(tmp_path / "runs" / "slow", 0.25, rate=1e-4)
+    write_run(tmp_path / "runs" / "fast", 0.25, rate=1e-2)
+    settings = settings_of_runs(find_runs([tmp_path])[0])
+    assert {setting.label for setting in settings} == {"learning_rate 0.0001", "learning_rate 0.01"}
+    config = json.loads((tmp_path / "runs" / "slow" / "config.json").read_text())
+    prompts = {"prompts": ["国务院有关部门应当" * 12]}
+    (tmp_path / "runs" / "slow" / "config.json").write_text(json.dumps(config | {"samples": prompts}))
+    settings = settings_of_runs(find_runs([tmp_path])[0])
+    assert {setting.label for setting in settings} == {"slow", "fast"}
+
+
+def test_the_curves_of_a_single_step_can_be_drawn(tmp_path):
+    # Warnings are errors: the layout gave up where a name lay outside of the axes.
+    line = {"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3}
+    assert "lora" in curves_plot({"lora": [line]}, tmp_path)
+
+
+def test_a_wide_picture_does_not_shrink_beyond_reading(tmp_path):
+    figure, _ = new_figure(2, 10.0, 3.0)
+    assert 'style="min-width: 504px"' in saved(figure, tmp_path, "wide").partition(">")[0]
 
 
 def test_the_page_holds_the_answer(sweep):
