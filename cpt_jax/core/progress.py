@@ -94,8 +94,10 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+            named = TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(name)))
+            columns = (named, BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=first, state="")
             self._bar.start()
@@ -116,7 +118,6 @@ class Progress:
 
     def _state(self, now: float, figures: dict[str, float]) -> str:
         parts = [f"{self._count}/{self._total} {self._unit}"]
-        parts += [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures.items()]
         assert self._rate_start is not None
         since, counted = now - self._rate_start[0], self._count - self._rate_start[1]
         left = None
@@ -125,6 +126,10 @@ class Progress:
             parts.append(f"{clock(left)} left")
         if self._plan is not None:
             parts.append(f"whole run {clock(self._plan.seconds_left(self._name, left))} left")
+        # Last, for a narrow terminal cuts the line.
+        parts += [
+            f"{name.replace('_per_second', '/s').replace('_', ' ')} {_figure(value)}" for name, value in figures.items()
+        ]
         return ", ".join(parts)
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def model_extend(
         before, after = result.bits_per_byte.values()
         table.append([result.name, f"{before:.3f}", f"{after:.3f}", f"{result.seconds:.0f}"])
     print(text_table(table))
-    print(f"{results[0].name} is taken; written: {out}")
+    print(f"{out}: {results[0].name}, the best after {probe_steps} steps")
     if json_path is not None:
         write_json_atomic(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
 

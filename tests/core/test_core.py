@@ -8,7 +8,7 @@ import pytest
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import Plan, clock
+from cpt_jax.core.progress import Plan, clock, progress
 from cpt_jax.core.storage import atomic_directory, write_text_atomic
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
 from cpt_jax.data.sources import Corpus
@@ -143,3 +143,22 @@ def test_the_plan_corrects_its_guess(monkeypatch):
     plan.end("a")
     assert plan.seconds_left() < 20
     assert (clock(59.6), clock(125), clock(7300)) == ("1 min 00 s", "2 min 05 s", "2 h 01 min")
+
+
+def test_a_narrow_terminal_shows_how_long_it_takes(monkeypatch):
+    # By a terminal of 80 columns: the name, the steps and the time left are there, figures as far as there is room.
+    import io
+    import sys
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in (("COLUMNS", "80"), ("TERM", "xterm"), ("TTY_INTERACTIVE", "1")):
+        monkeypatch.setenv(name, value)
+    figures = {f"loss domain{n}": 6.872 for n in range(3)} | {"tokens_per_second": 12345.0}
+    with progress("stage-embeddings", 20, "steps", Plan({"stage-embeddings": 1.0}, 1.0)) as shown:
+        shown.advance(10, **figures)
+        shown.advance(10, **figures)
+    last = [line for line in terminal.getvalue().split("\r") if "20/20" in line][-1]
+    assert "stage-embeddings" in last
+    assert "20/20 steps, 0 s left, whole run 0 s left, loss domain0" in last
