@@ -212,15 +212,19 @@ def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.core.errors import UserError
     from cpt_jax.recipe.many import is_sweep
     from cpt_jax.recipe.many_report import write_runs_report
     from cpt_jax.recipe.report import write_report
 
     runs = arguments.run
+    several = is_sweep(runs[0]) or len(runs) > 1
+    if arguments.out is not None and not several:
+        raise UserError(f"--out is of the page over several runs: a single one's report is {runs[0] / 'report.html'}")
     for run in runs:
         if not is_sweep(run):
             print(write_report(run))
-    if is_sweep(runs[0]) or len(runs) > 1:
+    if several:
         print(
             write_runs_report(
                 runs, arguments.out or (Path("compare.html") if len(runs) > 1 else runs[0] / "report.html")

@@ -64,7 +64,11 @@ def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         kind = value.get(KIND, "")
         _check(kind in classes, where, kind, "one of " + ", ".join(classes))
         return from_json(classes[kind], value, where)
-    (plain,) = [choice for choice in choices if choice is not type(None)] if not classes else [type(None)]
+    if classes:
+        # On a command line the whole object is one argument.
+        objects = " or ".join(f'{{"kind": "{name}", ...}}' for name in classes)
+        _check(False, where, value, objects + (", or null" if type(None) in choices else ""))
+    (plain,) = [choice for choice in choices if choice is not type(None)]
     return from_json(plain, value, where)
 
 

@@ -1,12 +1,16 @@
 """What is typed: one line where it is wrong, and nothing of the user's is replaced."""
 
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from inputs import chinese, english, write_jsonl
 
 from cpt_jax.cli import main
 from cpt_jax.cli.arguments import whole_number
+from cpt_jax.cli.parser import parser
 
 ADAPT = ("adapt", "--base", "{model}", "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "run")
 NEW = ("adapt", "--base", "{model}", "--workdir", "run", "--new")
@@ -30,6 +34,7 @@ WRONG = {
     ),
     "a directory replaced": (("model", "import-gguf", "--gguf", "x.gguf", "--out", "kept"), "kept exists"),
     "a file as directory": ((*PREPARE, "zh=zh.jsonl", "--out", "zh.jsonl"), "zh.jsonl"),
+    "no page over one run": (("report", "kept", "--out", "page.html"), "--out is of the page over several runs"),
     "nothing to read": (("eval", "--model", "{model}", "--data", "zh=zh.jsonl", "--max-bytes", "0"), "give at least 1"),
     "no room": (("generate", "--model", "{model}", "--prompt", "the", "--new-tokens", "999"), "shorten the prompt"),
 }
@@ -63,3 +68,28 @@ def test_wrong_input_is_told_in_one_line(place, tiny_model, capsys, arguments, m
 
 def test_whole_numbers_as_people_write_them():
     assert [whole_number(text) for text in ("1000", "1e6", "1,000,000")] == [1000, 1_000_000, 1_000_000]
+
+
+def commands_of(page: Path) -> list[str]:
+    """The indented lines of a page that call `cpt`; without what stands for more (...), with the first of a|b, and a number
+    for N and I."""
+    lines = re.findall(r"^    cpt ([^\n#]+)", page.read_text(), re.MULTILINE)
+    lines = [re.sub(r"[\[\]]|(?<=\w)\|\S+", "", line).replace(" ...", "") for line in lines]
+    return [re.sub(r" [NI]\b", " 1", line) for line in lines]
+
+
+PAGES = [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if commands_of(path)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_pages_name_flags_that_there_are(page, capsys):
+    for line in commands_of(page):
+        words = shlex.split(line)
+        try:
+            arguments, rest = parser().parse_known_args(words)
+        except SystemExit:
+            # An example that leaves something out still shows the rest rightly.
+            assert "arguments are required" in capsys.readouterr().err, line
+            continue
+        fields = [word for word in rest if word.startswith("--") and "." not in word]
+        assert arguments.command == "lm-eval" or not fields, f"{page}: {line}: {fields}"

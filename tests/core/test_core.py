@@ -54,6 +54,7 @@ def test_overrides_reach_everywhere_and_keep_types():
         ("stages.0.tokens", "many", "'many'"),
         ("stages.0.tokens", "1.5", "1.5"),
         ("stages.0", "1", "names a group"),
+        ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
         ("precision.compute", "float16", "one of float32, bfloat16"),
     ],
 )
@@ -122,6 +123,19 @@ def test_a_real_full_disk_is_told(tmp_path):
     ):
         file.write("x")
         file.flush()
+
+
+def test_a_full_disk_under_prepared_data_is_told(tmp_path):
+    # riegeli, which writes ArrayRecord, has an error of its own, with the system's words in it.
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from cpt_jax.core.storage import disk_full_is_told
+
+    with pytest.raises(UserError, match="disk is full"), disk_full_is_told(tmp_path):
+        writer = ArrayRecordWriter("/dev/full", "group_size:1,uncompressed")
+        for _ in range(200):
+            writer.write(bytes(10_000))
+        writer.close()
 
 
 def test_the_plan_corrects_its_guess(monkeypatch):

@@ -1,16 +1,21 @@
 """Runs side by side: seeds joined, what differs, the front, and the page."""
 
+import dataclasses
 import json
 
 import pytest
 from many_runs import write_run
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.sources import Corpus
 from cpt_jax.recipe.many import find_runs, mean_shares
 from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.plots import curves_plot, new_figure, saved
+from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
+from cpt_jax.recipe.sweep import Manner, planned
+from cpt_jax.recipe.sweep_directory import SweepDirectory
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +88,16 @@ def test_no_run_has_ended(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="has ended yet"):
         find_runs([tmp_path])
+
+
+def test_a_dry_run_says_where_each_run_would_go(tmp_path):
+    domain = Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new")
+    recipe = Recipe(name="a", base="b", domains=(domain,), stages=())
+    recipes = {name: dataclasses.replace(recipe, name=name) for name in ("a", "b")}
+    directory = SweepDirectory(tmp_path / "sweep", "e", recipes, claim=False)
+    for manner, told in (
+        (Manner(queue="slurm"), "a job on slurm: "),
+        (Manner(at_once=2), "in a process of its own: "),
+        (Manner(), "alone: "),
+    ):
+        assert planned(directory, recipes, manner)[1:] == [f"  {told}a", f"  {told}b"]
