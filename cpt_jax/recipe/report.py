@@ -132,9 +132,11 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
         "documents tokenised differently",
         "round-trip failures",
     ]
-    used = (
-        f"{fertility['new_pieces']:,} new pieces; {fertility['unreachable_pieces']:,} of them never occur in the text they were learnt from: "
-        "they are steps on the way to longer ones."
+    never = fertility["unreachable_pieces"]
+    used = f"{fertility['new_pieces']:,} new pieces; " + (
+        f"{never:,} of them never occur in the text they were learnt from: they are steps on the way to longer ones."
+        if never
+        else "all of them are in use in the text they were learnt from."
     )
     return (
         f"<h2>The vocabulary</h2>{html_table(header, rows)}<p class=note>{used}</p><figure class=small>{fertility_plot(fertility['corpora'], plots)}</figure>"
