@@ -1,14 +1,19 @@
 """`cpt`: the commands. Exit 0: done; 2: the input is wrong, one line on stderr; 1: it failed while running; 75: it was
 asked to end, or hung: run it again."""
 
+import errno
 import os
 import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from cpt_jax.cli.arguments import nearly_a_flag
 from cpt_jax.cli.parser import parser
 from cpt_jax.core.errors import TRY_AGAIN, Preempted, UserError
+
+# What a file system says to a place that is wrong, not to a mistake of ours.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def _fail(message: str, status: int, debug: bool) -> NoReturn:
@@ -23,7 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser()
     arguments, rest = commands.parse_known_args(argv)
     if rest and not arguments.takes_overrides:
-        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for word in rest:
+        if (flag := nearly_a_flag(word, arguments.parser)) is not None:
+            arguments.parser.error(f"unrecognized argument {word}: did you mean {flag}?")
     # Libraries' own logging would tear the progress display.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # JAX's variable: programs that took more than a second to compile are kept for the next run.
@@ -38,5 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to continue", 1, arguments.debug)
+    except OSError as error:
+        if error.filename is None or error.errno not in REFUSED:
+            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)
+        _fail(f"{error.filename}: {error.strerror}: give another place, or see to it", 2, arguments.debug)
     except Exception as error:
         _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)

@@ -1,8 +1,10 @@
 """Arguments that several commands share."""
 
 import argparse
+import difflib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cpt_jax.core.stores import location
 
@@ -18,6 +20,38 @@ def named_spec(text: str) -> tuple[str, str]:
     if not separator or not name or not spec:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SPEC, as in zh=law.jsonl")
     return name, spec
+
+
+class Commands(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - goes behind an equals sign: --flag=-value)"
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def nearly_a_flag(word: str, parser: argparse.ArgumentParser) -> str | None:
+    """The parser's flag that was meant by what looks like a recipe's field: --replay-share by --replay_share=0.5."""
+    name = word.partition("=")[0].replace("_", "-")
+    flags = re.findall(r"--[a-z-]+", parser.format_usage())
+    similar = difflib.get_close_matches(name, flags, n=1, cutoff=0.8) if name.startswith("--") else []
+    return next(iter(similar), None)
+
+
+def whole_number(text: str) -> int:
+    """A count, also written as 1e6 or 1,000,000."""
+    plain = text.replace(",", "")
+    try:
+        return int(plain)
+    except ValueError:
+        pass
+    try:
+        if (value := float(plain)).is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number, as in 1000000 or 1e6")
 
 
 def texts_and_learning(sub: argparse.ArgumentParser) -> None:
@@ -114,7 +148,7 @@ def plan_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sequence", type=int, metavar="TOKENS", help=f"of a row ({of_model}: 8192)")
     sub.add_argument("--batch", type=int, metavar="ROWS", help=f"of a step ({of_model}: one for each device)")
     sub.add_argument("--accumulate", type=int, metavar="PARTS", help="that a step is computed in")
-    sub.add_argument("--tokens", type=int, help=f"of the stage ({of_model}: 1,000,000,000)")
+    sub.add_argument("--tokens", type=whole_number, metavar="N", help=f"of the stage ({of_model}: 1,000,000,000)")
     sub.add_argument(
         "--remat",
         metavar="WHAT",

@@ -144,8 +144,9 @@ def tokenizer_report(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.checkpoint.gguf import import_gguf
-    from cpt_jax.core.stores import fetched, written_to
+    from cpt_jax.core.stores import fetched, refuse_existing, written_to
 
+    refuse_existing(arguments.out)
     with fetched(arguments.gguf) as file, written_to(arguments.out) as local:
         import_gguf(file, local)
     print(arguments.out)
@@ -212,15 +213,19 @@ def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def report(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.core.errors import UserError
     from cpt_jax.core.stores import location
     from cpt_jax.recipe.many import is_sweep
     from cpt_jax.recipe.many_report import write_runs_report
     from cpt_jax.recipe.report import write_report
 
     runs = arguments.run
+    several = is_sweep(runs[0]) or len(runs) > 1
+    if arguments.out is not None and not several:
+        raise UserError(f"--out is of the page over several runs: a single one's report is {runs[0]}/report.html")
     for run in runs:
         if not is_sweep(run):
             print(write_report(run))
-    if is_sweep(runs[0]) or len(runs) > 1:
+    if several:
         of_sweep = location(f"{runs[0]}/report.html")
         print(write_runs_report(runs, arguments.out or (Path("compare.html") if len(runs) > 1 else of_sweep)))

@@ -5,12 +5,14 @@ from typing import Any
 
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import (
+    Commands,
     named_spec,
     on_disk,
     plan_of,
     replay_and_forgetting,
     texts_and_learning,
     trackers_of,
+    whole_number,
 )
 from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
 from cpt_jax.cli.laws import LAW, law, law_of
@@ -39,7 +41,7 @@ PLAN = "Compiles a recipe's steps for hardware that is not here: memory, collect
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cpt", description="Continued pre-training of language models in JAX.")
+    parser = Commands(prog="cpt", description="Continued pre-training of language models in JAX.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
-        sub.set_defaults(function=function, takes_overrides=overrides)
+        sub.set_defaults(function=function, takes_overrides=overrides, parser=sub)
         return sub
 
     def group(name: str, help: str):
@@ -125,7 +127,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
     sub.add_argument("--mean-teacher", type=float, metavar="WEIGHT", help="of staying near the moving average's")
-    sub.add_argument("--tokens", type=int, help="tokens to train on (default: by the corpus and the hardware)")
+    sub.add_argument(
+        "--tokens", type=whole_number, metavar="N", help="tokens to train on (default: by the corpus and the hardware)"
+    )
     replay_and_forgetting(sub)
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"

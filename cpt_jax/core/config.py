@@ -64,7 +64,11 @@ def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         kind = value.get(KIND, "")
         _check(kind in classes, where, kind, "one of " + ", ".join(classes))
         return from_json(classes[kind], value, where)
-    (plain,) = [choice for choice in choices if choice is not type(None)] if not classes else [type(None)]
+    if classes:
+        # On a command line the whole object is one argument.
+        objects = " or ".join(f'{{"kind": "{name}", ...}}' for name in classes)
+        _check(False, where, value, objects + (", or null" if type(None) in choices else ""))
+    (plain,) = [choice for choice in choices if choice is not type(None)]
     return from_json(plain, value, where)
 
 
@@ -127,12 +131,14 @@ def _key(node: Any, name: str, walked: list[str]) -> Any:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
             return {"True": True, "False": False, "None": None}.get(text, text)
+    # 1e6 may be meant for a whole number; a field that is none takes both.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def differences(saved: Any, given: Any, where: str = "") -> list[str]:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 # A plain line at most this often.
 LINE_SECONDS = 10.0
+# A plan's first guess weighs as much as parts that took so long: the first ones mostly compile.
+GUESS_SECONDS = 10.0
 
 
 def clock(seconds: float) -> str:
@@ -19,6 +21,11 @@ def clock(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _figure(value: float) -> str:
+    """ "2.345", "12,345"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 _shown = True
@@ -63,7 +70,7 @@ class Plan:
     def seconds_left(self, current: str = "", current_left: float | None = None) -> float:
         """Seconds for what has not been done; `current_left` is a better estimate for the part that is running."""
         known_work = sum(self._work[name] for name in self._done)
-        rate = (sum(self._done.values()) + self._guess) / (known_work + 1.0) if known_work else self._guess
+        rate = (sum(self._done.values()) + GUESS_SECONDS) / (known_work + GUESS_SECONDS / self._guess)
         rest = sum(work * rate for name, work in self._work.items() if name not in self._done and name != current)
         if current in self._work:
             rest += self._work[current] * rate if current_left is None else current_left
@@ -87,8 +94,10 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+            named = TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(name)))
+            columns = (named, BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=first, state="")
             self._bar.start()
@@ -109,7 +118,6 @@ class Progress:
 
     def _state(self, now: float, figures: dict[str, float]) -> str:
         parts = [f"{self._count}/{self._total} {self._unit}"]
-        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()]
         assert self._rate_start is not None
         since, counted = now - self._rate_start[0], self._count - self._rate_start[1]
         left = None
@@ -118,6 +126,10 @@ class Progress:
             parts.append(f"{clock(left)} left")
         if self._plan is not None:
             parts.append(f"whole run {clock(self._plan.seconds_left(self._name, left))} left")
+        # Last, for a narrow terminal cuts the line.
+        parts += [
+            f"{name.replace('_per_second', '/s').replace('_', ' ')} {_figure(value)}" for name, value in figures.items()
+        ]
         return ", ".join(parts)
 
     def close(self) -> None:

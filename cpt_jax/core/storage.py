@@ -28,8 +28,9 @@ def _says_full(error: Exception) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in codes
-    # TensorStore's, a ValueError.
-    return any(f"os_error_code='{code}'" in str(error) for code in codes)
+    # TensorStore's, a ValueError; riegeli's, a RuntimeError.
+    marks = (*(f"os_error_code='{code}'" for code in codes), *(os.strerror(code) for code in codes))
+    return any(mark in str(error) for mark in marks)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

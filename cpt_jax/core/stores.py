@@ -239,6 +239,18 @@ def fetched(file: Location) -> Iterator[Path]:
         yield local / name
 
 
+def refuse_existing(out: Location) -> None:
+    """Before a command writes a directory of its own, which would replace what is there.
+
+    Raises:
+      UserError: there is something at `out`.
+    """
+    with refusals_are_told(str(out)):
+        there = bool(Store(str(out)).names()) if is_address(out) else Path(out).exists()
+    if there:
+        raise UserError(f"{out} exists: give another --out, or remove it first")
+
+
 @contextlib.contextmanager
 def written_to(out: Location) -> Iterator[Path]:
     """A local path to write a directory at: `out` itself, or one whose files are in the store afterwards.
@@ -249,10 +261,8 @@ def written_to(out: Location) -> Iterator[Path]:
     if not is_address(out):
         yield Path(out)
         return
+    refuse_existing(out)
     store = Store(str(out))
-    with refusals_are_told(store.address):
-        if store.names():
-            raise UserError(f"{out} exists: give another --out, or remove it first")
     with _stand_in(store.address) as local:
         yield local
         _put(store, local)

@@ -3,6 +3,7 @@ done."""
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -89,6 +90,8 @@ def _begin_worker(threads: int) -> None:
     """The tokenizer's threads are shared out; and a worker ends with the process that it works for."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    # Ctrl-C reaches all processes of a terminal: the first one says so.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

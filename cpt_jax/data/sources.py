@@ -116,9 +116,13 @@ def named_corpora(specs: Sequence[tuple[str, str]], text_field: str, chat: Seque
     """Corpora by their names; those named in `chat` hold conversations.
 
     Raises:
-      UserError: `chat` names another.
+      UserError: a name is given twice, or `chat` names another.
     """
     names = [name for name, _ in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"corpus {twice[0]!r} is given twice: give each a name of its own, or name their files by one glob"
+        )
     if unknown := [name for name in chat if name not in names]:
         raise UserError(f"--chat names {unknown[0]!r}, but the corpora are {', '.join(names)}: give one of these")
     return [
@@ -161,6 +165,10 @@ def files_of(corpus: Corpus) -> list[Location]:
         return list(addresses)
     paths = sorted(Path(name) for name in glob.glob(str(Path(corpus.spec).expanduser()), recursive=True))
     paths = [path for path in paths if path.is_file()]
+    if not paths and Path(corpus.spec).expanduser().is_dir():
+        raise UserError(
+            f"corpus {corpus.name}={corpus.spec} is a directory: name its files, as in {corpus.name}='{corpus.spec}/*.jsonl'"
+        )
     if not paths:
         raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")
     return list(paths)

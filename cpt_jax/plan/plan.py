@@ -145,8 +145,10 @@ def explain(plan: StagePlan) -> str:
     if compiled.refusal is not None:
         lines.append(f"  the compiler: {compiled.refusal}")
     lines.append(_indented(text_table(_memory_rows(memory, compiled.refusal is not None))))
-    if plan.collectives:
-        lines.append(_indented(text_table(_collective_rows(plan))))
+    if len(rows := _collective_rows(plan)) > 1:
+        lines.append(_indented(text_table(rows)))
+    elif plan.collectives:
+        lines.append("  collectives: each sends less than 1 MB a step")
     line, seconds = plan.roofline, plan.step_seconds
     if line is not None:
         lines.append(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries
-from cpt_jax.core.stores import Location, write_json, written_to
+from cpt_jax.core.stores import Location, refuse_existing, write_json, written_to
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import corpora_of, texts_of
 from cpt_jax.recipe.find import find_model, find_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
+from cpt_jax.recipe.report import text_table
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 
@@ -29,8 +30,13 @@ def model_extend(
     out: Location,
     json_path: Location | None,
 ) -> None:
-    """`cpt model extend`: rows of one kind, or, with a probe, of the kind that is best after `probe_steps` steps."""
+    """`cpt model extend`: rows of one kind, or, with a probe, of the kind that is best after `probe_steps` steps.
+
+    Raises:
+      UserError: there is something at `out`, or what is needed for the rows is not given.
+    """
     quiet_libraries()
+    refuse_existing(out)
     candidates = _candidates(init, vectors, probe_steps is not None)
     if needy := [name for name, rows in candidates.items() if isinstance(rows, NEEDS_TEXT) and not corpora]:
         raise UserError(f"rows {needy[0]!r} are made from text of the new domain: give --corpus SPEC")
@@ -54,11 +60,12 @@ def model_extend(
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
         growth.save(rows, local)
-    print(f"{'rows':<26}{'at once':>10}{f'{probe_steps} steps':>12}{'seconds to make':>18}   (bits per byte, held out)")
+    table = [["rows: bits per byte, held out", "at once", f"after {probe_steps} steps", "seconds to make"]]
     for result in results:
         before, after = result.bits_per_byte.values()
-        print(f"{result.name:<26}{before:>10.3f}{after:>12.3f}{result.seconds:>18.0f}")
-    print(f"{out}: {results[0].name}")
+        table.append([result.name, f"{before:.3f}", f"{after:.3f}", f"{result.seconds:.0f}"])
+    print(text_table(table))
+    print(f"{out}: {results[0].name}, the best after {probe_steps} steps")
     if json_path is not None:
         write_json(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
 

@@ -34,6 +34,8 @@ WASTEFUL_BYTES_PER_TOKEN = 3.0
 # What some ten minutes on a small CPU machine hold for a 135M model.
 CPU_TOKENS = 150_000
 ACCELERATOR_TOKENS = 1_000_000_000
+# Fewer are a mistake: both stages want a step.
+MIN_TOKENS = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,13 +161,17 @@ def adapt_recipe(
     """A recipe for the user's own model and text, and the reason for each default.
 
     Raises:
-      UserError: a share outside [0, 1), a watch over nothing, or whatever is wrong with the model or the corpora.
+      UserError: a share outside [0, 1), a watch over nothing, too little text, or whatever is wrong with the model or the corpora.
     """
     if not 0 <= replay_share < 1:
         raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
     for name, given_share in (("--replay-until", replay_until), ("--forgetting-budget", forgetting_budget)):
         if given_share is not None and not 0 <= given_share < 1:
             raise UserError(f"{name} is {given_share}: give a share from 0 up to, not including, 1")
+    if watch_every is not None and watch_every < 1:
+        raise UserError(f"--watch-every is {watch_every}: give at least 1 step")
+    if on_forgetting is not None and forgetting_budget is None:
+        raise UserError(f"--on-forgetting {on_forgetting} needs a budget: give --forgetting-budget, as in 0.02")
     if not (replay or watch) and (watch_every or forgetting_budget is not None):
         raise UserError("nothing is there that may be forgotten: give --replay or --watch with the forgetting watch")
     share = replay_share if replay else 0.0
@@ -182,6 +188,8 @@ def adapt_recipe(
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
+    if total < MIN_TOKENS:
+        raise UserError(f"there are {total} tokens to train on ({total_reason}): give more text, or --tokens")
     mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
     context = network.config.max_position_embeddings
     shape: dict[str, Any] = (
@@ -247,7 +255,7 @@ def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
     lines = [f"cpt adapt: {recipe.base}"]
     lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
     lines += [
-        f"  {stage.name:<12} {stage.steps} steps, learning rate {stage.optimizer.learning_rate:g}"
+        f"  {stage.name:<12} {stage.steps} step{'s' * (stage.steps != 1)}, learning rate {stage.optimizer.learning_rate:g}"
         for stage in recipe.stages
     ]
     lines.append(

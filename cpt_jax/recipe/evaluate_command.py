@@ -17,6 +17,7 @@ from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_question
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
+from cpt_jax.recipe.report import text_table
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Text is read in rows of so many tokens, four at a time; questions, in batches of as many tokens.
@@ -87,30 +88,29 @@ def _evaluate(model: str, domains: dict[str, _Domain], questions: dict[str, list
 def _bits_entries(figures: dict[str, _Figures], domains: Sequence[str]) -> list[dict]:
     """Prints bits per byte, a line a domain, and returns them for JSON."""
     models, entries = list(figures), []
-    header = ["domain", *models] + (["difference"] if len(models) > 1 else [])
-    print("  ".join(f"{title:>24}" for title in header))
+    rows = [["domain", *models] + (["difference"] if len(models) > 1 else [])]
     for domain in domains:
         values = [figures[name].bits[domain].bits_per_byte for name in models]
         row = [domain, *(f"{value:.4f}" for value in values)]
         row += [f"{values[1] / values[0] - 1:+.1%}"] if len(models) > 1 else []
-        print("  ".join(f"{cell:>24}" for cell in row))
+        rows.append(row)
         for name in models:
             result = dataclasses.asdict(figures[name].bits[domain])
             entries.append({"stage": name, "weights": "last", "domain": domain, **result})
+    print(text_table(rows))
     return entries
 
 
 def _choices_entries(figures: dict[str, _Figures], names: Sequence[str]) -> tuple[list[dict], list[dict]]:
     """Prints accuracies, a line a model, and returns them and the differences for JSON."""
     models = list(figures)
-    width = max(map(len, (*models, "difference")))
     entries: list[dict] = []
     differences: list[dict] = []
+    rows = [["choices", "", "questions", "accuracy ± std. error", "per byte"]]
 
-    def show(name: str, of: str, count: object, accuracy: str, normalised: str) -> None:
-        print(f"{name:>24}  {of:>{width}}  {count:>10}  {accuracy:>24}  {normalised:>12}")
+    def show(name: str, of: str, count: int, accuracy: str, normalised: str) -> None:
+        rows.append([name, of, f"{count:,}", accuracy, normalised])
 
-    show("choices", "", "questions", "accuracy ± std. error", "per byte")
     for name in names:
         found = [figures[model].choices[name] for model in models]
         for model, outcomes in zip(models, found, strict=True):
@@ -131,6 +131,7 @@ def _choices_entries(figures: dict[str, _Figures], names: Sequence[str]) -> tupl
             entry = {"name": name, "accuracy": change, "accuracy_normalised": normalised, "standard_error": error}
             differences.append(entry)
             show(name, "difference", len(found[0]), f"{change:+.1%} ± {error:.1%}", f"{normalised:+.1%}")
+    print(text_table(rows))
     return entries, differences
 
 
@@ -149,6 +150,8 @@ def evaluate_model(
     """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions."""
     if not data and not choices:
         raise UserError("nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl")
+    if max_bytes < 1:
+        raise UserError(f"--max-bytes is {max_bytes}: give at least 1")
     quiet_libraries()
     domains = {
         corpus.name: _Domain(

@@ -12,7 +12,7 @@ from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, write_json
 from cpt_jax.data.chat_template import ChatTemplate
-from cpt_jax.models.generate import Generation
+from cpt_jax.models.generate import Generation, check_room
 from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
@@ -254,6 +254,7 @@ def generate_text(
         stop=stop,
     )
     speed = Speed()
+    check_room(loaded.config, ids, new_tokens)
     if len(prompts) == 1 and not chat:
         _show(prompts[0])
     done = generator.continuations(prompts, ids, _show, speed)

@@ -18,7 +18,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .42rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; border-bottom:
 2px solid var(--line); } td small { display: block; color: var(--soft); } td.best { font-weight: 700; color:
-var(--accent); } figure { margin: 1rem 0; } figure.small { max-width: 34rem; } thead th { white-space: normal;
+var(--accent); } figure { margin: 1rem 0; overflow-x: auto; } figure.small { max-width: 34rem; } thead th { white-space: normal;
 vertical-align: bottom; } figure svg { width: 100%; height: auto; display: block; } pre { background: var(--band);
 padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size:
 .88rem; } details summary { cursor: pointer; color: var(--soft); } .pieces span { display: inline-block; background:

@@ -44,10 +44,10 @@ def svg_text(figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    # Sizes in points would not shrink on a phone.
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
+    # Sizes in points would not shrink on a phone; below some 0.7 of them nobody can read what is written.
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    least = round(0.7 * 72 * figure.get_figwidth())
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="min-width: {least}px"', svg, count=1)
 
 
 def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path) -> str:
@@ -124,6 +124,9 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
                 ha="center",
             )
         first = steps[-1]
+    for axis in (loss, rate):
+        # A stage's name is written in its middle, which has to be in the picture: of a single step it would not be.
+        axis.set_xlim(0, first + 0.5)
     loss.set_ylabel("training loss, nats per token")
     rate.set_ylabel("learning rate")
     for axis in (loss, rate):

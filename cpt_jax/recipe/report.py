@@ -65,16 +65,17 @@ def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
             change = "" if label == labels[0] else f" ({value / base - 1:+.1%})"
             row.append(f"{value:.3f}{change}{'*' if value == lowest[name] else ' '}")
         rows.append(row)
-    return text_table(rows)
+    return f"{text_table(rows)}\n* the lowest"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the header first, as aligned text."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
+    lines = (
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> str:
@@ -138,9 +139,11 @@ def _vocabulary_section(fertility: dict, plots: Path) -> str:
         "documents tokenised differently",
         "round-trip failures",
     ]
-    used = (
-        f"{fertility['new_pieces']:,} new pieces; {fertility['unreachable_pieces']:,} of them never occur in the text they were learnt from: "
-        "they are steps on the way to longer ones."
+    never = fertility["unreachable_pieces"]
+    used = f"{fertility['new_pieces']:,} new pieces; " + (
+        f"{never:,} of them never occur in the text they were learnt from: they are steps on the way to longer ones."
+        if never
+        else "all of them are in use in the text they were learnt from."
     )
     return (
         f"<h2>The vocabulary</h2>{html_table(header, rows)}<p class=note>{used}</p><figure class=small>{fertility_plot(fertility['corpora'], plots)}</figure>"

@@ -14,7 +14,7 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
-from cpt_jax.core.stores import Location, is_address, written_to
+from cpt_jax.core.stores import Location, refuse_existing, written_to
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
 from cpt_jax.data.holdout import read_heldout, write_heldout
@@ -303,8 +303,8 @@ def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) 
     Raises:
       UserError: no run, not finished, no such weights, or there is something at `out`.
     """
-    if not is_address(out) and Path(out).exists():
-        raise UserError(f"{out} exists: give another --out, or remove it first")
+    quiet_libraries()
+    refuse_existing(out)
     if (config := Place(run_directory).read("config.json")) is None:
         raise UserError(f"{run_directory} is no run's directory (no config.json)")
     recipe = from_json(Recipe, json.loads(config))

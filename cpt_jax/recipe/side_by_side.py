@@ -12,6 +12,8 @@ from cpt_jax.recipe.many import RunFacts
 
 # The share of replay, the tokens and the size stand for these where runs are set side by side.
 _STOOD_FOR = re.compile(r"name|seed|stages\.\d+\.(tokens|mixture(\..*)?)")
+# Runs that differ in more than this many characters say are called by their names.
+LABEL = 80
 _OF_A_POINT = re.compile(_STOOD_FOR.pattern + r"|base|vocabulary(\..*)?\.seed")
 
 
@@ -62,7 +64,8 @@ class Setting:
 
 
 def settings_of_runs(runs: Sequence[RunFacts]) -> list[Setting]:
-    """The runs joined by setting, in the order of their first run; each is labelled by what sets it apart."""
+    """The runs joined by setting, in the order of their first run; each is labelled by what sets it apart,
+    or, where that is much, by its first run's name."""
     joined: dict[str, list[RunFacts]] = {}
     for run in runs:
         own = {path: value for path, value in run.settings.items() if path not in ("name", "seed")}
@@ -71,7 +74,7 @@ def settings_of_runs(runs: Sequence[RunFacts]) -> list[Setting]:
     labels = [
         ", ".join(f"{name} {cell(group[0])}" for name, cell in columns.items()) or group[0].name for group in groups
     ]
-    if len(set(labels)) < len(labels):
+    if len(set(labels)) < len(labels) or max(map(len, labels)) > LABEL:
         labels = [group[0].name for group in groups]
     return [Setting(label=label, runs=tuple(group)) for label, group in zip(labels, groups, strict=True)]
 

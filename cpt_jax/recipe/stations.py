@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.checkpoint.stored import is_trained
 from cpt_jax.core import processes
-from cpt_jax.core.config import differences, fingerprint, to_json
+from cpt_jax.core.config import KIND, differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.progress import say
@@ -100,7 +100,12 @@ class Workdir:
         if path.exists() and not path.is_dir():
             return f"work directory {path} is a file: choose another --workdir"
         if existing.exists():
-            if (refusal := self._owned_by_another(json.loads(existing.read_text()), config, update)) is not None:
+            saved = json.loads(existing.read_text())
+            if saved.get(KIND) != config[KIND]:
+                return (
+                    f"work directory {path} holds a config.json that is no run's (a model's?): choose another --workdir"
+                )
+            if (refusal := self._owned_by_another(saved, config, update)) is not None:
                 return refusal
         elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
             return f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"

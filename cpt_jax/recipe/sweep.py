@@ -197,10 +197,13 @@ def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manne
 
     done = {name for name in recipes if directory.is_done(name, manner.exports)}
     left = {name: recipe for name, recipe in recipes.items() if name not in done}
-    groups = groups_of(left, manner.most_together())
     lines = [f"{len(recipes)} runs in {directory.location}, {len(done)} of them done"]
     lines += [f"  {name}: done" for name in recipes if name in done]
-    for names in groups:
+    if manner.queue is not None:
+        return lines + [f"  a job on {manner.queue}: {name}" for name in left]
+    if manner.at_once != 1:
+        return lines + [f"  in a process of its own: {name}" for name in left]
+    for names in groups_of(left, manner.most_together()):
         if len(names) > 1:
             lines.append(f"  together, as memory allows ({len(names)}): {', '.join(names)}")
         else:

@@ -8,7 +8,7 @@ import pytest
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import Plan, clock
+from cpt_jax.core.progress import Plan, clock, progress
 from cpt_jax.core.storage import atomic_directory, write_text_atomic
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
 from cpt_jax.data.sources import Corpus
@@ -42,6 +42,7 @@ def test_overrides_reach_everywhere_and_keep_types():
     assert changed.stages[1].optimizer.learning_rate == 2e-3
     assert changed.stages[0] == recipe().stages[0]
     assert override(recipe(), "stages.0.tokens", "2048").stages[0].tokens == 2048
+    assert override(recipe(), "stages.0.tokens", "1e6").stages[0].tokens == 1_000_000
     assert override(recipe(), "name", "12").name == "12"
 
 
@@ -53,6 +54,7 @@ def test_overrides_reach_everywhere_and_keep_types():
         ("stages.0.tokens", "many", "'many'"),
         ("stages.0.tokens", "1.5", "1.5"),
         ("stages.0", "1", "names a group"),
+        ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
         ("precision.compute", "float16", "one of float32, bfloat16"),
     ],
 )
@@ -123,6 +125,19 @@ def test_a_real_full_disk_is_told(tmp_path):
         file.flush()
 
 
+def test_a_full_disk_under_prepared_data_is_told(tmp_path):
+    # riegeli, which writes ArrayRecord, has an error of its own, with the system's words in it.
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from cpt_jax.core.storage import disk_full_is_told
+
+    with pytest.raises(UserError, match="disk is full"), disk_full_is_told(tmp_path):
+        writer = ArrayRecordWriter("/dev/full", "group_size:1,uncompressed")
+        for _ in range(200):
+            writer.write(bytes(10_000))
+        writer.close()
+
+
 def test_the_plan_corrects_its_guess(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -135,4 +150,29 @@ def test_the_plan_corrects_its_guess(monkeypatch):
     assert plan.seconds_left("b", current_left=10.0) == 10
     plan.skip("b")
     assert plan.seconds_left() == 0
+    # A small part that mostly compiled says little about what is left.
+    plan = Plan({"a": 1.0, "b": 1e6}, seconds_per_unit=1e-5)
+    plan.begin("a")
+    now[0] += 2.0
+    plan.end("a")
+    assert plan.seconds_left() < 20
     assert (clock(59.6), clock(125), clock(7300)) == ("1 min 00 s", "2 min 05 s", "2 h 01 min")
+
+
+def test_a_narrow_terminal_shows_how_long_it_takes(monkeypatch):
+    # By a terminal of 80 columns: the name, the steps and the time left are there, figures as far as there is room.
+    import io
+    import sys
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in (("COLUMNS", "80"), ("TERM", "xterm"), ("TTY_INTERACTIVE", "1")):
+        monkeypatch.setenv(name, value)
+    figures = {f"loss domain{n}": 6.872 for n in range(3)} | {"tokens_per_second": 12345.0}
+    with progress("stage-embeddings", 20, "steps", Plan({"stage-embeddings": 1.0}, 1.0)) as shown:
+        shown.advance(10, **figures)
+        shown.advance(10, **figures)
+    last = [line for line in terminal.getvalue().split("\r") if "20/20" in line][-1]
+    assert "stage-embeddings" in last
+    assert "20/20 steps, 0 s left, whole run 0 s left, loss domain0" in last

@@ -229,6 +229,26 @@ def test_a_kill_costs_what_was_not_done(place, tmp_path, workers):
     assert times == {name: (out / f"train-{name}.arrayrecord").stat().st_mtime_ns for name in done}
 
 
+def test_ctrl_c_ends_all_processes_without_their_tracebacks(place, tmp_path, monkeypatch):
+    # One process is at its last split for long, the other has nothing to do any more.
+    (tmp_path / "slow.py").write_text("import time\ndef wait(text):\n    time.sleep(60 * (text == 'slow'))\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    corpus, out = write_jsonl(tmp_path / "a.jsonl", [*english(600), "slow"]), tmp_path / "out"
+    script = SCRIPT.replace("duplicates=True", 'filters=("slow:wait",)')
+    command = [sys.executable, "-c", script, corpus, place / "tokenizer", out, "2"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    splits = -(-corpus.stat().st_size // 20_000)
+    while len(list(out.glob(WRITTEN))) < splits - 1:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    # The first process's own, of which the command line makes one line.
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert "SpawnProcess" not in told
+
+
 def test_another_tokenizer_is_told(place, tmp_path):
     prepare_corpus(task(place, tmp_path / "out"), 1)
     other = write_tokenizer(tmp_path / "other", chinese(50)) or Tokenizer(tmp_path / "other")

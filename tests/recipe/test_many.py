@@ -1,13 +1,21 @@
 """Runs side by side: seeds joined, what differs, the front, and the page."""
 
+import dataclasses
+import json
+
 import pytest
 from many_runs import write_run
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.sources import Corpus
 from cpt_jax.recipe.many import find_runs, mean_shares
 from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
+from cpt_jax.recipe.plots import curves_plot, new_figure, saved
+from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
+from cpt_jax.recipe.sweep import Manner, planned
+from cpt_jax.recipe.sweep_directory import SweepDirectory
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +48,29 @@ def test_numbers_of_front_points_do_not_lie_on_each_other(tmp_path):
     assert [number for number in ("1", "2", "3", "1-3", "4", "5") if f">{number}</text>" in svg] == ["1-3", "4", "5"]
 
 
+def test_runs_that_differ_in_much_are_called_by_their_names(tmp_path):
+    write_run(tmp_path / "runs" / "slow", 0.25, rate=1e-4)
+    write_run(tmp_path / "runs" / "fast", 0.25, rate=1e-2)
+    settings = settings_of_runs(find_runs([tmp_path])[0])
+    assert {setting.label for setting in settings} == {"learning_rate 0.0001", "learning_rate 0.01"}
+    config = json.loads((tmp_path / "runs" / "slow" / "config.json").read_text())
+    prompts = {"prompts": ["国务院有关部门应当" * 12]}
+    (tmp_path / "runs" / "slow" / "config.json").write_text(json.dumps(config | {"samples": prompts}))
+    settings = settings_of_runs(find_runs([tmp_path])[0])
+    assert {setting.label for setting in settings} == {"slow", "fast"}
+
+
+def test_the_curves_of_a_single_step_can_be_drawn(tmp_path):
+    # Warnings are errors: the layout gave up where a name lay outside of the axes.
+    line = {"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3}
+    assert "lora" in curves_plot({"lora": [line]}, tmp_path)
+
+
+def test_a_wide_picture_does_not_shrink_beyond_reading(tmp_path):
+    figure, _ = new_figure(2, 10.0, 3.0)
+    assert 'style="min-width: 504px"' in saved(figure, tmp_path, "wide").partition(">")[0]
+
+
 def test_the_page_holds_the_answer(sweep):
     page = write_runs_report([sweep], sweep / "report.html").read_text()
     assert "With at most 1% more loss on en, replay 1" in page
@@ -57,3 +88,16 @@ def test_no_run_has_ended(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="has ended yet"):
         find_runs([tmp_path])
+
+
+def test_a_dry_run_says_where_each_run_would_go(tmp_path):
+    domain = Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new")
+    recipe = Recipe(name="a", base="b", domains=(domain,), stages=())
+    recipes = {name: dataclasses.replace(recipe, name=name) for name in ("a", "b")}
+    directory = SweepDirectory(tmp_path / "sweep", "e", recipes, claim=False)
+    for manner, told in (
+        (Manner(queue="slurm"), "a job on slurm: "),
+        (Manner(at_once=2), "in a process of its own: "),
+        (Manner(), "alone: "),
+    ):
+        assert planned(directory, recipes, manner)[1:] == [f"  {told}a", f"  {told}b"]

@@ -1,0 +1,95 @@
+"""What is typed: one line where it is wrong, and nothing of the user's is replaced."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from inputs import chinese, english, write_jsonl
+
+from cpt_jax.cli import main
+from cpt_jax.cli.arguments import whole_number
+from cpt_jax.cli.parser import parser
+
+ADAPT = ("adapt", "--base", "{model}", "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "run")
+NEW = ("adapt", "--base", "{model}", "--workdir", "run", "--new")
+PREPARE = ("data", "prepare", "--tokenizer", "{model}", "--out", "data", "--input")
+WRONG = {
+    "no name": ((*NEW, "zh.jsonl"), "is not NAME=SPEC, as in zh=law.jsonl; see `cpt adapt --help`"),
+    "no whole number": ((*ADAPT, "--tokens", "many"), "'many' is no whole number, as in 1000000 or 1e6"),
+    "a value with a dash": (("law", "t.csv", "--old", "en", "--new", "zh", "--budget", "-1%"), "--flag=-value"),
+    "no such flag": (("doctor", "run", "--fix"), "unrecognized arguments: --fix"),
+    "a flag nearly right": ((*ADAPT, "--replay_share", "0.5"), "did you mean --replay-share?"),
+    "a name twice": ((*ADAPT, "--watch", "zh=en.jsonl"), "corpus 'zh' is given twice"),
+    "prepared twice": ((*PREPARE, "zh=zh.jsonl", "zh=en.jsonl"), "corpus 'zh' is given twice"),
+    "a directory as corpus": ((*NEW, "zh=texts"), "is a directory: name its files, as in zh='texts/*.jsonl'"),
+    "next to no text": ((*NEW, "zh=short.jsonl"), "give more text, or --tokens"),
+    "a watch that never looks": ((*ADAPT, "--watch-every", "0"), "--watch-every is 0: give at least 1 step"),
+    "no budget to act on": ((*ADAPT, "--on-forgetting", "stop"), "give --forgetting-budget, as in 0.02"),
+    "a model as workdir": ((*ADAPT[:-1], "kept"), "holds a config.json that is no run's"),
+    "a model replaced": (
+        ("model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--out", "kept"),
+        "exists",
+    ),
+    "a directory replaced": (("model", "import-gguf", "--gguf", "x.gguf", "--out", "kept"), "kept exists"),
+    "a file as directory": ((*PREPARE, "zh=zh.jsonl", "--out", "zh.jsonl"), "zh.jsonl"),
+    "no page over one run": (("report", "kept", "--out", "page.html"), "--out is of the page over several runs"),
+    "nothing to read": (("eval", "--model", "{model}", "--data", "zh=zh.jsonl", "--max-bytes", "0"), "give at least 1"),
+    "no room": (("generate", "--model", "{model}", "--prompt", "the", "--new-tokens", "999"), "shorten the prompt"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "zh.jsonl", chinese(40))
+    write_jsonl(tmp_path / "en.jsonl", english(40))
+    write_jsonl(tmp_path / "short.jsonl", ["法"])
+    (tmp_path / "texts").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "kept")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_told_in_one_line(place, tiny_model, capsys, arguments, message):
+    before = {path: path.read_bytes() for path in (place / "kept").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(model=tiny_model) for argument in arguments])
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert stop.value.code == 2
+    assert message in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert not any("usage:" in line for line in lines)
+    assert told.out == ""
+    assert {path: path.read_bytes() for path in (place / "kept").iterdir()} == before
+
+
+def test_whole_numbers_as_people_write_them():
+    assert [whole_number(text) for text in ("1000", "1e6", "1,000,000")] == [1000, 1_000_000, 1_000_000]
+
+
+def commands_of(page: Path) -> list[str]:
+    """The indented lines of a page that call `cpt`; without what stands for more (...), with the first of a|b, and a number
+    for N and I."""
+    lines = re.findall(r"^    cpt ([^\n#]+)", page.read_text(), re.MULTILINE)
+    lines = [re.sub(r"[\[\]]|(?<=\w)\|\S+", "", line).replace(" ...", "") for line in lines]
+    return [re.sub(r" [NI]\b", " 1", line) for line in lines]
+
+
+PAGES = [path for path in (Path("README.md"), *sorted(Path("docs").glob("*.md"))) if commands_of(path)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_pages_name_flags_that_there_are(page, capsys):
+    for line in commands_of(page):
+        words = shlex.split(line)
+        try:
+            arguments, rest = parser().parse_known_args(words)
+        except SystemExit:
+            # An example that leaves something out still shows the rest rightly.
+            assert "arguments are required" in capsys.readouterr().err, line
+            continue
+        fields = [word for word in rest if word.startswith("--") and "." not in word]
+        assert arguments.command == "lm-eval" or not fields, f"{page}: {line}: {fields}"
