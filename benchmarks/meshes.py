@@ -51,9 +51,9 @@ def losses(method_name: str, mesh_text: str) -> list[float]:
     from cpt_jax.sharding.mesh import MeshShape, make_mesh
     from cpt_jax.sharding.placement import spread
     from cpt_jax.sharding.rules import RULES
-    from cpt_jax.training.loop import place_weights
     from cpt_jax.training.program import Settings
     from cpt_jax.training.step import Controls
+    from cpt_jax.training.training import place_weights
 
     methods = {"full": Full(), "lora": LoRA(rank=8, alpha=16, new_rows=False), "new rows": Embeddings(rows="new")}
     method = methods[method_name]

@@ -29,10 +29,10 @@ from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.flops import token_flops
-from cpt_jax.training.loop import place_weights
 from cpt_jax.training.memory import stage_memory
 from cpt_jax.training.program import Settings
 from cpt_jax.training.step import Controls
+from cpt_jax.training.training import place_weights
 
 NEW_ROWS, STEPS, WARM_UP = 2000, 6, 2
 METHODS: dict[str, Method] = {

@@ -33,7 +33,8 @@ from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.sharding.mesh import make_mesh
-from cpt_jax.training.loop import Training, train
+from cpt_jax.training.loop import train
+from cpt_jax.training.training import Training
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 OUT = Path("benchmarks/results/quantised_base.json")

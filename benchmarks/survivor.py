@@ -108,7 +108,7 @@ def training(directory: Path, data: Path, arguments: argparse.Namespace) -> Any:
     from cpt_jax.optim.schedules import Cosine
     from cpt_jax.recipe.model import Model
     from cpt_jax.sharding.mesh import MeshShape, make_mesh
-    from cpt_jax.training.loop import Training
+    from cpt_jax.training.training import Training
 
     config, generator = family_for(HF_CONFIG).config_from_hf(HF_CONFIG), np.random.default_rng(0)
     shapes = flatten(abstract_decoder(config).shapes)

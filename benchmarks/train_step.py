@@ -69,9 +69,9 @@ def our_run(arguments: argparse.Namespace) -> dict:
     from cpt_jax.optim.optimizer import AdamW
     from cpt_jax.recipe.model import load_model
     from cpt_jax.sharding.mesh import make_mesh
-    from cpt_jax.training.loop import place_weights
     from cpt_jax.training.program import Settings
     from cpt_jax.training.step import Controls
+    from cpt_jax.training.training import place_weights
 
     precision = Precision(compute=arguments.compute)
     method = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "embeddings": Embeddings(rows="all")}[arguments.method]

@@ -12,7 +12,7 @@ from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.model import Model
 from cpt_jax.sharding.mesh import make_mesh
-from cpt_jax.training.loop import Training
+from cpt_jax.training.training import Training
 
 FLOAT32 = Precision(compute="float32")
 

@@ -10,7 +10,8 @@ from cpt_jax.cli.arguments import (
     on_disk,
     plan_of,
     replay_and_forgetting,
-    texts_and_learning,
+    tokenizer_extend_of,
+    tokenizer_report_of,
     trackers_of,
     whole_number,
 )
@@ -175,22 +176,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         tokenizer, "extend", handlers.tokenizer_extend, "Adds new pieces; every id of the base keeps its meaning."
     )
-    texts_and_learning(sub)
-    sub.add_argument("--new-tokens", required=True, type=int, help="pieces learnt from the corpora, at most")
-    sub.add_argument(
-        "--candidates", type=on_disk, metavar="FILE", help="terms to be pieces besides, one a line (UTF-8)"
-    )
-    sub.add_argument(
-        "--drop-unreachable", action="store_true", help="leave out pieces that the corpora never come to use"
-    )
-    for name, help in (
-        ("old-documents-changed", "protected documents that may be tokenised differently"),
-        ("old-tokens-added", "more tokens that protected documents may take"),
-        ("unreachable", "new pieces that may never be used"),
-        ("slow-fast-differences", "documents that tokenizer.model and tokenizer.json may cut differently"),
-    ):
-        sub.add_argument(f"--max-{name}", type=float, metavar="SHARE", help=f"limit (0 to 1) of {help}")
-    sub.add_argument("--out", required=True, type=location)
+    tokenizer_extend_of(sub)
     json_out(sub)
     sub = command(
         tokenizer,
@@ -198,19 +184,7 @@ def parser() -> argparse.ArgumentParser:
         handlers.tokenizer_report,
         "Compares two tokenizers on text, or shows what extending one brings.",
     )
-    texts_and_learning(sub)
-    sub.add_argument("--tokenizer", help="the other tokenizer's directory or hub id")
-    sub.add_argument("--curve", action="store_true", help="fertility against the number of new pieces")
-    sub.add_argument(
-        "--sizes",
-        type=int,
-        nargs="+",
-        default=[500, 1000, 2000, 4000, 8000, 16000, 32000],
-        metavar="N",
-        help="the curve's numbers of new pieces (default 500 to 32000)",
-    )
-    sub.add_argument("--html", type=location, help="also write a self-contained page to this file")
-    sub.add_argument("--plot", type=location, help="also write the curve's picture to this PNG file")
+    tokenizer_report_of(sub)
     json_out(sub)
 
     model = group("model", "import, extend and inspect models")

@@ -15,11 +15,12 @@ from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.recipe.run import Pipeline
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import Begun, Workdir
-from cpt_jax.training.loop import Training, train
+from cpt_jax.training.loop import train
 from cpt_jax.training.memory import device_memory, stage_memory
 from cpt_jax.training.stacked import joint_settings
 from cpt_jax.training.together import train_together
 from cpt_jax.training.trackers import TrackerName, Tracking
+from cpt_jax.training.training import Training
 
 # Of a device's memory, for what is counted on paper: compilers take more.
 USABLE = 0.6

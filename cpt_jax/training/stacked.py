@@ -12,10 +12,10 @@ import numpy as np
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.sharding.placement import place
-from cpt_jax.training.loop import Training
 from cpt_jax.training.program import Program, Settings
 from cpt_jax.training.retention import start_of
 from cpt_jax.training.state import TrainState
+from cpt_jax.training.training import Training
 
 # Kernels that are not written for an axis of runs in front.
 _FOR_ONE_RUN = ("cudnn", "tokamax", "splash")

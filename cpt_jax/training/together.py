@@ -20,11 +20,11 @@ from cpt_jax.data.loader import Loader
 from cpt_jax.sharding.placement import spread
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.guard import Preemption, Watchdog
-from cpt_jax.training.loop import Training
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
 from cpt_jax.training.program import Settings, of_runs
 from cpt_jax.training.stacked import Stack, joint_settings, stacked
 from cpt_jax.training.trackers import Trackers
+from cpt_jax.training.training import Training
 
 # Saving holds all runs up: it takes no more than this share of the time.
 SAVING_SHARE = 0.05

@@ -27,8 +27,8 @@ from cpt_jax.recipe.recipe import Stage
 from cpt_jax.sharding.hardware import backend, compiling_for
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.training.flops import token_flops
-from cpt_jax.training.loop import place_weights
 from cpt_jax.training.program import Settings
+from cpt_jax.training.training import place_weights
 
 SIZES = dict(hidden_size=64, intermediate_size=192, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, new_rows=16)
 LORA = LoRA(rank=4, alpha=8)
