@@ -59,7 +59,7 @@ def roofline(compiled: CompiledStage, program: Program, found: list[Collective])
             continue
         computation = program.computations[name]
         products = _flops(program, computation, instruction) + _kernel_flops(compiled, instruction)
-        bytes_ = _bytes(program, computation, instruction)
+        bytes_ = moved_bytes(program, computation, instruction)
         flops, moved = flops + times * products, moved + times * bytes_
         if peak is not None and chip is not None:
             local += times * max(products / peak, bytes_ / chip.memory_bandwidth)
@@ -162,7 +162,7 @@ def _attention_flops(compiled: CompiledStage, passes: float) -> float:
     return 4.0 * passes * config.num_heads * config.head_dim * sum(keys) / len(keys) * tokens
 
 
-def _bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+def moved_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
     """What an operation reads from and writes to main memory."""
     operands = [computation[name] for name in instruction.operands if name in computation]
     read = [sum(array.bytes for array in each.arrays if array.space == 0) for each in operands]
@@ -177,23 +177,38 @@ def _bytes(program: Program, computation: Computation, instruction: Instruction)
     if instruction.op.endswith("-done"):
         return 0.0
     if instruction.op == "fusion" and (called := instruction.called()) and called[0] in program.computations:
-        return _fusion_bytes(program.computations[called[0]], read, written)
+        return _fusion_bytes(program, program.computations[called[0]], read, written)
     return sum(read) + written
 
 
-def _fusion_bytes(inner: Computation, read: list[int], written: float) -> float:
+def _fusion_bytes(program: Program, inner: Computation, read: list[int], written: float) -> float:
     """A fusion reads of an operand what it slices out of it, and writes into one what it updates."""
-    for each in inner.values():
-        index = re.match(r"index=(\d+)", each.attributes) if each.op == "parameter" else None
-        if index is None or int(index.group(1)) >= len(read):
-            continue
-        users = [user for user in inner.values() if each.name in user.operands]
-        if users and all(user.op in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") for user in users):
-            number = int(index.group(1))
-            read[number] = min(
-                read[number], sum(user.bytes for user in users if not user.op.startswith("dynamic-update"))
-            )
+    for number, name in _parameters(inner).items():
+        if number < len(read):
+            read[number] = min(read[number], _sliced(program, inner, name))
     for each in inner.values():
         if each.op == "dynamic-update-slice" and (each.root or each.bytes > 0.5 * written > 0):
             written -= each.bytes - inner[each.operands[1]].bytes
     return sum(read) + max(0.0, written)
+
+
+def _parameters(inner: Computation) -> dict[int, str]:
+    """The names of a fusion's operands within it, by their place."""
+    found = {each.name: re.match(r"index=(\d+)", each.attributes) for each in inner.values() if each.op == "parameter"}
+    return {int(index.group(1)): name for name, index in found.items() if index is not None}
+
+
+def _sliced(program: Program, inner: Computation, name: str) -> int:
+    """Bytes that are read of a value: what is sliced out of it, also by fusions within the fusion, or all of it."""
+    whole, total = inner[name].bytes, 0
+    for user in (each for each in inner.values() if name in each.operands):
+        if user.op in ("dynamic-slice", "slice", "gather"):
+            total += user.bytes
+        elif user.op == "bitcast" and not user.root:
+            total += _sliced(program, inner, user.name)
+        elif user.op == "fusion" and (called := program.computations.get(user.called()[0])) is not None:
+            within = _parameters(called)
+            total += sum(_sliced(program, called, within[at]) for at, each in enumerate(user.operands) if each == name)
+        elif user.op != "dynamic-update-slice" or user.operands[0] != name:
+            return whole
+    return min(whole, total)

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cpt_jax.plan.collectives import axes_of, collectives
 from cpt_jax.plan.hlo import Instruction, parse
-from cpt_jax.plan.roofline import products
+from cpt_jax.plan.roofline import moved_bytes, products
 from cpt_jax.sharding.mesh import AXES, MeshShape, make_mesh
 
 
@@ -137,3 +137,49 @@ def test_groups_along_a_part_of_an_axis():
     assert axes_of(Instruction("x", "f32[4]", "all-gather", (), text, False), sizes) == (("tensor",), 2)
     text = "replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}"
     assert axes_of(Instruction("x", "f32[4]", "all-gather", (), text, False), sizes) == (("fsdp",), 4)
+
+
+# A layer's part of what all 80 layers kept, sliced out by a fusion within the fusion; and put there.
+KEPT = """HloModule jit_step
+
+%slice (k: bf16[80,64,32], n: s32[]) -> bf16[64,32] {
+  %k = bf16[80,64,32]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = bf16[1,64,32]{2,1,0} dynamic-slice(%k, %n, %zero, %zero), dynamic_slice_sizes={1,64,32}
+  ROOT %flat = bf16[64,32]{1,0} bitcast(%part)
+}
+
+%product (x: bf16[16,64], kept: bf16[80,64,32], m: s32[]) -> bf16[16,32] {
+  %x = bf16[16,64]{1,0} parameter(0)
+  %kept = bf16[80,64,32]{2,1,0} parameter(1)
+  %m = s32[] parameter(2)
+  %one = bf16[64,32]{1,0} fusion(%kept, %m), kind=kLoop, calls=%slice
+  ROOT %dot = bf16[16,32]{1,0} dot(%x, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%put (all: bf16[80,64,32], new: bf16[1,64,32], o: s32[]) -> bf16[80,64,32] {
+  %all = bf16[80,64,32]{2,1,0} parameter(0)
+  %new = bf16[1,64,32]{2,1,0} parameter(1)
+  %o = s32[] parameter(2)
+  %nil = s32[] constant(0)
+  ROOT %done = bf16[80,64,32]{2,1,0} dynamic-update-slice(%all, %new, %o, %nil, %nil)
+}
+
+ENTRY %main (a: bf16[16,64], b: bf16[80,64,32], c: s32[], d: bf16[1,64,32]) -> bf16[80,64,32] {
+  %a = bf16[16,64]{1,0} parameter(0)
+  %b = bf16[80,64,32]{2,1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %d = bf16[1,64,32]{2,1,0} parameter(3)
+  %used = bf16[16,32]{1,0} fusion(%a, %b, %c), kind=kOutput, calls=%product
+  ROOT %stored = bf16[80,64,32]{2,1,0} fusion(%b, %d, %c), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_what_a_fusion_slices_is_counted_by_its_slices():
+    program = parse(KEPT)
+    main = program.computations["main"]
+    layer, index = 64 * 32 * 2, 4
+    assert moved_bytes(program, main, main["used"]) == 16 * 64 * 2 + layer + index + 16 * 32 * 2
+    assert moved_bytes(program, main, main["stored"]) == layer + index + layer
