@@ -5,7 +5,7 @@
 #
 # Wants Python 3.12 or newer with jax[cuda13], tokamax, torch, transformers, peft and liger-kernel (`PYTHON=...`); no network
 # once `make inputs` has been called. Results go to benchmarks/results/, each with the machine, the versions and its own
-# command, and each figure as soon as it is there. About 25 minutes on an H200.
+# command, and each figure as soon as it is there. The whole has not been run in one go: each line takes 2 to 10 minutes on an H200.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 "$python" -c 'import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX: pip install jax[cuda13]"; print(jax.devices())'
@@ -16,3 +16,5 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 "$python" -m benchmarks.train_step --model 1b smollm2 --sequence 8192 2048 --tokens 16384 --documents 8 --compute bfloat16
 "$python" -m benchmarks.cross_entropy --tokens 8192 --width 2048
 "$python" -m benchmarks.methods --sequence 2048 --tokens 16384
+# Runs as one program against one by one and two processes at once: `--together auto` stands on it.
+"$python" -m benchmarks.sweep --steps 200 --rows 16 --runs 8

@@ -77,12 +77,15 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a run lies on the machine, and what is watched there; starts it with the other processes, if there are."""
+    from cpt_jax.core.errors import UserError
     from cpt_jax.core.processes import Processes
     from cpt_jax.recipe.shared import SharedStations
     from cpt_jax.sharding.mesh import MeshShape
     from cpt_jax.training.profile import ProfiledSteps
 
     profiled = None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
+    if arguments.hang_seconds < 0:
+        raise UserError(f"--hang-seconds is {arguments.hang_seconds:g}: give seconds, or 0 for no watchdog")
     processes = Processes(coordinator=arguments.coordinator, count=arguments.processes, index=arguments.process)
     if arguments.distributed or processes.coordinator is not None:
         processes.start()

@@ -65,6 +65,8 @@ class Patient:
 
     def __init__(self, run: Path) -> None:
         config = run / "config.json"
+        if (runs := sorted(path.name for path in run.glob("runs/*/"))) and not config.exists():
+            raise UserError(f"{run} is a sweep: examine its runs, as {run}/runs/{runs[0]}")
         if not config.exists() or "stages" not in read_config(run):
             raise UserError(f"{run} is no run's directory (no config.json of a recipe)")
         self.path = run

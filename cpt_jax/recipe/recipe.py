@@ -225,6 +225,10 @@ class Recipe:
                     raise UserError(
                         f"stage {stage.name!r} trains on {domain!r}, whose role is 'watch': make it 'replay'"
                     )
+                if self.domains[names.index(domain)].heldout.share == 1:
+                    raise UserError(
+                        f"stage {stage.name!r} trains on {domain!r}, of which all is held out (heldout.share 1): give it a smaller share"
+                    )
             if self.vocabulary is None and isinstance(stage.method, Embeddings) and stage.method.rows == "new":
                 raise UserError(
                     f"stage {stage.name!r} trains new rows only, but the recipe grows no vocabulary: drop the stage"

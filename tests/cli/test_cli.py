@@ -36,6 +36,9 @@ WRONG = {
     "a file as directory": ((*PREPARE, "zh=zh.jsonl", "--out", "zh.jsonl"), "zh.jsonl"),
     "no page over one run": (("report", "kept", "--out", "page.html"), "--out is of the page over several runs"),
     "nothing to read": (("eval", "--model", "{model}", "--data", "zh=zh.jsonl", "--max-bytes", "0"), "give at least 1"),
+    "all held out": ((*ADAPT, "--domains.1.heldout.share", "1.0"), "all is held out (heldout.share 1)"),
+    "a watchdog of less than nothing": ((*ADAPT, "--hang-seconds", "-5"), "--hang-seconds is -5: give seconds, or 0"),
+    "a sweep for a run": (("doctor", "sweep"), "sweep is a sweep: examine its runs, as sweep/runs/one"),
     "no room": (("generate", "--model", "{model}", "--prompt", "the", "--new-tokens", "999"), "shorten the prompt"),
 }
 
@@ -47,6 +50,7 @@ def place(tmp_path, tiny_model, monkeypatch):
     write_jsonl(tmp_path / "en.jsonl", english(40))
     write_jsonl(tmp_path / "short.jsonl", ["法"])
     (tmp_path / "texts").mkdir()
+    (tmp_path / "sweep/runs/one").mkdir(parents=True)
     shutil.copytree(tiny_model, tmp_path / "kept")
     return tmp_path
 
