@@ -58,21 +58,30 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def replay(
-    new: str, sweep: str, settings: dict[float, str], weights: str = "last"
-) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """(share, the new domain, English) for the shares that were run."""
-    found = [(share, of(sweep, setting, weights)) for share, setting in settings.items()]
-    return [(share, figures[new], figures["english"]) for share, figures in found if figures]
+Share = tuple[float, np.ndarray, np.ndarray]
 
 
-def shares() -> dict[str, list[tuple[float, np.ndarray, np.ndarray]]]:
-    chinese = {0.0: "nothing", 0.05: "replay-5", 0.25: "replay-25"}
-    code = {share: f"code-{share:.0%}" for share in (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)}
-    return {"chinese": replay("chinese", "keeps", chinese), "code": replay("code", "replay-code", code)}
+def shares() -> dict[str, list[Share]]:
+    """By new domain, (share of replay, the new domain, English) for the shares that were run."""
+    every = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)
+    # `what_keeps` has runs of three shares, with the same recipes.
+    kept = {0.0: "nothing", 0.05: "replay-5", 0.25: "replay-25"}
+    sweeps = {
+        "chinese": {"keeps": kept, "replay-chinese": {share: f"chinese-{share:.0%}" for share in every}},
+        "code": {"replay-code": {share: f"code-{share:.0%}" for share in every}},
+    }
+    return {new: [point for share in every for point in _share(new, share, of)] for new, of in sweeps.items()}
 
 
-def removed_of(points: list[tuple[float, np.ndarray, np.ndarray]], known: float) -> dict[float, float]:
+def _share(new: str, share: float, sweeps: dict[str, dict[float, str]]) -> list[Share]:
+    """From the first of the sweeps that has it."""
+    for sweep, settings in sweeps.items():
+        if (RESULTS / f"{sweep}.json").exists() and (figures := of(sweep, settings.get(share, ""))):
+            return [(share, figures[new], figures["english"])]
+    return []
+
+
+def removed_of(points: list[Share], known: float) -> dict[float, float]:
     """By share, how much of the forgetting without replay is removed; nothing where that was not run."""
     if points[0][0]:
         return {}
