@@ -2,7 +2,6 @@
 is refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import environment
 from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
@@ -77,9 +77,9 @@ def place(tiny_model, tmp_path_factory):
 
 
 def cpt(*arguments, cwd, check=True, **settings) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "cpt_jax", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **settings)
+    settings |= {"cwd": cwd, "env": environment(cwd)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -261,13 +261,12 @@ def test_a_second_call_computes_nothing(finished, place):
 
 def test_killed_anywhere_it_ends_with_the_same_figures(finished, place):
     run, _ = finished
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     killed = place / "killed"
     command = [sys.executable, "-m", "cpt_jax", "run", "recipes:tiny", "--workdir", str(killed)]
     watched = ["tokenizer", "stages/1-rows/metrics.jsonl", "stages/2-lora/metrics.jsonl", "export.unchecked"]
     for name in watched:
         process = subprocess.Popen(
-            command, cwd=place, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command, cwd=place, env=environment(place), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         while not (killed / name).exists() and process.poll() is None:
             time.sleep(0.02)
