@@ -5,7 +5,7 @@
 #
 # Wants Python 3.12 or newer with jax[cuda13], tokamax, torch, transformers, peft and liger-kernel (`PYTHON=...`); no network
 # once `make inputs` has been called. Results go to benchmarks/results/, each with the machine, the versions and its own
-# command, and each figure as soon as it is there. The whole has not been run in one go: each line takes 2 to 10 minutes on an H200.
+# command, and each figure as soon as it is there. The whole has not been run in one go.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 "$python" -c 'import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX: pip install jax[cuda13]"; print(jax.devices())'

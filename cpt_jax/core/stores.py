@@ -245,8 +245,11 @@ def refuse_existing(out: Location) -> None:
     Raises:
       UserError: there is something at `out`.
     """
-    with refusals_are_told(str(out)):
-        there = bool(Store(str(out)).names()) if is_address(out) else Path(out).exists()
+    if is_address(out):
+        with refusals_are_told(str(out)):
+            there = bool(Store(str(out)).names())
+    else:
+        there = Path(out).exists()
     if there:
         raise UserError(f"{out} exists: give another --out, or remove it first")
 

@@ -24,6 +24,7 @@ from cpt_jax.data.prepare import MANIFEST, read_manifest
 from cpt_jax.data.records import shard_fault
 from cpt_jax.recipe.export import GATE, logit_difference, numpy_type
 from cpt_jax.recipe.lineage import Lineage
+from cpt_jax.recipe.many import is_sweep
 from cpt_jax.recipe.mirror import examined
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
@@ -47,6 +48,8 @@ def examine_run(run: Location, json_path: Location | None = None) -> bool:
       UserError: it is no run's directory, or a process is running in it.
     """
     quiet_libraries()
+    if is_sweep(run):
+        raise UserError(f"{run} is a sweep: examine its runs, one by one ({run}/runs/NAME)")
     findings = []
     with examined(run) as path:
         for found in Patient(path).findings():
@@ -65,8 +68,6 @@ class Patient:
 
     def __init__(self, run: Path) -> None:
         config = run / "config.json"
-        if (runs := sorted(path.name for path in run.glob("runs/*/"))) and not config.exists():
-            raise UserError(f"{run} is a sweep: examine its runs, as {run}/runs/{runs[0]}")
         if not config.exists() or "stages" not in read_config(run):
             raise UserError(f"{run} is no run's directory (no config.json of a recipe)")
         self.path = run

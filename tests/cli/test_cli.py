@@ -38,7 +38,7 @@ WRONG = {
     "nothing to read": (("eval", "--model", "{model}", "--data", "zh=zh.jsonl", "--max-bytes", "0"), "give at least 1"),
     "all held out": ((*ADAPT, "--domains.1.heldout.share", "1.0"), "all is held out (heldout.share 1)"),
     "a watchdog of less than nothing": ((*ADAPT, "--hang-seconds", "-5"), "--hang-seconds is -5: give seconds, or 0"),
-    "a sweep for a run": (("doctor", "sweep"), "sweep is a sweep: examine its runs, as sweep/runs/one"),
+    "a sweep for a run": (("doctor", "sweep"), "sweep is a sweep: examine its runs, one by one (sweep/runs/NAME)"),
     "no room": (("generate", "--model", "{model}", "--prompt", "the", "--new-tokens", "999"), "shorten the prompt"),
 }
 
