@@ -12,6 +12,7 @@ import numpy as np
 
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+from experiments.replay_share import SHARES
 
 RESULTS, PLOTS = Path("experiments/results"), Path("experiments/plots")
 # Of the forgetting without replay (Ibrahim et al. 2024, arXiv 2403.08763, table 2: German, 405M).
@@ -63,22 +64,11 @@ Share = tuple[float, np.ndarray, np.ndarray]
 
 def shares() -> dict[str, list[Share]]:
     """By new domain, (share of replay, the new domain, English) for the shares that were run."""
-    every = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)
-    # `what_keeps` has runs of three shares, with the same recipes.
-    kept = {0.0: "nothing", 0.05: "replay-5", 0.25: "replay-25"}
-    sweeps = {
-        "chinese": {"keeps": kept, "replay-chinese": {share: f"chinese-{share:.0%}" for share in every}},
-        "code": {"replay-code": {share: f"code-{share:.0%}" for share in every}},
-    }
-    return {new: [point for share in every for point in _share(new, share, of)] for new, of in sweeps.items()}
-
-
-def _share(new: str, share: float, sweeps: dict[str, dict[float, str]]) -> list[Share]:
-    """From the first of the sweeps that has it."""
-    for sweep, settings in sweeps.items():
-        if (RESULTS / f"{sweep}.json").exists() and (figures := of(sweep, settings.get(share, ""))):
-            return [(share, figures[new], figures["english"])]
-    return []
+    found = {}
+    for new in ("chinese", "code"):
+        figures = [(share, of(f"replay-{new}", f"{new}-{share:.0%}")) for share in SHARES]
+        found[new] = [(share, of_share[new], of_share["english"]) for share, of_share in figures if of_share]
+    return found
 
 
 def removed_of(points: list[Share], known: float) -> dict[float, float]:
@@ -90,10 +80,10 @@ def removed_of(points: list[Share], known: float) -> dict[float, float]:
 
 
 def replay_tables() -> None:
-    sweeps = {"chinese": "keeps", "code": "replay-code"}
     for new, points in shares().items():
-        known = base(sweeps[new])["english"]
-        rows = [["base", f"{base(sweeps[new])[new]:.3f}", f"{known:.3f}", "", "", ""]]
+        before = base(f"replay-{new}")
+        known = before["english"]
+        rows = [["base", f"{before[new]:.3f}", f"{known:.3f}", "", "", ""]]
         removed = removed_of(points, known)
         for share, learnt, kept in points:
             ours = f"{removed[share]:.0%}" if share in removed else ""
@@ -147,7 +137,6 @@ def other_tables() -> None:
 
 def plot_shares() -> None:
     figure, axes = new_figure(2, 8.6, 3.2)
-    sweeps = {"chinese": "keeps", "code": "replay-code"}
     for axis, (new, points) in zip(axes, shares().items(), strict=True):
         for place, colour, name in ((2, ACCENT, "english"), (1, DOMAIN_COLOURS[1], new)):
             means = [point[place].mean() for point in points]
@@ -156,7 +145,7 @@ def plot_shares() -> None:
             axis.errorbar(
                 [max(point[0], 0.003) for point in points], means, yerr=spread, fmt="o-", color=colour, label=name
             )
-        axis.axhline(base(sweeps[new])["english"], color=GREY, linestyle="--", linewidth=1, label="english, base")
+        axis.axhline(base(f"replay-{new}")["english"], color=GREY, linestyle="--", linewidth=1, label="english, base")
         axis.set_xscale("log")
         axis.set_xticks([max(point[0], 0.003) for point in points], [f"{point[0]:.0%}" for point in points])
         axis.minorticks_off()

@@ -6,7 +6,7 @@ statutes cost in bits per byte after the same text, and after the same compute? 
 Expectation: at equal text, more pieces are worse (fewer steps, rows that are new); at equal compute (tokens), 1,000 to 4,000 are better than none, since each token is worth more text, and
 16,000 have too many rows to train. Rows first helps little: with everything training they move fastest anyway.
 
-Result: the base spends three tokens on a character, and more pieces are better up to 16,000 at equal compute (1.94, 1.59, 1.46, 1.37), better from 4,000 on at equal text, and rows first helps (1.46 to 1.40), all three against what was expected.
+Result: the base spends three tokens on a character, and more pieces are better up to 16,000 at equal compute (1.94, 1.59, 1.46, 1.37), better from 4,000 on at equal text (16,000: 1.55), and rows first helps (16,000: 1.33), all three against what was expected.
 
 `cpt sweep experiments.growing:chinese`: two seeds; 25% English.
 """
