@@ -113,23 +113,28 @@ def _normalised(logits: list[Array], devices: Devices) -> _Softmax:
     return _Softmax(logits, exponentials, normaliser, top + jnp.log(normaliser))
 
 
-def _is_target(targets, tables, static: _Static):
-    """For each table, where the targets are among its rows [N, V]."""
+def _own_targets(targets, tables, static: _Static):
+    """For each table, the targets' places in the part of it that is here [N]; outside of it for others' targets."""
     first, found = 0, []
     for number, (table, (rows, _)) in enumerate(zip(tables, static.uses, strict=True)):
-        own = jnp.where(targets < first + rows, targets - first, -1)
-        found.append(static.devices.rows(table, number)[None, :] == own[:, None])
+        place = targets - first - static.devices.rows(table, number)[0]
+        found.append(jnp.where(targets < first + rows, place, -1))
         first += rows
     return found
+
+
+def _chosen(logits: Array, own: Array) -> Array:
+    """The targets' logits [N], 0 of those that are not here: N numbers are read, where a masked sum would read all."""
+    here = (own >= 0) & (own < logits.shape[1])
+    found = jnp.take_along_axis(logits, jnp.where(here, own, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(here, found, 0.0)
 
 
 def _chunk_losses(hidden, tables, targets, teacher: Teacher | None, static: _Static):
     """(cross-entropies [N], divergences [N], the student's softmax, the teacher's, the student's over its tables)."""
     student = _softmax(hidden, tables, static)
-    masks = _is_target(targets, tables, static)
-    chosen = static.devices.sum_of_tables(
-        [jnp.sum(jnp.where(mask, part, 0.0), -1) for mask, part in zip(masks, student.logits, strict=True)]
-    )
+    owned = _own_targets(targets, tables, static)
+    chosen = static.devices.sum_of_tables([_chosen(part, own) for part, own in zip(student.logits, owned, strict=True)])
     nats = student.log_normaliser - chosen
     if teacher is None:
         return nats, jnp.zeros_like(nats), student, None, None
@@ -153,8 +158,9 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
     total = jnp.sum(weights * nats + z * jnp.square(student.log_normaliser))
     of_student = (weights + 2 * z * student.log_normaliser) / student.normaliser
     dhidden, dtables = [], []
-    masks = _is_target(targets, tables, static)
-    for number, (table, mask, use) in enumerate(zip(tables, masks, static.uses, strict=True)):
+    owned = _own_targets(targets, tables, static)
+    for number, (table, own, use) in enumerate(zip(tables, owned, static.uses, strict=True)):
+        mask = jnp.arange(table.shape[0])[None, :] == own[:, None]
         dlogits = student.exponentials[number] * of_student[:, None] - jnp.where(mask, weights[:, None], 0.0)
         if teacher is not None and wise is not None and shared is not None and number < len(teacher.tables):
             dlogits += shared.exponentials[number] * (teacher.weights / shared.normaliser)[:, None]

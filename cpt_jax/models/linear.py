@@ -168,10 +168,14 @@ class Linear(nnx.Module):
 def applied(linears: Sequence[Linear], x: Float[Array, "*rows i"], dtype: jnp.dtype) -> list[Float[Array, "*rows o"]]:
     """What each of the layers gives on the same input, of which only one copy is kept for the backward pass."""
     weights: list[Any] = [linear.kernel.get_value() for linear in linears]
-    # An adapter that drops inputs drops others than its neighbours do.
+    # An adapter that drops inputs drops others than its neighbours do. The factors A of the rest are one matrix: x and its
+    # gradient are read and written once for all of them.
     sharing = [linear for linear in linears if linear.adapter is not None and linear.dropout_key is None]
-    outputs = matmuls(x, [*weights, *(linear.lora_a[...] for linear in sharing)], dtype)
-    low_rank = dict(zip(map(id, sharing), outputs[len(linears) :], strict=True))
+    factors = [linear.lora_a[...] for linear in sharing]
+    outputs = matmuls(x, [*weights, *([jnp.concatenate(factors, axis=1)] if factors else [])], dtype)
+    ends = np.cumsum([factor.shape[1] for factor in factors])[:-1]
+    shared = jnp.split(outputs[-1], ends, axis=-1) if factors else []
+    low_rank = dict(zip(map(id, sharing), shared, strict=True))
     for linear in linears:
         if linear.adapter is not None and linear.dropout_key is not None:
             kept = _dropped(x, linear.adapter.dropout, linear.dropout_key)
