@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
         self.softcap, self.normed = config.attention_softcap, config.qk_norm
         self.windows, self.kernel = tuple(kind.window for kind in config.layer_kinds), config.attention
-        self.documents = config.documents
+        self.documents, self.runs = config.documents, config.runs
         width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
         qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
         self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
@@ -85,6 +85,7 @@ class Attention(nnx.Module):
             dtype=dtype,
             kernel=self.kernel if cache is None else "xla",
             documents=self.documents,
+            runs=self.runs,
         )
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, length, self.heads * self.head_dim)
         return self.o(mixed, dtype), cache

@@ -60,7 +60,7 @@ class DecoderConfig:
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
     names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type. `documents`:
-    at most so many are packed into a row (None: not known).
+    at most so many are packed into a row (None: not known). `runs`: the decoder may be mapped over runs.
     """
 
     vocab_size: int
@@ -97,6 +97,7 @@ class DecoderConfig:
     remat: Remat | None = None
     attention: AttentionChoice = "auto"
     documents: int | None = None
+    runs: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

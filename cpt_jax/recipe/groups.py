@@ -205,7 +205,7 @@ def most_by_memory(stage: Stage, training: Training) -> int:
         precision=training.precision,
         rows=stage.batch_size // stage.accumulate,
         sequence_length=stage.sequence_length,
-        scores=training.network.config.attention != "blocks",
+        scores=training.network.config.attention == "xla",
     )
     # While states are stacked, each is there twice.
     one = memory.held + max(memory.held, memory.temporary)

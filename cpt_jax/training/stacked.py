@@ -17,15 +17,11 @@ from cpt_jax.training.retention import start_of
 from cpt_jax.training.state import TrainState
 from cpt_jax.training.training import Training
 
-# Kernels that are not written for an axis of runs in front.
-_FOR_ONE_RUN = ("cudnn", "tokamax", "splash")
-
 
 def joint_settings(trainings: Sequence[Training]) -> Settings | None:
     """What is compiled for all of them, or None where that is not the same.
 
-    A domain that some mix and others do not is one for all; rows may have as many documents as the longest list of any;
-    attention is the reference where a run alone would take a kernel of its device.
+    A domain that some mix and others do not is one for all; rows may have as many documents as the longest list of any.
     """
     each = [_joint(training, trainings) for training in trainings]
     same = all(settings == each[0] for settings in each[1:])
@@ -35,11 +31,8 @@ def joint_settings(trainings: Sequence[Training]) -> Settings | None:
 def _joint(training: Training, trainings: Sequence[Training]) -> Settings:
     config = training.network.config
     documents = [other.network.config.documents for other in trainings]
-    config = dataclasses.replace(
-        config,
-        attention="xla" if config.attention in _FOR_ONE_RUN else config.attention,
-        documents=None if None in documents else max(filter(None, documents)),
-    )
+    most = None if None in documents else max(filter(None, documents))
+    config = dataclasses.replace(config, documents=most, runs=True)
     names = dict.fromkeys(name for other in trainings for name in other.loader.names)
     settings = dataclasses.replace(
         training.settings(), network=abstract_decoder(config, training.network.lora), names=tuple(names)

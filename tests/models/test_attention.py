@@ -89,6 +89,32 @@ def test_a_kernel_gives_the_reference_and_its_gradients(name, heads, window, sof
         assert jnp.linalg.norm(mine - expected) < 1.5 * jnp.linalg.norm(usual - expected)
 
 
+@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
+def test_mapped_over_runs_a_kernel_gives_each_run_what_it_gives_it_alone(meshed):
+    """Queries, keys and documents of each run; values that all have in common."""
+    q, k, v, w = inputs(4, 2)
+    runs = [jax.random.normal(jax.random.key(number), (2, *each.shape)) for number, each in enumerate((q, k))]
+    begins = jnp.stack([document_begins(jnp.asarray(rows)) for rows in (ROWS, ROWS[::-1])])
+    kinds = Visible(begins, jnp.int32(1), jnp.int32(0))
+
+    def of_run(q, k, v, visible, runs):
+        call = functools.partial(attend, windows=(None, 50), softcap=2.0, dtype=FLOAT32, kernel="blocks", runs=runs)
+        return result_and_gradients(call, q, k, v, w, visible)
+
+    alone = [of_run(q, k, v, kinds._replace(begins=own), False) for q, k, own in zip(*runs, begins, strict=True)]
+    with jax.set_mesh(make_mesh(shape=MeshShape(tensor=2)) if meshed else make_mesh(jax.devices()[:1])):
+        mapped = jax.vmap(functools.partial(of_run, runs=True), in_axes=(0, 0, None, Visible(0, None, None)))
+        text = str(jax.make_jaxpr(mapped)(*runs, v, kinds))
+        together = mapped(*runs, v, kinds)
+    # One call with the rows of both, of which each device has its heads.
+    groups = 1 if meshed else 2
+    assert f"f32[6,{groups},2,256,16]" in text
+    assert f"f32[2,3,{groups},2,256,16]" not in text
+    for number, expected in enumerate(alone):
+        for mine, theirs in zip(together, expected, strict=True):
+            np.testing.assert_allclose(mine[number], theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
 @pytest.mark.parametrize("length", [40, CPU_BLOCK + 1])
 def test_blocks_take_rows_that_they_do_not_divide(length):
     arrays, visible = inputs(4, 2, length), Visible(document_begins(jnp.asarray(ROWS[:, :length])))

@@ -18,6 +18,7 @@ from cpt_jax.core.errors import Preempted, UserError
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.data.feed import Feed
 from cpt_jax.data.loader import Loader
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine
@@ -41,7 +42,7 @@ def maker(directories, mixture, seed):
     return functools.partial(Loader, mixture, directories, **settings)
 
 
-def group(directories, root, method, *, runs=RUNS, teacher=None, **changes):
+def group(directories, root, method, *, runs=RUNS, teacher=None, attention="auto", **changes):
     """(trainings, makers of their loaders)."""
     trainings, makers = [], []
     for index, (mixture, rate, seed, schedule, weight) in enumerate(runs):
@@ -50,6 +51,8 @@ def group(directories, root, method, *, runs=RUNS, teacher=None, **changes):
         retention = () if teacher is None else (teacher(weight=weight),)
         given = dict(loader=make(), optimizer=optimizer, schedule=schedule, seed=seed, retention=retention)
         run = training(directories, root / str(index), method, **(given | changes))
+        config = dataclasses.replace(run.network.config, attention=attention)
+        run = dataclasses.replace(run, network=abstract_decoder(config, run.network.lora))
         if isinstance(method, LoRA):
             # Each has its own adapters, as a recipe's seed makes them.
             generator = np.random.default_rng(seed)
@@ -70,14 +73,14 @@ def close(found, expected, tolerance=5e-5):
 
 
 @pytest.mark.parametrize(
-    ("method", "teacher"),
-    [(Full(), MeanTeacher), (LoRA(rank=4, alpha=8), None)],
-    ids=["full, mean teacher", "lora"],
+    ("method", "options"),
+    [(Full(), dict(teacher=MeanTeacher)), (LoRA(rank=4, alpha=8), dict(attention="blocks"))],
+    ids=["full, mean teacher", "lora, attention in blocks"],
 )
-def test_runs_together_are_the_single_runs(directories, tmp_path, method, teacher):
-    singles, _ = group(directories, tmp_path / "single", method, teacher=teacher, steps=20)
+def test_runs_together_are_the_single_runs(directories, tmp_path, method, options):
+    singles, _ = group(directories, tmp_path / "single", method, steps=20, **options)
     expected = [train(run) for run in singles]
-    results = train_together(*group(directories, tmp_path / "together", method, teacher=teacher, steps=20))
+    results = train_together(*group(directories, tmp_path / "together", method, steps=20, **options))
     for index, (result, alone) in enumerate(zip(results, expected, strict=True)):
         for kind in ("last", "ema"):
             close(result[kind], alone[kind])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from cpt_jax.models.kernels.blocks import blocks
 from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for, within_rows
 from cpt_jax.models.kernels.reference import reference
+from cpt_jax.models.kernels.runs import rows_of_runs
 from cpt_jax.models.kernels.visible import SAVED, Visible
 from cpt_jax.models.products import sum_type
 from cpt_jax.sharding.hardware import backend
@@ -43,6 +44,7 @@ def attend(
     dtype: jnp.dtype,
     kernel: AttentionChoice = "auto",
     documents: int | None = None,
+    runs: bool = False,
 ) -> Float[Array, "B H S h"]:
     """softmax(q k) v, inputs rounded to `dtype`, result float32; query head i reads key head i * G // H.
 
@@ -51,6 +53,7 @@ def attend(
       softcap: scores become softcap * tanh(scores / softcap).
       kernel: see `kernel_for`, also for what it raises.
       documents: no row has more; a kernel may give wrong results for rows that do.
+      runs: the call may be mapped over runs with `jax.vmap`, which only the reference bears without it.
     """
     length, mesh = q.shape[2], jax.sharding.get_abstract_mesh()
     work = Work(
@@ -67,8 +70,14 @@ def attend(
         return checkpoint_name(reference(q, k, v, visible, windows, softcap, work.dtype), SAVED)
     call = _Call(name, within_rows(windows, length), softcap, documents, work.dtype)
     if mesh.empty or mesh.size == 1:
-        return _one_device(call, _splash_kernels(call, q.shape[1], length), q, k, v, visible)
-    return _on_each_device(call, mesh, q, k, v, visible)
+        attention = functools.partial(_on_one_device, call)
+    else:
+        attention = functools.partial(_on_each_device, call, mesh)
+    return (rows_of_runs(attention) if runs else attention)(q, k, v, visible)
+
+
+def _on_one_device(call: _Call, q, k, v, visible: Visible) -> Array:
+    return _part(call, _splash_kernels(call, q.shape[1], q.shape[2]), q, k, v, visible)
 
 
 def _on_each_device(call: _Call, mesh: AbstractMesh, q, k, v, visible: Visible) -> Array:
@@ -89,7 +98,7 @@ def _on_each_device(call: _Call, mesh: AbstractMesh, q, k, v, visible: Visible) 
         if parts > 1:
             visible = visible._replace(index=visible.index + jax.lax.axis_index(CONTEXT) * q.shape[2])
             k, v = (_gathered(each, call.dtype) for each in (k, v))
-        return _one_device(call, kernels, q, k, v, visible)
+        return _part(call, kernels, q, k, v, visible)
 
     cut = jax.shard_map(part, in_specs=(kernel_specs, heads, heads, heads, specs), out_specs=heads, check_vma=False)
     return cut(kernels, q, k, v, visible)
@@ -119,7 +128,7 @@ def _splash_kernels(call: _Call, heads: int, length: int, context: int = 1) -> t
     )
 
 
-def _one_device(call: _Call, kernels: tuple[Any, ...], q, k, v, visible: Visible) -> Array:
+def _part(call: _Call, kernels: tuple[Any, ...], q, k, v, visible: Visible) -> Array:
     """One device's part."""
     if call.kernel == "blocks":
         return blocks(q, k, v, visible, call.windows, call.softcap, call.dtype)
