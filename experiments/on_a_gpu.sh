@@ -12,6 +12,9 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 [ -e .cache/small-base/base/config.json ] || "$python" -m experiments.small_base
 "$python" -m cpt_jax sweep experiments.replay_share:chinese --workdir runs/replay-chinese
 "$python" -m cpt_jax sweep experiments.replay_share:code --workdir runs/replay-code
+# A model of this size fills a GPU alone.
+"$python" -m configs.quickstart_inputs
+"$python" -m cpt_jax sweep experiments.replay_share:smollm2 --together never --workdir runs/replay-smollm2
 "$python" -m cpt_jax sweep experiments.what_keeps:chinese --exports --workdir runs/keeps
 "$python" -m cpt_jax sweep experiments.growing:chinese --workdir runs/growing
 "$python" -m cpt_jax sweep experiments.rewarming:chinese --workdir runs/rewarming

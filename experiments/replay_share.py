@@ -9,9 +9,13 @@ Expectation: the shape that Ibrahim et al. (arXiv 2403.08763) saw at 405M, Engli
 Result: Chinese: 1% removes 65% of the forgetting, 5% 73%, 10% 80%, 25% 88%, 50% 94%; the cost in Chinese is 0.7, 1.7, 3.4, 8 and 19%. Code forgets less, and replay removes less of it: 33, 52, 62, 77, 88%
 (experiments/README.md).
 
-`cpt sweep experiments.replay_share:chinese` and `:code`: six shares, three seeds (other batches), the same number of tokens in all.
+`cpt sweep experiments.replay_share:chinese` and `:code`: six shares, three seeds (other batches), the same number of tokens in all. `:smollm2`: the same texts and tokens for a released model of
+ten times the size, at a third of its pre-training's peak rate too; what it was trained on is not known, and English stands for it. For an accelerator; not run yet.
 """
 
+import dataclasses
+
+from configs.quickstart_inputs import DIRECTORY as QUICKSTART
 from cpt_jax.recipe.recipe import Recipe
 from experiments.small_base import adapted
 
@@ -29,3 +33,8 @@ def chinese() -> list[Recipe]:
 
 def code() -> list[Recipe]:
     return _runs("code")
+
+
+def smollm2() -> list[Recipe]:
+    base = str(QUICKSTART / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return [dataclasses.replace(run, base=base, name=f"smollm2-{run.name}") for run in chinese()]
