@@ -73,7 +73,9 @@ def attend(
         attention = functools.partial(_on_one_device, call)
     else:
         attention = functools.partial(_on_each_device, call, mesh)
-    return (rows_of_runs(attention) if runs else attention)(q, k, v, visible)
+    if runs:
+        return checkpoint_name(rows_of_runs(attention)(q, k, v, visible), SAVED)
+    return attention(q, k, v, visible)
 
 
 def _on_one_device(call: _Call, q, k, v, visible: Visible) -> Array:
