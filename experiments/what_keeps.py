@@ -33,6 +33,9 @@ WAYS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("anchor", 0.0, {"retention": (Anchor(weight=1.0),)}),
     ("anchor-0.2", 0.0, {"retention": (Anchor(weight=0.2),)}),
     ("l2", 0.0, {"retention": (L2ToStart(weight=1e-3),)}),
+    # With a little old text: held to the base on that text alone, or to its weights besides. Not run yet.
+    ("anchor-replay-5", 0.05, {"retention": (Anchor(weight=1.0, domains=("english",)),)}),
+    ("l2-replay-5", 0.05, {"retention": (L2ToStart(weight=1e-3),)}),
     ("lora-16", 0.0, {"method": LoRA(rank=16, alpha=32), "learning_rate": 2e-3}),
     ("lora-16-replay-5", 0.05, {"method": LoRA(rank=16, alpha=32), "learning_rate": 2e-3}),
 )
