@@ -19,7 +19,7 @@ test: $(VENV)/installed-dev inputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # In an environment of its own over the other one: Beam wants an older protobuf.
 test-beam: $(VENV)-beam/installed

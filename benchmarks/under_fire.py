@@ -53,11 +53,11 @@ class Fire:
     def start(self, place: Place) -> list[subprocess.Popen]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={place.devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={place.devices}",
             # As `cpt` has it: programs are kept for the next session, and may be cut off while they are written.
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(self.directory.parent / "compiled"),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
         }
         command = [sys.executable, "-m", "benchmarks.survivor", self.directory, "--mesh", place.mesh, *self._options]
         with socket.socket() as free:

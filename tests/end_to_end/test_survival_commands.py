@@ -12,6 +12,7 @@ import pytest
 from commands import call, environment
 from inputs import english, write_jsonl
 
+pytestmark = pytest.mark.slow
 RECIPE = """
 from cpt_jax.adapt import Full
 from cpt_jax.data.holdout import Holdout

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import environment
 from inputs import chinese, english, write_jsonl
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -22,6 +23,7 @@ from cpt_jax.recipe.groups import groups_of
 from cpt_jax.recipe.run import run
 from cpt_jax.recipe.sweep import Manner, Pace, sweep
 
+pytestmark = pytest.mark.slow
 EXPERIMENT = """
 import dataclasses
 from cpt_jax.adapt import LoRA
@@ -120,7 +122,8 @@ def same_run(found, expected):
 
 def test_runs_together_killed_and_continued_are_the_single_ones(place, single, capsys):
     words = ["sweep", "swept:three", "--workdir", "killed", "--together", "3", "--track", "tensorboard"]
-    killed = subprocess.Popen([sys.executable, "-m", "cpt_jax", *words], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "cpt_jax", *words]
+    killed = subprocess.Popen(command, env=environment(place), stderr=subprocess.DEVNULL)
     stages = [place / "killed/runs" / name / "stages/1-lora" for name in ("quarter", "half", "most")]
     until = time.monotonic() + 300
     while not all((stage / "checkpoints/1").exists() for stage in stages) and time.monotonic() < until:

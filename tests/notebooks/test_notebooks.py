@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import environment
 from inputs import chinese, english, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +28,10 @@ def execute(name: str, directory: Path, parameters: dict) -> str:
     given, out = directory / "parameters.json", directory / name
     given.write_text(json.dumps(parameters))
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / name, out, "--parameters_file", given, "--cwd", directory]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    settings = environment(directory) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command), "--kernel", "python3", "--no-progress-bar"],
-        env=environment,
+        env=settings,
         capture_output=True,
         text=True,
         timeout=300,
