@@ -72,12 +72,15 @@ def test_a_norm_far_above_the_usual_is_skipped_once_there_is_a_usual_one():
 
 @pytest.mark.parametrize("above", [None, 10.0])
 def test_good_steps_are_bit_for_bit_those_without(above):
+    # The older emitters of fusions, which compile quickly, round a sum of products by what else is in the program.
+    newer_emitters = {"xla_backend_extra_options": ""}
     tree = unflatten({path: jnp.asarray(leaf) for path, leaf in WEIGHTS.items()})
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     results = []
     for first in (inner, skip_bad_steps(inner, above)):
         transform = optax.chain(first, optax.scale_by_learning_rate(schedule))
-        weights, state, update = tree, transform.init(tree), jax.jit(transform.update)
+        update = jax.jit(transform.update, compiler_options=newer_emitters)
+        weights, state = tree, transform.init(tree)
         for each in GRADIENTS:
             updates, state = update(unflatten(each), state, weights)
             weights = optax.apply_updates(weights, updates)
