@@ -234,7 +234,9 @@ def test_ctrl_c_ends_all_processes_without_their_tracebacks(place, tmp_path, mon
     (tmp_path / "slow.py").write_text("import time\ndef wait(text):\n    time.sleep(60 * (text == 'slow'))\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     corpus, out = write_jsonl(tmp_path / "a.jsonl", [*english(600), "slow"]), tmp_path / "out"
-    script = SCRIPT.replace("duplicates=True", 'filters=("slow:wait",)')
+    # What a shell starts in the background is not to hear of Ctrl-C, nor is what comes of it.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = heard + SCRIPT.replace("duplicates=True", 'filters=("slow:wait",)')
     command = [sys.executable, "-c", script, corpus, place / "tokenizer", out, "2"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     splits = -(-corpus.stat().st_size // 20_000)
