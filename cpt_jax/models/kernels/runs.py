@@ -21,7 +21,7 @@ def rows_of_runs(attention: Attention) -> Attention:
     forward = _mapped(attention)
 
     def gradients(q, k, v, visible, cotangent):
-        return jax.vjp(lambda *arrays: attention(*arrays, visible), q, k, v)[1](cotangent)
+        return jax.vjp(lambda q, k, v: attention(q, k, v, visible), q, k, v)[1](cotangent)
 
     backward = _mapped(gradients)
     whole = jax.custom_vjp(forward)
