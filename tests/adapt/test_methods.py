@@ -129,10 +129,10 @@ AS_PEFT = {
             alpha=6.0,
             dora=True,
             scaling="alpha/sqrt(rank)",
-            rank_pattern={"layers/mlp/*": 2},
+            rank_pattern={"layers/mlp/*": 2, "q": 3},
             alpha_pattern={"q": 9.0},
         ),
-        dict(use_dora=True, use_rslora=True, rank_pattern={".*mlp.*": 2}, alpha_pattern={"q_proj": 9.0}),
+        dict(use_dora=True, use_rslora=True, rank_pattern={".*mlp.*": 2, "q_proj": 3}, alpha_pattern={"q_proj": 9.0}),
     ),
     "norms": (
         LoRA(rank=4, alpha=6.0, norms=True),

@@ -160,6 +160,14 @@ def test_a_run_that_cannot_go_on_takes_no_other_along(directories, tmp_path, who
         close(result["last"], there["last"])
 
 
+@pytest.mark.parametrize("attention", ["xla", "blocks", "cudnn"])
+def test_runs_together_attend_as_each_would_alone(directories, tmp_path, attention):
+    settings = joint_settings(group(directories, tmp_path, Full(), attention=attention)[0])
+    assert settings is not None
+    # And the kernel is told that there are runs.
+    assert (settings.network.config.attention, settings.network.config.runs) == (attention, True)
+
+
 def test_runs_that_differ_in_what_is_compiled_do_not_go_together(directories, tmp_path):
     trainings, makers = group(directories, tmp_path, Full())
     assert joint_settings(trainings) is not None
