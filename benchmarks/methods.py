@@ -1,6 +1,6 @@
 """LoRA and new rows alone against full training: time and memory of a step, beside what they are on paper.
 
-    python -m benchmarks.methods [--sequence 256] [--tokens 512] [--compute bfloat16]
+    python -m benchmarks.methods [--sequence 256] [--tokens 512] [--compute bfloat16] [--loop unroll scan]
 
 SmolLM2-135M with 2,000 new rows, AdamW. Seconds are the median of six steps after two. The program's figures are XLA's (`memory_analysis`): arguments (weights and
 optimizer state) and temporaries. Paper: cpt_jax/training/memory.py and cpt_jax/training/flops.py. Prints a Markdown table and writes benchmarks/results/methods-DEVICE.json.
@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten, unflatten
-from cpt_jax.models.kernels.choice import Work, choose
+from cpt_jax.data.packing import documents_in_a_row
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.model import Model, load_model
 from cpt_jax.sharding.mesh import make_mesh
@@ -50,10 +51,11 @@ def grown() -> Model:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, new_rows=NEW_ROWS), weights=weights)
 
 
-def measure(method: Method, arguments: argparse.Namespace, loop: str) -> dict:
+def measure(method: Method, arguments: argparse.Namespace, loop: Literal["unroll", "scan"]) -> dict:
     precision, optimizer = Precision(compute=arguments.compute), AdamW(learning_rate=1e-5)
-    model = grown().adapted(method, 0)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, layer_loop=loop))
+    model = grown().adapted(method, 0).for_training(jax.default_backend(), layer_loop=loop)
+    documents = documents_in_a_row(arguments.length, arguments.documents / arguments.length)
+    model = model.attending("auto", arguments.length, precision.dtype, documents)
     config, mesh = model.config, make_mesh(jax.devices()[:1])
     program = Settings(
         network=model.network,
@@ -74,14 +76,6 @@ def measure(method: Method, arguments: argparse.Namespace, loop: str) -> dict:
             started = time.perf_counter()
             state, _ = jax.block_until_ready(compiled(state, frozen, {}, batches[number % 4], controls))
             seconds.append(time.perf_counter() - started)
-    work = Work(
-        backend=jax.default_backend(),
-        length=arguments.length,
-        head_dim=config.head_dim,
-        windows=(None,),
-        softcap=None,
-        dtype=precision.dtype,
-    )
     paper = stage_memory(
         model.network,
         method.trains,
@@ -89,7 +83,7 @@ def measure(method: Method, arguments: argparse.Namespace, loop: str) -> dict:
         precision=precision,
         rows=arguments.batch,
         sequence_length=arguments.length,
-        scores=choose(work) == "xla",
+        scores=config.attention == "xla",
     )
     memory = compiled.memory_analysis()
     return {
@@ -108,6 +102,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--loop", choices=("unroll", "scan"), nargs="+", default=["unroll", "scan"])
     arguments = parser.parse_args()
     arguments.batch = arguments.tokens // arguments.length
     quiet_libraries()
@@ -123,13 +118,13 @@ def main() -> None:
         "on paper",
     )
     lines, results = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)], []
-    for loop in ("unroll", "scan"):
+    for loop in arguments.loop:
         full = None
         for name, method in METHODS.items():
             found = measure(method, arguments, loop)
             full = full or found
             results.append({"method": name, **found})
-            shown = [loop, name, f"{found['seconds']:.2f}", f"{found['seconds'] / full['seconds']:.2f}"]
+            shown = [loop, name, f"{found['seconds']:.3g}", f"{found['seconds'] / full['seconds']:.2f}"]
             shown += [f"{found['flops'] / full['flops']:.2f}"]
             shown += [f"{value / 1e6:,.0f}" for value in (found["held_bytes"], found["paper"]["held"])]
             shown += [f"{value / 1e6:,.0f}" for value in (found["temporary_bytes"], found["paper"]["temporary"])]

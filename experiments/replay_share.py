@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 
 
 def _runs(new: str) -> list[Recipe]:
-    return [adapted(f"{new}-{share:.0%}-{seed}", new, share, seed=seed) for share in SHARES for seed in SEEDS]
+    return [adapted(f"{new}-{share:.0%}-{seed}", new, share, seed=seed) for seed in SEEDS for share in SHARES]
 
 
 def chinese() -> list[Recipe]:

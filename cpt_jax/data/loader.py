@@ -64,7 +64,7 @@ class Loader:
         self.may_end = bool(max_epochs)
         if steps is None and changes(mixture):
             raise ValueError("a mixture that changes needs the number of steps")
-        self.names, self.sequence_length = domains_of(mixture), sequence_length
+        self.names, self.sequence_length, self.batch_size = domains_of(mixture), sequence_length, batch_size
         manifests = {name: _manifest(directories, name, tokenizer) for name in self.names}
         self.records = {name: manifest.records for name, manifest in manifests.items()}
         self.tokens = {name: manifest.tokens for name, manifest in manifests.items()}

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.cut_vocabulary import Devices, on_mesh
+from cpt_jax.models.products import precision_of
 from cpt_jax.sharding.hardware import backend
 
 # On a CPU more than this gains nothing. An accelerator adds each chunk's gradient to the whole table's in memory: fewer,
@@ -97,7 +98,7 @@ class _Softmax(NamedTuple):
 def _softmax(hidden, tables, static: _Static) -> _Softmax:
     logits = []
     for number, (table, (rows, _)) in enumerate(zip(tables, static.uses, strict=False)):
-        part = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+        part = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32, precision=precision_of(static.dtype))
         if static.softcap is not None:
             part = static.softcap * jnp.tanh(part / static.softcap)
         if table.shape[0] != rows:
@@ -170,9 +171,13 @@ def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, 
             capped = jnp.maximum(student.logits[number], -static.softcap)
             dlogits *= 1 - jnp.square(capped / static.softcap)
         dlogits = dlogits.astype(static.dtype)
-        dhidden.append(jnp.matmul(dlogits, table, preferred_element_type=jnp.float32))
+        dhidden.append(
+            jnp.matmul(dlogits, table, preferred_element_type=jnp.float32, precision=precision_of(static.dtype))
+        )
         if use.trains:
-            dtables.append(jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32))
+            dtables.append(
+                jnp.matmul(dlogits.T, hidden, preferred_element_type=jnp.float32, precision=precision_of(static.dtype))
+            )
     if teacher is not None:
         total += jnp.sum(teacher.weights * divergence)
     return (total, *dtables), (nats, divergence, static.devices.sum_of_tables(dhidden))

@@ -156,8 +156,8 @@ class Linear(nnx.Module):
         wide, scale = sum_type(dtype), self.adapter.scale
         a, b = (jax.lax.stop_gradient(factor[...]) for factor in (self.lora_a, self.lora_b))
         across = jax.lax.stop_gradient(matmul(a.T, self.kernel.get_value(), dtype))
-        b, gram = b.astype(wide), jnp.matmul(a.T, a, preferred_element_type=wide)
-        growth = jnp.sum(b * (2 * scale * across + scale**2 * jnp.matmul(gram, b)), axis=0)
+        b, gram = b.astype(wide), jnp.matmul(a.T, a, precision="highest", preferred_element_type=wide)
+        growth = jnp.sum(b * (2 * scale * across + scale**2 * jnp.matmul(gram, b, precision="highest")), axis=0)
         tiny = jnp.finfo(jnp.float32).tiny
         norm = jnp.maximum(jax.lax.stop_gradient(self.kernel_norm[...]).astype(wide), tiny**0.5)
         # 1 + growth / |W|^2 is |W + scale A B|^2 / |W|^2; rounding may not take it to zero or below.

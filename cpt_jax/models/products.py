@@ -9,7 +9,7 @@ A weight may be quantised: it is kept so for the backward pass, made dense a sec
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,20 @@ def sum_type(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def precision_of(dtype: jnp.dtype) -> Literal["highest"] | None:
+    """The precision of a product of inputs of `dtype`. float32 is multiplied as float32, which JAX by itself does not do on
+    GPUs (TF32, 11 bits) and TPUs (one product of bfloat16, 8 bits); where `jax_default_matmul_precision` is set, as that
+    says.
+    """
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return "highest" if dtype == jnp.float32 and asked is None else None
+
+
 def _product(multiply: Callable[..., Array], *operands: Array, dtype: jnp.dtype) -> Array:
     """A product that other layers read: in the type of the sums; accelerators write and read back the half of it, in
     the inputs' type, as everybody does there."""
     written = sum_type(dtype) if backend() == "cpu" else dtype
-    return multiply(*operands, preferred_element_type=written).astype(sum_type(dtype))
+    return multiply(*operands, precision=precision_of(dtype), preferred_element_type=written).astype(sum_type(dtype))
 
 
 def matmul(x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
@@ -62,7 +71,9 @@ def _matmuls_backward(dtype, residuals, cotangents):
             dweights.append(None)
             continue
         contracted = ((rows, rows), ((), ()))
-        dweight = jax.lax.dot_general(x, low, contracted, preferred_element_type=sum_type(dtype))
+        dweight = jax.lax.dot_general(
+            x, low, contracted, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+        )
         dweights.append(dweight.astype(weight.dtype))
     # x reached the forward pass as float32: only its rounded copy was kept.
     return dx, tuple(dweights)
@@ -83,7 +94,7 @@ def _contract(spec, a, b, dtype):
 
 def _contract_forward(spec, a, b, dtype):
     a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(spec, a, b, preferred_element_type=sum_type(dtype)), (a, b)
+    return jnp.einsum(spec, a, b, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)), (a, b)
 
 
 def _contract_backward(spec, dtype, residuals, cotangent):
@@ -91,8 +102,12 @@ def _contract_backward(spec, dtype, residuals, cotangent):
     inputs, out = spec.split("->")
     first, second = inputs.split(",")
     low = cotangent.astype(dtype)
-    da = jnp.einsum(f"{out},{second}->{first}", low, b, preferred_element_type=sum_type(dtype))
-    db = jnp.einsum(f"{first},{out}->{second}", a, low, preferred_element_type=sum_type(dtype))
+    da = jnp.einsum(
+        f"{out},{second}->{first}", low, b, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    )
+    db = jnp.einsum(
+        f"{first},{out}->{second}", a, low, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    )
     return da, db
 
 
@@ -122,7 +137,9 @@ def _of_groups(rows, sizes):
 
 def _grouped_forward(x, weight, sizes, dtype):
     low = x.astype(dtype)
-    y = jax.lax.ragged_dot(low, dense(weight, dtype), sizes, preferred_element_type=sum_type(dtype))
+    y = jax.lax.ragged_dot(
+        low, dense(weight, dtype), sizes, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    )
     return _of_groups(y, sizes), (low, weight, sizes)
 
 
@@ -130,13 +147,17 @@ def _grouped_backward(dtype, residuals, cotangent):
     x, weight, sizes = residuals
     low = _of_groups(cotangent, sizes).astype(dtype)
     transposed = dense(weight, dtype).swapaxes(1, 2)
-    dx = jax.lax.ragged_dot(low, transposed, sizes, preferred_element_type=sum_type(dtype))
+    dx = jax.lax.ragged_dot(
+        low, transposed, sizes, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    )
     if is_quantised(weight):
         return _of_groups(dx, sizes), None, None
     by_group = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    dweight = jax.lax.ragged_dot_general(x, low, sizes, by_group, preferred_element_type=sum_type(dtype))
+    dweight = jax.lax.ragged_dot_general(
+        x, low, sizes, by_group, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    )
     return _of_groups(dx, sizes), dweight.astype(weight.dtype), None
 
 

@@ -16,7 +16,7 @@ from cpt_jax.recipe.run import Pipeline
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import Begun, Workdir
 from cpt_jax.training.loop import train
-from cpt_jax.training.memory import device_memory, stage_memory
+from cpt_jax.training.memory import device_memory, is_out_of_memory
 from cpt_jax.training.stacked import joint_settings
 from cpt_jax.training.together import train_together
 from cpt_jax.training.trackers import TrackerName, Tracking
@@ -153,10 +153,7 @@ def _parts(waiting: Sequence[_Waiting], most: int | None) -> list[list[_Waiting]
     for each in waiting:
         for part in parts:
             trainings = [other.training for other in (*part, each)]
-            if (
-                len(part) < (most or most_by_memory(each.stage, each.training))
-                and joint_settings(trainings) is not None
-            ):
+            if len(part) < (most or most_by_memory(each.training)) and joint_settings(trainings) is not None:
                 part.append(each)
                 break
         else:
@@ -177,7 +174,7 @@ def _train_part(part: Sequence[_Waiting], attempt: Callable[[str, Callable[[], A
     except Preempted:
         raise
     except Exception as error:
-        if len(part) > 1 and "RESOURCE_EXHAUSTED" in str(error):
+        if len(part) > 1 and is_out_of_memory(error):
             error.__traceback__ = None
             say(f"{len(part)} runs together are too large for the memory: half as many go together")
             middle = len(part) // 2
@@ -195,18 +192,9 @@ def _train_part(part: Sequence[_Waiting], attempt: Callable[[str, Callable[[], A
         attempt(each.name, lambda each=each, result=result: end(each, result))
 
 
-def most_by_memory(stage: Stage, training: Training) -> int:
+def most_by_memory(training: Training) -> int:
     """How many runs like this one there is memory for, on paper."""
-    memory = stage_memory(
-        training.network,
-        training.trains,
-        training.optimizer,
-        ema=training.ema,
-        precision=training.precision,
-        rows=stage.batch_size // stage.accumulate,
-        sequence_length=stage.sequence_length,
-        scores=training.network.config.attention == "xla",
-    )
+    memory = training.memory()
     # While states are stacked, each is there twice.
     one = memory.held + max(memory.held, memory.temporary)
     return max(1, int(USABLE * device_memory() / one))

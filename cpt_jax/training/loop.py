@@ -18,6 +18,7 @@ from cpt_jax.sharding.placement import spread
 from cpt_jax.sharding.rules import RULES
 from cpt_jax.training.ending import end_early, ended_at
 from cpt_jax.training.guard import Preemption, Watchdog, agreed
+from cpt_jax.training.memory import told_of_memory
 from cpt_jax.training.metrics import MetricsFile, StepClock, metrics_line
 from cpt_jax.training.profile import Profile
 from cpt_jax.training.program import Program
@@ -35,7 +36,13 @@ def train(training: Training, plan: Plan | None = None) -> dict[str, Tree]:
 
     Raises:
       Preempted: it was asked to end, and has saved where it is.
+      UserError: it does not fit into a device's memory.
     """
+    with told_of_memory(training.name, training.memory):
+        return _train(training, plan)
+
+
+def _train(training: Training, plan: Plan | None) -> dict[str, Tree]:
     if jax.process_index() > 0:
         training = dataclasses.replace(training, journal=Journal())
     program = training.program()

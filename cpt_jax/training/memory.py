@@ -1,13 +1,16 @@
 """What a stage takes in memory, on paper: before anything is placed or compiled."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.models.cross_entropy import chunk_tokens
@@ -105,6 +108,34 @@ def _logit_bytes(config: DecoderConfig, tokens: int, item: int) -> int:
     """Of a chunk: logits, their exponentials, and their gradient."""
     vocabulary = sum(config.padded(rows) for rows in config.table_rows.values())
     return min(tokens, chunk_tokens(vocabulary)) * (8 + item) * vocabulary
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room, for a program or for what it was given."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def told_of_memory(name: str, memory: Callable[[], StageMemory]) -> Iterator[None]:
+    """What a device has no room for is said in a line, with what the stage takes on paper.
+
+    Raises:
+      UserError: there was no room.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        paper, devices = memory(), jax.device_count()
+        asked = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B)", str(error))
+        piece = f" ({asked[1]} more were asked for)" if asked else ""
+        raise UserError(
+            f"{name}: a device's memory of {device_memory() / 1e9:.1f} GB is full{piece}; on paper the stage holds"
+            f" {paper.held / 1e9:.1f} GB and takes {paper.temporary / 1e9:.1f} GB within a step"
+            f"{f', over {devices} devices' if devices > 1 else ''}: give it a smaller batch_size, the same batch in parts"
+            " (accumulate), remat, LoRA instead of full training, or more devices (cpt plan says what fits)"
+        ) from error
 
 
 def device_memory() -> int:

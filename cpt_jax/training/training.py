@@ -26,6 +26,7 @@ from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.sharding.placement import place as place_leaf
 from cpt_jax.training.flops import token_flops
 from cpt_jax.training.guard import HANG_SECONDS
+from cpt_jax.training.memory import StageMemory, stage_memory
 from cpt_jax.training.profile import ProfiledSteps
 from cpt_jax.training.program import Program, Settings
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention, teacher_weight
@@ -100,6 +101,19 @@ class Training:
         if any(isinstance(part, MeanTeacher | Anchor) for part in self.retention):
             teacher = "average" if any(isinstance(part, MeanTeacher) for part in self.retention) else "start"
         return token_flops(self.network, self.trains, sequence_length, teacher=teacher).total
+
+    def memory(self) -> StageMemory:
+        """What it takes on paper."""
+        return stage_memory(
+            self.network,
+            self.trains,
+            self.optimizer,
+            ema=self.ema,
+            precision=self.precision,
+            rows=self.loader.batch_size // self.accumulate,
+            sequence_length=self.loader.sequence_length,
+            scores=self.network.config.attention == "xla",
+        )
 
     def peak_flops(self) -> float | None:
         """Of all devices together, FLOP/s, where it is known for the type of the products."""

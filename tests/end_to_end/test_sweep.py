@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import environment
@@ -16,7 +17,7 @@ from inputs import chinese, english, write_jsonl
 from tensorboard.backend.event_processing import event_accumulator
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.recipe import queues
+from cpt_jax.recipe import groups, queues
 from cpt_jax.recipe.experiment import named_runs
 from cpt_jax.recipe.find import find_recipe
 from cpt_jax.recipe.groups import groups_of
@@ -181,6 +182,22 @@ def test_a_failing_run_takes_no_other_along_one_by_one_or_together(place, capsys
         assert "lower the learning rate" in records["bad"]["error"]
         assert "failed: " in capsys.readouterr().out
     same_run(Path("bad-3/runs/other"), Path("bad-1/runs/other"))
+
+
+def test_what_is_too_large_for_the_memory_goes_together_by_halves(place, single, monkeypatch, capsys):
+    together, sizes = groups.train_together, []
+
+    def of_two(trainings, *rest):
+        sizes.append(len(trainings))
+        if len(trainings) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 28.47GiB")
+        return together(trainings, *rest)
+
+    monkeypatch.setattr(groups, "train_together", of_two)
+    assert sweep("swept:three", Path("large"), Manner(together=3))
+    assert sizes == [3, 2]
+    assert "3 runs together are too large" in capsys.readouterr().err
+    same_run(place / "large/runs/most", single)
 
 
 def test_what_goes_together():

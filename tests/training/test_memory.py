@@ -1,19 +1,25 @@
 """Memory on paper against what the program keeps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from inputs import tiny_config
 from jax.interpreters.partial_eval import dce_jaxpr
+from training_inputs import training
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import combine, flatten, partition
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.memory import stage_memory
+from cpt_jax.training.training import Training
 
 ROWS, LENGTH = 2, 256
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
@@ -61,6 +67,29 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
         scores=attention == "xla",
     )
     assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
+
+
+def test_a_stage_that_does_not_fit_says_what_it_takes_and_what_takes_less(directories, tmp_path, monkeypatch):
+    run = training(directories, tmp_path, Full())
+    program, says = (
+        run.program(),
+        ["RESOURCE_EXHAUSTED: Out of memory while trying to allocate 28.47GiB.", "INTERNAL: x"],
+    )
+
+    def step(*_):
+        raise jax.errors.JaxRuntimeError(says[0])
+
+    monkeypatch.setattr(Training, "program", lambda self: dataclasses.replace(program, step=step))
+    paper = run.memory()
+    text = (
+        rf"stage: .* is full \(28.47GiB more .*holds {paper.held / 1e9:.1f} GB and takes {paper.temporary / 1e9:.1f} GB"
+    )
+    with pytest.raises(UserError, match=text + ".*batch_size"):
+        train(run)
+    # Whatever else a device says is no matter of memory.
+    del says[0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train(run)
 
 
 def test_what_is_held_between_steps():

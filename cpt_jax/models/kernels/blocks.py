@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.kernels.visible import SAVED, Visible, first_visible, mask
-from cpt_jax.models.products import sum_type
+from cpt_jax.models.products import precision_of, sum_type
 from cpt_jax.sharding.hardware import backend
 
 # Forward and backward of SmolLM2's heads on two CPU cores, 1,024 tokens: 49 ms with blocks of 64, 48 with 128, 47 with
@@ -71,7 +71,7 @@ def _joined(x: Array) -> Array:
 
 
 def _product(spec: str, a: Array, b: Array, options: _Options) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=sum_type(options.dtype))
+    return jnp.einsum(spec, a, b, preferred_element_type=sum_type(options.dtype), precision=precision_of(options.dtype))
 
 
 def _keys(x: Float[Array, "B G S h"], j: Array, options: _Options) -> Float[Array, "B G block h"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cpt_jax.models.kernels.visible import Visible, first_visible, mask
-from cpt_jax.models.products import contract, sum_type
+from cpt_jax.models.products import contract, precision_of, sum_type
 
 
 def reference(
@@ -43,14 +43,16 @@ def _mixed(scores, v, dtype):
 
 def _mixed_forward(scores, v, dtype):
     weights, v = jax.nn.softmax(scores, axis=-1).astype(dtype), v.astype(dtype)
-    return jnp.einsum("bgrsk,bgkh->bgrsh", weights, v, preferred_element_type=sum_type(dtype)), (weights, v)
+    return jnp.einsum(
+        "bgrsk,bgkh->bgrsh", weights, v, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
+    ), (weights, v)
 
 
 def _mixed_backward(dtype, residuals, cotangent):
     weights, v = residuals
     low, wide = cotangent.astype(dtype), sum_type(dtype)
-    dweights = jnp.einsum("bgrsh,bgkh->bgrsk", low, v, preferred_element_type=wide)
-    dv = jnp.einsum("bgrsk,bgrsh->bgkh", weights, low, preferred_element_type=wide)
+    dweights = jnp.einsum("bgrsh,bgkh->bgrsk", low, v, preferred_element_type=wide, precision=precision_of(dtype))
+    dv = jnp.einsum("bgrsk,bgrsh->bgkh", weights, low, preferred_element_type=wide, precision=precision_of(dtype))
     scaled = weights.astype(wide) * dweights
     return scaled - weights * scaled.sum(-1, keepdims=True), dv
 
