@@ -25,6 +25,8 @@ class FeedForward(nnx.Module):
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
+        # A layer that is recomputed as a whole is compiled apart already.
+        self.apart = config.layer_loop == "unroll" and config.remat is None
         if self.gated:
             self.gate = Linear("gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
         self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
@@ -44,7 +46,7 @@ class FeedForward(nnx.Module):
             product = self.activation(up.astype(wide)) if gate is None else self.activation(gate.astype(wide)) * up
             return self.down(product, dtype)
 
-        return recomputed(outer)(*inner)
+        return recomputed(outer, apart=self.apart)(*inner)
 
 
 class Block(nnx.Module):
@@ -71,18 +73,18 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
         attended, cache = self.attention(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
-        attended = _norm(self.attention_out_norm)(attended)
+        attended = recomputed(_norm(self.attention_out_norm))(attended)
         summed = constrain(x + attended, "batch", "sequence", "hidden")
         inputs, mlp_norm = x if self.parallel else summed, _norm(self.mlp_norm)
         balance = None
         if isinstance(self.mlp, Experts):
-            fed, balance = self.mlp(mlp_norm(inputs), dtype, counted)
+            fed, balance = self.mlp(recomputed(mlp_norm)(inputs), dtype, counted)
         else:
             fed = self.mlp(inputs, dtype, mlp_norm)
-        fed = _norm(self.mlp_out_norm)(fed)
+        fed = recomputed(_norm(self.mlp_out_norm))(fed)
         return constrain(summed + fed, "batch", "sequence", "hidden"), cache, balance
 
 
 def _norm(norm: Any) -> Callable[[Array], Array]:
-    """A norm of which nothing but its input is kept; nothing is done without one."""
-    return (lambda x: x) if norm is None else recomputed(norm)
+    """What a norm does; nothing without one."""
+    return (lambda x: x) if norm is None else norm

@@ -58,11 +58,22 @@ def named(array: Array, name: str) -> Array:
     return checkpoint_name(array, name)
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+def recomputed(function: Callable[..., Any], *, apart: bool = False) -> Callable[..., Any]:
     """`function`, of whose results in between only matrix products are kept, if its gradient needs them: norms and
     activation functions are computed again in the backward pass.
 
     They take little time, and with attention's scores they were most of what a layer kept: of SmolLM2's 66 kB a token,
     19 are left (LOG.md).
+
+    Args:
+      apart: hold the compiler to it. Of layers one by one it sees the same computation twice, keeps the first one's
+        result for the second, and an argument that is a sum as its terms.
     """
-    return jax.checkpoint(function, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def run(*arguments: Any) -> Any:
+        # The arguments alone: weights need no copy of their own.
+        prevent = (True,) * len(arguments) if apart else False
+        return jax.checkpoint(function, prevent_cse=prevent, policy=policy)(*arguments)
+
+    return run

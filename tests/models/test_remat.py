@@ -10,9 +10,11 @@ from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.remat import Remat
 from cpt_jax.training.loss import make_loss
 
+LORA = LoRAConfig(rank=4, alpha=8)
 POLICIES = {
     "all": Remat(),
     "products": Remat(products=True),
@@ -53,6 +55,24 @@ def test_loss_and_gradients_are_the_same_and_less_is_kept(loop):
             np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-4, err_msg=f"{name}: {path}")
     if loop == "scan":
         assert needed["all"] < needed["named"] < needed["products"] < memory
+
+
+def test_layers_one_by_one_are_recomputed_all_the_same():
+    """Nothing but a barrier keeps a compiler from taking what the forward pass computed; weights need none."""
+    barriers = {}
+    for loop in ("scan", "unroll"):
+        network = abstract_decoder(tiny_config(num_layers=3, layer_loop=loop, intermediate_size=88), LORA)
+        loss = make_loss(network, "float32", lambda path: True, ("text",))
+        rows = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        names = ("inputs", "targets", "positions", "segment_ids", "domains")
+        batch = dict.fromkeys(names, rows) | {"weights": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
+        step = jax.jit(jax.grad(lambda weights, batch, loss=loss: loss(weights, batch)[0]))
+        text = step.lower(network.shapes, batch).as_text()
+        barriers[loop] = [line for line in text.splitlines() if "optimization_barrier" in line]
+    assert barriers["scan"] == []
+    # mlp_up and mlp_gate; all layers call one function.
+    assert any(line.count("tensor<2x16x88xf32>") >= 2 for line in barriers["unroll"])
+    assert not any("tensor<88x32xf32>" in line for line in barriers["unroll"])
 
 
 def test_what_is_offloaded_goes_to_the_host():
