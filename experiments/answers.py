@@ -92,6 +92,17 @@ def replay_tables() -> None:
         print(table(["replay", new, "english", "of the forgetting removed", "published, German", "seeds"], rows) + "\n")
 
 
+def smollm2_table() -> None:
+    before = base("replay-smollm2")
+    rows = [["base", f"{before['chinese']:.3f}", f"{before['english']:.3f}", ""]]
+    for share in SHARES:
+        if figures := of("replay-smollm2", f"smollm2-chinese-{share:.0%}"):
+            rows.append(
+                [f"{share:.0%}", cell(figures["chinese"]), cell(figures["english"]), str(len(figures["chinese"]))]
+            )
+    print(table(["replay", "chinese", "english", "seeds"], rows) + "\n")
+
+
 def keeps_rows() -> list[tuple[str, np.ndarray, np.ndarray]]:
     rows = []
     for setting, weights, name in (
@@ -193,6 +204,7 @@ def main() -> None:
         collect(sweep)
     if not arguments.sweep:
         replay_tables()
+        smollm2_table()
         other_tables()
         plot_shares()
         plot_keeps()

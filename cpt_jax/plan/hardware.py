@@ -174,6 +174,8 @@ def prepare(hardware: Hardware) -> None:
     """Has JAX start with as many CPU devices as stand for the hardware, and look for no other; for a process that does
     nothing else, before JAX has looked."""
     jax.config.update("jax_platforms", "cpu")
+    # Without the hardware its programs can be kept, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     if hardware.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", hardware.chips)
 

@@ -237,7 +237,10 @@ def test_the_command(tmp_path):
     """In a process of its own, which begins with as many devices as it plans for."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(hf_config(tiny_config(**SIZES | {"new_rows": 0}))))
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [
         sys.executable,
         "-m",
@@ -255,6 +258,8 @@ def test_the_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "all-gather" in done.stdout
+    # Programs for absent hardware cannot be read back.
+    assert not [*tmp_path.glob("compiled/*")]
     # Of a small model too.
     assert re.search(r"a step: [\d.e-]*[1-9][\d.e-]* TFLOP", done.stdout)
     assert json.loads((tmp_path / "plan.json").read_text())["mesh"]["fsdp"] == 4
