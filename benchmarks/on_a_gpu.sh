@@ -9,7 +9,6 @@
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 "$python" -c 'import jax; assert jax.default_backend() == "gpu", "no GPU is seen by JAX: pip install jax[cuda13]"; print(jax.devices())'
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Kernels first: the order in models/kernels/choice.py follows from these figures.
 "$python" -m pytest -q tests/models/test_attention_programs.py
 "$python" -m benchmarks.attention --heads 32 8 --lengths 8192 2048 --compute bfloat16

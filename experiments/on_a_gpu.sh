@@ -7,7 +7,6 @@
 # Ends with the tables of experiments/README.md, its plots, and figures in experiments/results/.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
 "$python" -m experiments.small_base_inputs
 [ -e .cache/small-base/base/config.json ] || "$python" -m experiments.small_base
 "$python" -m cpt_jax sweep experiments.replay_share:chinese --workdir runs/replay-chinese

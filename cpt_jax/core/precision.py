@@ -9,6 +9,7 @@ import jax.numpy as jnp
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
     """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
+    "float32" is float32 on every device, not TF32 or bfloat16, unless `jax_default_matmul_precision` is set.
 
     "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms,
     biases) stay float32: they cost nothing. `frozen_kernels` "int8" or "nf4" keeps the layers' frozen kernels in 8 or 4
