@@ -1,6 +1,7 @@
 """What the backward pass recomputes instead of keeping (Chen et al. 2016, arXiv 1604.06174)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +47,18 @@ class Remat:
 
         def policy(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
             if self.products and policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters):
-                return True
+                return not _over_a_rank(*arguments, **parameters)
             return by_name(primitive, *arguments, **parameters)
 
         return policy
+
+
+def _over_a_rank(a: Any, b: Any, *, dimension_numbers: Any, **_: Any) -> bool:
+    """Whether a product sums over next to nothing for what it gives, as an adapter's does: cheap to compute again, and as
+    large as that of the weights that it is added to."""
+    (contracted, _), _ = dimension_numbers
+    summed = math.prod(a.shape[axis] for axis in contracted)
+    return 8 * summed <= b.size // summed
 
 
 def named(array: Array, name: str) -> Array:

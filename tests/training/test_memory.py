@@ -14,6 +14,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import combine, flatten, partition
 from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.loop import train
@@ -67,6 +68,14 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
         scores=attention == "xla",
     )
     assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
+
+
+def test_where_products_are_kept_adapters_own_are_computed_again():
+    kept = {}
+    for name, method in {"full": Full(), "lora": LoRA(rank=4, alpha=8, new_rows=False)}.items():
+        config = method.layout(tiny_config(**SIZES, attention="blocks", remat=Remat(products=True)))
+        kept[name] = kept_by_layers(config, method, "bfloat16")
+    assert kept["lora"] <= 1.1 * kept["full"]
 
 
 def test_a_stage_that_does_not_fit_says_what_it_takes_and_what_takes_less(directories, tmp_path, monkeypatch):
