@@ -124,7 +124,7 @@ def told_of_memory(name: str, memory: Callable[[], StageMemory]) -> Iterator[Non
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         paper, devices = memory(), jax.device_count()
