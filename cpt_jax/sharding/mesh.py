@@ -113,5 +113,6 @@ def _grid(devices: list[Any], sizes: list[int]) -> np.ndarray:
         within = [sizes[0] // slices, *sizes[1:]]
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     if slices > 1:
-        return np.asarray(sorted(devices, key=lambda device: (_slice(device), device.id))).reshape(sizes)
+        by_slice: list[Any] = sorted(devices, key=lambda device: (_slice(device), device.id))
+        return np.asarray(by_slice).reshape(sizes)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
