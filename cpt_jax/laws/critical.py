@@ -55,7 +55,12 @@ def critical_law(points: Sequence[Point], old: str, new: str, budget: Budget, dr
     ratios, random = {}, np.random.default_rng(0)
     for tokens in sorted({point.tokens for point in points if point.tokens > 0}):
         of_tokens = [point for point in points if point.tokens in (0, tokens)]
-        replay = answer(of_tokens, fit_both(of_tokens, old, new, draws), budget).replay
+        try:
+            laws = fit_both(of_tokens, old, new, draws)
+        except UserError:
+            # Too few shares were run with so many tokens: the others still have their course.
+            continue
+        replay = answer(of_tokens, laws, budget).replay
         if np.isfinite([replay.best, replay.low, replay.high]).all():
             ratios[tokens] = Estimate(best=1 - replay.best, low=1 - replay.high, high=1 - replay.low)
     if len(ratios) < TOKENS_NEEDED:

@@ -63,8 +63,13 @@ class Study:
         }
 
 
+def _number(value: float) -> float | None:
+    """As JSON has it, which knows no infinity and no NaN (the R² of runs with one and the same loss)."""
+    return value if math.isfinite(value) else None
+
+
 def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(estimate).items()}
+    return {name: _number(value) for name, value in dataclasses.asdict(estimate).items()}
 
 
 def _answer_json(given: Answer) -> dict[str, Any]:
@@ -91,10 +96,10 @@ def _law_json(law: Law) -> dict[str, Any]:
             for name in law.form.free
             if name not in ("E", "A", "B", "C")
         },
-        "r_squared": law.r_squared,
+        "r_squared": _number(law.r_squared),
         "held_out": [dataclasses.asdict(each) for each in law.held_out],
         "held_out_error": law.held_out_error if law.held_out else None,
-        "held_out_r_squared": law.held_out_r_squared if law.held_out else None,
+        "held_out_r_squared": _number(law.held_out_r_squared) if law.held_out else None,
     }
 
 
