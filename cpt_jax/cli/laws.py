@@ -20,7 +20,7 @@ def law_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--budget",
         default="1%",
-        help="how much worse than the base the old domain may be: 1%% of its loss (default), or 0.05",
+        help="how much worse than the base the old domain may be: 1%% of its loss (default), or so much loss, 0.05 (not for per cent)",
     )
     sub.add_argument(
         "--tokens", type=float, metavar="N", help="of the run to be planned (default: the most that were run)"

@@ -12,6 +12,9 @@ from cpt_jax.laws.points import Point, base_loss
 
 # Of the draws, between these quantiles: 90%.
 LOW, HIGH = 0.05, 0.95
+# A budget in the loss's unit is some hundredths of the base's loss (Gu et al.: 0.05 nats of 2 to 3). From this share of it
+# on, "1" was rather meant as 1%, and that much can still be asked for in per cent.
+LARGEST_LOSS = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,21 @@ class Budget:
             raise UserError(f"the budget is {text!r}: give 1% (of the base's loss), or 0.05 (loss)") from None
         return cls(amount=amount / 100, relative=True) if text.endswith("%") else cls(amount=amount, relative=False)
 
+    def check(self, base: float) -> None:
+        """Raises a UserError where it is so much loss, against the base's, that per cent must have been meant."""
+        if not self.relative and self.amount >= LARGEST_LOSS * base:
+            raise UserError(
+                f"a budget of {self.amount:g} is that much loss, {percent(self.amount / base)} of the base's {base:.4g}: give {self.amount:g}% for a share of the base's loss, or {percent(self.amount / base)} if so much is meant"
+            )
+
     def limit(self, base: float) -> float:
         """The highest loss that is allowed."""
         return base * (1 + self.amount) if self.relative else base + self.amount
 
-    def __str__(self) -> str:
-        return f"{100 * self.amount:g}% more loss" if self.relative else f"{self.amount:g} more loss"
+    def words(self, base: float) -> str:
+        if self.relative:
+            return f"{100 * self.amount:g}% more loss"
+        return f"{self.amount:g} more loss ({percent(self.amount / base)} of the base's {base:.4g})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +88,7 @@ class Answer:
     @property
     def sentence(self) -> str:
         """The answer in words."""
-        start = f"With at most {self.budget} on {self.old}, "
+        start = f"With at most {self.budget.words(self.base)} on {self.old}, "
         low, high, best = self.replay.low, self.replay.high, self.replay.best
         smallest, largest = (percent(share) for share in self.measured)
         if high <= self.measured[0]:
@@ -143,13 +155,17 @@ def answer(
     `size` parameters (by default the largest that were run). Shares beyond those that were run are never answered.
 
     Raises:
-      UserError: the base's loss is not known.
+      UserError: the base's loss is not known, or tokens, size or budget cannot be meant.
     """
     old, new = laws
+    for name, value in (("tokens", tokens), ("size", size)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value:g}: give a number above 0, or leave it out for the most that was run")
     tokens = tokens or max(point.tokens for point in old.points)
     sizes = [point.size for point in old.points if point.size is not None]
     size = size or (max(sizes) if sizes else None)
     base = base_loss(points, old.domain, size)
+    budget.check(base)
     shares = sorted({point.share for point in old.points})
     smallest, largest = shares[0], shares[-1]
     replay = _smallest_enough(old, budget.limit(base), (smallest, largest), tokens, size)
@@ -203,9 +219,11 @@ def _notes(laws: tuple[Law, Law], tokens: float, size: float | None) -> tuple[st
         ("tokens", tokens, [point.tokens for point in runs]),
         ("parameters", size, [point.size for point in runs if point.size is not None]),
     ):
-        if value is None or not seen or min(seen) <= value <= max(seen):
+        if value is None or (seen and min(seen) <= value <= max(seen)):
             continue
-        if len(set(seen)) == 1:
+        if not seen:
+            notes.append(f"the runs do not say how many {what} they had: what {value:g} would change, they cannot tell")
+        elif len(set(seen)) == 1:
             notes.append(f"the runs all had {seen[0]:g} {what}: what {value:g} would change, they cannot tell")
         else:
             notes.append(f"{value:g} {what} is outside what was run ({min(seen):g} to {max(seen):g}): an extrapolation")

@@ -155,7 +155,7 @@ def law_plot(law: Law, answer: Answer, unit: str, directory: Path) -> str:
             color=DOMAIN_COLOURS[1],
             linestyle="--",
             linewidth=1.1,
-            label=f"at most {answer.budget}",
+            label=f"at most {answer.budget.words(answer.base)}",
         )
         if np.isfinite(answer.replay.low):
             axis.axvspan(

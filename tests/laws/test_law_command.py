@@ -66,7 +66,7 @@ def test_the_answer_is_said_and_written(table, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("table", ["csv"], indirect=True)
-def test_a_budget_may_be_loss(table, tmp_path):
+def test_a_budget_may_be_loss(table, tmp_path, capsys):
     base = rows()[0]["en"]
     main(
         [
@@ -84,6 +84,23 @@ def test_a_budget_may_be_loss(table, tmp_path):
     )
     asked = json.loads((tmp_path / "law.json").read_text())["budgets"][0]
     assert asked["replay"]["best"] == pytest.approx(NEEDED, rel=1e-2)
+    # Nobody is to take it for per cent.
+    assert f"more loss (1.0% of the base's {base:.4g}) on en" in capsys.readouterr().out
+
+
+def test_figures_of_runs_that_are_all_alike_are_json(tmp_path):
+    """Their R² is no number, which JSON does not know."""
+    (tmp_path / "runs.csv").write_text(
+        "tokens,share,en,zh\n0,0,2,3\n" + "".join(f"1e9,{share},2,3\n" for share in SHARES)
+    )
+    command = ["law", str(tmp_path / "runs.csv"), "--old", "en", "--new", "zh", "--json", str(tmp_path / "law.json")]
+    main(command)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    figures = json.loads((tmp_path / "law.json").read_text(), parse_constant=refuse)
+    assert [law["r_squared"] for law in figures["laws"]] == [None, None]
 
 
 @pytest.mark.parametrize(

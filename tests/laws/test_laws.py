@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.laws.answer import Budget, answer, fit_both
+from cpt_jax.laws.answer import Budget, answer, fit_both, percent
 from cpt_jax.laws.critical import critical_law, fit_power
 from cpt_jax.laws.fit import fit_law
 from cpt_jax.laws.points import Point
@@ -84,6 +84,14 @@ def test_the_critical_ratio_needs_four_numbers_of_tokens():
         critical_law(ratio_runs((1e9, 2e9, 4e9)), "old", "new", Budget.parse("3%"), draws=20)
 
 
+def test_a_longer_run_at_one_share_does_not_take_the_critical_ratio_away():
+    given = ratio_runs((1e9, 2e9, 4e9, 8e9))
+    longer = Point(losses={"old": 1.3, "new": 1.2}, tokens=16e9, share=0.25)
+    budget = Budget.parse("3%")
+    found = critical_law([*given, longer], "old", "new", budget, draws=20)
+    assert found.ratios == critical_law(given, "old", "new", budget, draws=20).ratios
+
+
 def test_a_run_that_went_astray_does_not_move_the_law():
     shares = np.array([0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.35, 0.5])
     truth = 0.9 + 0.35 * (shares + 0.01) ** -0.25
@@ -101,6 +109,27 @@ def test_a_run_that_went_astray_does_not_move_the_law():
 def test_too_few_shares_say_how_many_more():
     with pytest.raises(UserError, match=r"are 3: run 1 more share$"):
         fit_law([point for point in GERMAN.points if point.share < 0.1], "old", is_new=False)
+
+
+def test_what_cannot_be_meant_is_refused_and_what_cannot_be_told_is_noted():
+    points = GERMAN.points
+    laws, one = fit_both(points, "old", "new", draws=2), Budget.parse("1%")
+    for given, told in (
+        (dict(tokens=0), "tokens is 0: give a number above 0"),
+        (dict(tokens=-5.0), "tokens is -5"),
+        (dict(tokens=float("nan")), "tokens is nan"),
+        (dict(size=0), "size is 0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            answer(points, laws, one, **given)
+    with pytest.raises(
+        UserError, match=r"a budget of 1 is that much loss, .*: give 1% .*, or \d+% if so much is meant"
+    ):
+        answer(points, laws, Budget.parse("1"))
+    loss = answer(points, laws, Budget.parse("0.05"))
+    assert f"0.05 more loss ({percent(0.05 / loss.base)} of the base's {loss.base:.4g})" in loss.sentence
+    notes = answer(points, laws, one, size=7e9).notes
+    assert "the runs do not say how many parameters they had: what 7e+09 would change, they cannot tell" in notes
 
 
 def test_nothing_is_answered_beyond_what_was_run():
