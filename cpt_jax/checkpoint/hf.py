@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ TOKENIZER_FILES = (
 )
 # transformers may save buffers that follow from the config, and a tied head besides the embedding.
 DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
+HEADS = ("lm_head.weight", "embed_out.weight")
+# Values of a table that are compared at a time: 64 MiB in float32.
+CHUNK_VALUES = 1 << 24
 SHARD_BYTES = 5 << 30
 
 
@@ -72,8 +75,8 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     The weights are LazyArrays: headers are read and checked now, numbers when they are asked for.
 
     Raises:
-      UserError: no weights, pickles only, truncated files, tensors missing or too many, other shapes, unsupported
-      architecture.
+      UserError: no weights, pickles only, truncated files, tensors missing or too many, other shapes, a head that
+      is to be tied and is not the embedding, unsupported architecture.
     """
     directory = Path(directory)
     hf_config = read_config(directory)
@@ -81,12 +84,15 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     config = family.config_from_hf(hf_config)
     names = family.weight_names(config)
     files: dict[str, SafetensorsFile] = {}
+    heads: dict[str, SafetensorsFile] = {}
     for path in weight_files(directory):
         file = SafetensorsFile(path)
         for name in file.tensors:
             if name in names:
                 files[name] = file
-            elif not (name.endswith(DERIVED) or (name in ("lm_head.weight", "embed_out.weight"))):
+            elif config.tie_word_embeddings and name in HEADS:
+                heads[name] = file
+            elif not name.endswith(DERIVED):
                 raise UserError(
                     f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
                 )
@@ -105,6 +111,7 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
         for place in places:
             path = f"{place.path}/base" if place.path in ("embed", "head") else place.path
             sources.setdefault(path, {})[place.index] = _Source(files[name], name, place)
+    _check_tied(directory, sources["embed/base"][()], heads)
     return config, unflatten({path: _leaf(shapes[path].shape, sources[path]) for path in shapes}), hf_config
 
 
@@ -120,6 +127,12 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
 
     parts = {name: [shape(place) for place in places] for name, places in names.items()}
     return {name: (sum(part[0] for part in found), *found[0][1:]) for name, found in parts.items()}
+
+
+def widest(types: Iterable[np.dtype]) -> np.dtype:
+    """The type that holds the values of all these types of weights: float32 where they are of several kinds."""
+    found = set(types)
+    return found.pop() if len(found) == 1 else np.result_type(np.float32, *(t for t in found if t.itemsize > 4))
 
 
 class _Source:
@@ -150,9 +163,24 @@ class _Source:
         return transposed(array) if self.place.transposed else array
 
 
+def _check_tied(directory: Path, embedding: _Source, heads: Mapping[str, SafetensorsFile]) -> None:
+    """Raises a UserError where a head that is to be tied is stored, and is not the embedding (transformers 5 keeps both
+    then, and 4 the embedding alone)."""
+    shape = embedding.file.tensors[embedding.name].shape
+    step = max(1, CHUNK_VALUES // shape[1])
+    for name, file in heads.items():
+        pieces = [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+        if file.tensors[name].shape != shape or not all(
+            np.array_equal(embedding.file.read(embedding.name, rows), file.read(name, rows)) for rows in pieces
+        ):
+            raise UserError(
+                f"{directory} holds {name}, which is not {embedding.name}, while config.json has tie_word_embeddings=true: set it to false to keep both, or take the tensor out"
+            )
+
+
 def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> LazyArray:
     """A leaf from its matrices, by their index along its stacked axes."""
-    first = next(iter(sources.values()))
+    first, kept = next(iter(sources.values())), widest(source.dtype for source in sources.values())
     depth = len(first.place.index)
 
     def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
@@ -160,7 +188,7 @@ def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> La
             return first.read(slices).astype(dtype, copy=False)
         return stacked(slices, depth, dtype, lambda index, inner: sources[index].read(inner))
 
-    return LazyArray(shape, first.dtype, read, len(shape) - 1 if first.place.transposed else depth)
+    return LazyArray(shape, kept, read, len(shape) - 1 if first.place.transposed else depth)
 
 
 def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:

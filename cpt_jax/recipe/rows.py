@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpt_jax.adapt import Embeddings
-from cpt_jax.checkpoint.hf import load, save
+from cpt_jax.checkpoint.hf import load, save, widest
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, say
@@ -89,7 +89,8 @@ class Growth:
         return Model(config=config, weights=unflatten(grown), hf_config=self._hf_config)
 
     def save(self, rows: NewRows, out: Path) -> None:
-        """Writes the grown model, in the base's own type, with the extended tokenizer."""
+        """Writes the grown model, in the base's own type (float32 where its weights have several), with the extended
+        tokenizer."""
         model = self.model(rows)
         save(
             out,
@@ -98,7 +99,7 @@ class Growth:
             self._hf_config,
             self.extended.directory,
             generation=self.base.directory,
-            dtype=self.tables["embed"].dtype,
+            dtype=widest(leaf.dtype for leaf in self._weights.values()),
         )
 
 

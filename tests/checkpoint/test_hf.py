@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from inputs import hf_config, random_weights, tiny_config
@@ -96,6 +97,14 @@ WRONG = {
         lambda d: edit_tensors(d, lambda t: t.update({"model.extra": np.zeros(2, np.float32)})),
         "tensor 'model.extra' that this architecture does not have",
     ),
+    "head that is not tied": (
+        lambda d: edit_tensors(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
+        "holds lm_head.weight, which is not model.embed_tokens.weight, .*tie_word_embeddings=true: set it to false",
+    ),
+    "head of other rows": (
+        lambda d: edit_tensors(d, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"][:9]})),
+        "holds lm_head.weight, which is not",
+    ),
     "rows": (
         lambda d: edit_config(d, vocab_size=400),
         r"shape \[320, 32\], config.json asks for \[400, 32\]: run `cpt model extend`",
@@ -109,6 +118,33 @@ def test_wrong_directories_are_refused(tiny_model, tmp_path, spoil, message):
     spoil(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "model")
+
+
+def test_a_tied_head_may_be_stored_besides(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "CHUNK_VALUES", 1000)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    edit_tensors(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert load(tmp_path / "model")[0].tie_word_embeddings
+
+
+def test_layers_that_are_stored_in_other_types_lose_nothing(tmp_path):
+    """The leaf that stacks them is of a type that holds all of them; the grown model too."""
+    config = tiny_config()
+    weights = random_weights(config)
+    save(tmp_path / "model", config, weights, hf_config(config), tmp_path)
+
+    def change(tensors) -> None:
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    edit_tensors(tmp_path / "model", change)
+    loaded = flatten(load(tmp_path / "model")[1])
+    kernel = np.asarray(loaded["layers/mlp/up/kernel"])
+    np.testing.assert_array_equal(kernel[1:], weights["layers"]["mlp"]["up"]["kernel"][1:])
+    assert loaded["embed/base"].dtype == ml_dtypes.bfloat16
+    assert hf.widest(leaf.dtype for leaf in loaded.values()) == np.float32
+    assert hf.widest([np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]) == np.float32
+    assert hf.widest([np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16)]) == np.float64
 
 
 @pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])

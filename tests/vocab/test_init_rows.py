@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from inputs import chinese, english, hf_config, random_weights, tiny_config
+from safetensors.numpy import load_file, save_file
 
 from cpt_jax.checkpoint.hf import load, save
 from cpt_jax.core.errors import UserError
@@ -255,6 +256,18 @@ def test_old_weights_are_bit_identical_and_every_new_piece_has_a_row(grown, tmp_
             assert np.isfinite(new).all()
             assert np.abs(new).max() > 0
     assert Tokenizer(tmp_path / "out").size == config.vocab_size
+
+
+def test_a_model_of_several_types_is_grown_without_loss(grown, tmp_path):
+    base, extended = grown
+    model = write_model(tmp_path, base)
+    tensors = load_file(model / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    save_file(tensors | {"model.embed_tokens.weight": table}, model / "model.safetensors")
+    grow_model(model, extended, Mean(), 0, tmp_path / "out")
+    before, after = on_host(load(model)[1]), on_host(load(tmp_path / "out")[1])
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path][:320] if path == "embed/base" else after[path], leaf, err_msg=path)
 
 
 def test_each_table_gets_rows_of_its_own(grown, tmp_path):
