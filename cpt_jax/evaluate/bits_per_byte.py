@@ -1,6 +1,7 @@
 """Bits per byte of whole documents: every byte counted once, each document predicted from its start token alone; and
 of conversations, over the bytes of their answers."""
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.sources import Document, SkipCounts
+from cpt_jax.evaluate.token_scores import windows_over
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
 from cpt_jax.sharding.placement import spread
@@ -51,31 +53,29 @@ def _windows(framed: list[int], counted: np.ndarray, length: int) -> list[_Windo
     Args:
       framed: tokens [n + 1], each of which predicts the next; counted: which of these n predictions count.
     """
-    windows = [_Window(framed[:-1][:length], framed[1:][:length], counted[:length])]
-    end = length
-    while end < len(counted):
-        step = min(length // 2, len(counted) - end)
-        end += step
-        weights = np.concatenate([np.zeros(length - step), counted[end - step : end]])
-        windows.append(_Window(framed[end - length : end], framed[end - length + 1 : end + 1], weights))
+    windows = []
+    for end, new in windows_over(len(counted), length):
+        first = max(0, end - length)
+        weights = np.concatenate([np.zeros(end - first - new), counted[end - new : end]])
+        windows.append(_Window(framed[first:end], framed[first + 1 : end + 1], weights))
     return [window for window in windows if window.weights.any()]
 
 
 def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
     """Windows packed whole into rows [n, length], longest first, each into the fullest row that has room."""
     rows: list[list[_Window]] = []
-    room: list[int] = []
+    # (tokens that are free, row) of each row with room, ascending.
+    room: list[tuple[int, int]] = []
     for window in sorted(windows, key=lambda window: -len(window.inputs)):
         size = len(window.inputs)
-        fitting = [index for index, free in enumerate(room) if free >= size]
-        if fitting:
-            index = min(fitting, key=lambda index: room[index])
+        if (place := bisect.bisect_left(room, (size, 0))) < len(room):
+            free, index = room.pop(place)
         else:
-            index = len(rows)
+            free, index = length, len(rows)
             rows.append([])
-            room.append(length)
         rows[index].append(window)
-        room[index] -= size
+        if free > size:
+            bisect.insort(room, (free - size, index))
     names = ("inputs", "targets", "positions", "segment_ids", "weights")
     arrays = {name: np.zeros((len(rows), length), np.float32 if name == "weights" else np.int32) for name in names}
     for number, row in enumerate(rows):

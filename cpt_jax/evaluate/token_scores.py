@@ -163,9 +163,9 @@ def score_continuations(
     return scores
 
 
-def _windows(predictions: int, max_length: int) -> Iterator[tuple[int, int]]:
-    """(end, counted) of the windows over so many predictions, as bits per byte has them: each but the first sees at
-    least half a window of what came before."""
+def windows_over(predictions: int, max_length: int) -> Iterator[tuple[int, int]]:
+    """(end, counted) of the windows over so many predictions, each of which counts once: every window but the first sees
+    at least half a window of what came before."""
     end = min(predictions, max_length)
     yield end, end
     while end < predictions:
@@ -204,7 +204,7 @@ def token_log_likelihoods(
     places = [
         (number, end, counted)
         for number, tokens in enumerate(sequences)
-        for end, counted in _windows(len(tokens) - 1, max_length)
+        for end, counted in windows_over(len(tokens) - 1, max_length)
     ]
     found = [np.zeros(len(tokens) - 1) for tokens in sequences]
     for index, log_likelihoods, _ in _predicted(

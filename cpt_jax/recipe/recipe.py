@@ -102,6 +102,10 @@ class Stage:
         for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)}: give a number of at least 1")
+        if self.ema is not None and self.ema.every > self.steps:
+            raise UserError(
+                f"stage {self.name!r}: the moving average moves after every {self.ema.every} steps, and the stage has {self.steps}: lower ema.every"
+            )
         check_mixture(self.mixture)
         for domain, epochs in (self.max_epochs or {}).items():
             if domain not in domains_of(self.mixture):
@@ -147,6 +151,11 @@ class Evaluation:
     sequence_length: int = 512
     batch_size: int = 4
     precision: Precision = Precision(compute="float32")
+
+    def __post_init__(self) -> None:
+        for field in ("sequence_length", "batch_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"evaluation: {field} is {getattr(self, field)}: give a number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

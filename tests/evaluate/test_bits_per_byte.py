@@ -53,7 +53,7 @@ def test_a_long_document_counts_every_token_once(tiny_model):
     tokenizer = Tokenizer(tiny_model)
     document = " ".join(english(12, seed=2))
     tokens = len(tokenizer.encode(document))
-    for length in (32, 48, 64, 512):
+    for length in (1, 32, 48, 64, 512):
         packed = pack_documents(tokenizer, [document], length)
         counted = packed.rows["weights"] > 0
         assert counted.sum() == tokens
