@@ -44,20 +44,31 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
         raise UserError(
             f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M, nor a URL like gs://bucket/model"
         )
+    directory = _snapshot(base, weights)
+    if not weights and (_has_tokenizer(directory) or not (directory / ADAPTER).exists()):
+        return directory
+    return resolve_base(str(directory if weights else _snapshot(base, weights=True)), cache)
+
+
+def _snapshot(hub_id: str, weights: bool) -> Path:
+    """What is fetched of a hub id. Weights as safetensors only: pickles can run code when they are opened."""
     import huggingface_hub
 
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
-        # Weights as safetensors only: pickles can run code when they are opened.
-        fetched = Path(
-            huggingface_hub.snapshot_download(
-                base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
+        # The same weights a second time, as their makers' own code reads them, are as large as the first.
+        found = huggingface_hub.snapshot_download(
+            hub_id, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*.safetensors"]
         )
     except Exception as error:
         raise UserError(
-            f"hub id {base!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
+            f"hub id {hub_id!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
         ) from error
-    return resolve_base(str(fetched), cache)
+    return Path(found)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).exists() for name in TOKENIZER_FILES[:2])
 
 
 def _states(files: list[Path]) -> list:
@@ -92,7 +103,7 @@ def _merge_adapter(path: Path, cache: Path) -> None:
     adapter = load_adapter(path, config, hf_config)
     whole = adapter.over(config, weights)
     merged = whole if adapter.lora is None else merge_lora(whole, adapter.lora)
-    tokenizer = path if any((path / name).exists() for name in TOKENIZER_FILES[:2]) else directory
+    tokenizer = path if _has_tokenizer(path) else directory
     save(cache, config, merged, hf_config, tokenizer, generation=directory)
 
 

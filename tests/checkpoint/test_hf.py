@@ -180,16 +180,41 @@ def test_a_base_that_is_nowhere_is_told(tmp_path, monkeypatch, name):
         resolve_base(name, tmp_path / "cache")
 
 
-def test_a_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
+def hub(monkeypatch, directory: Path) -> list[tuple[str, list[str]]]:
+    """Every hub id is in this directory; what was asked for: ids, and which of the files that hubs have."""
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin", "x.py"]
+    asked = []
 
-    def snapshot_download(name, allow_patterns):
-        asked.update(name=name, patterns=allow_patterns)
-        return str(tmp_path)
+    def snapshot_download(name, **patterns):
+        asked.append((name, list(filter_repo_objects([*files, *others], **patterns))))
+        return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_weights_twice(tmp_path, monkeypatch):
+    asked = hub(monkeypatch, tmp_path)
     assert resolve_base("HuggingFaceTB/SmolLM2-135M", tmp_path / "cache") == tmp_path
-    assert asked["name"] == "HuggingFaceTB/SmolLM2-135M"
-    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["patterns"])
+    ((name, files),) = asked
+    assert name == "HuggingFaceTB/SmolLM2-135M"
+    assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+
+
+def test_of_a_hub_id_a_tokenizer_is_fetched_without_weights(tmp_path, monkeypatch):
+    """But for an adapter without one, whose base has it."""
+    asked = hub(monkeypatch, tmp_path)
+    assert resolve_base("a/b", tmp_path / "cache", weights=False) == tmp_path
+    assert [files for _, files in asked] == [["config.json", "tokenizer.json", "tokenizer.model"]]
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": []}'
+    )
+    with pytest.raises(UserError, match="does not say what its base is"):
+        resolve_base("a/b", tmp_path / "cache", weights=False)
+    assert "model.safetensors" in asked[-1][1]
+    (tmp_path / "tokenizer.json").touch()
+    assert resolve_base("a/b", tmp_path / "cache", weights=False) == tmp_path
