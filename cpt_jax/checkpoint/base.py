@@ -29,8 +29,7 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     """
     path = Path(base).expanduser()
     if (path / ADAPTER).exists() and not (path / "config.json").exists():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        return _made(_states(files), cache, lambda: _merge_adapter(path, cache))
+        return _made(_states([*_files(path), *_files_of_base(path)]), cache, lambda: _merge_adapter(path, cache))
     if path.is_dir():
         return path
     if base.endswith(".gguf"):
@@ -69,6 +68,16 @@ def _snapshot(hub_id: str, weights: bool) -> Path:
 
 def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).exists() for name in TOKENIZER_FILES[:2])
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.iterdir() if file.is_file())
+
+
+def _files_of_base(adapter: Path) -> list[Path]:
+    """What an adapter's merged weights depend on besides itself; of a hub id or an address nothing is asked."""
+    base = Path(read_peft_config(adapter).base or "").expanduser()
+    return _files(base) if base.is_dir() and base != Path() else [base] if base.is_file() else []
 
 
 def _states(files: list[Path]) -> list:

@@ -11,6 +11,7 @@ from contracts.test_families import reference_model
 from peft_models import NEW_ROWS, ROWS, ours, saved, theirs, trained
 from safetensors.numpy import load_file, save_file
 
+from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.peft import load_adapter
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
@@ -243,6 +244,24 @@ def edit_tensors(directory, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def test_a_merged_adapter_is_made_anew_when_its_base_changes(tmp_path):
+    reference_model(config_json("qwen2", "tied"), tmp_path / "base")
+    train_with_peft(tmp_path / "adapter", tmp_path / "base", dict(target_modules=QUERIES))
+
+    def norm() -> np.ndarray:
+        merged = resolve_base(str(tmp_path / "adapter"), tmp_path / "cache")
+        return load_file(merged / "model.safetensors")["model.norm.weight"]
+
+    before = norm()
+    made = (tmp_path / "cache" / "model.safetensors").stat()
+    np.testing.assert_array_equal(norm(), before)
+    assert (tmp_path / "cache" / "model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, path, metadata={"format": "pt"})
+    np.testing.assert_array_equal(norm(), before + 1)
 
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
