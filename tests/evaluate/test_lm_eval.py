@@ -8,6 +8,11 @@ from inputs import english, write_jsonl
 
 from cpt_jax.cli import main
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import FLOAT32
+from cpt_jax.evaluate.multiple_choice import read_questions, token_pairs
+from cpt_jax.evaluate.token_scores import score_continuations
+from cpt_jax.recipe.model import load_model
+from cpt_jax.vocab.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm_eval, an optional dependency: pip install lm_eval")
 # What other libraries deprecate in one another.
@@ -17,6 +22,14 @@ TASKS = {
     "tiny_choices": """
 output_type: multiple_choice
 doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
+""",
+    # Without a question, as BLiMP is.
+    "tiny_pairs": """
+output_type: multiple_choice
+doc_to_text: ""
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
@@ -50,6 +63,8 @@ def tasks(tmp_path_factory):
     questions[0]["question"] = " ".join(texts)
     path = root / "tiny_choices.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    pairs = [{"question": "", "choices": texts[2 * i : 2 * i + 2], "answer": i % 2} for i in range(18)]
+    (root / "tiny_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     # One is read in windows.
     write_jsonl(root / "tiny_text.jsonl", [*texts[:4], " ".join(texts)])
     write_jsonl(root / "tiny_next.jsonl", texts[:6])
@@ -134,6 +149,19 @@ def test_our_own_command_has_the_same_accuracies(ours, tiny_model, tasks, tmp_pa
     out = tmp_path / "e.json"
     main(["eval", "--model", str(tiny_model), "--choices", f"q={tasks / 'tiny_choices.jsonl'}", "--json", str(out)])
     (entry,) = json.loads(out.read_text())["choices"]
+    asked = read_questions(tasks / "tiny_pairs.jsonl")
+    texts = [("", choice) for question in asked for choice in question.choices]
+    model = load_model(tiny_model)
+    scores = score_continuations(
+        model.network,
+        model.on_device(FLOAT32),
+        token_pairs(Tokenizer(tiny_model), texts),
+        max_length=256,
+        batch_tokens=1024,
+        precision=FLOAT32,
+    )
+    expected = [value for sample in responses(ours, "tiny_pairs") for value, _ in sample]
+    np.testing.assert_allclose([score.log_likelihood for score in scores], expected, atol=1e-3)
     harness = ours["results"]["tiny_choices"]
     assert entry["accuracy"] == harness["acc,none"]
     assert entry["accuracy_normalised"] == harness["acc_bytes,none"]

@@ -186,9 +186,9 @@ def test_question_and_answer_are_the_tokens_of_one_text(tmp_path, kind):
     for pair, whole in zip(token_pairs(tokenizer, texts), joined, strict=True):
         assert pair.context == front + context
         assert pair.context + pair.continuation == front + tokenizer.encode(whole)
-    # Without a question, the answer stands at the beginning of a document.
+    # Without a question, the answer stands at the beginning of a document, behind the space all the same.
     (pair,) = token_pairs(tokenizer, [("", "the old house")])
-    assert (pair.context, pair.continuation) == ([tokenizer.start_id], tokenizer.encode("the old house"))
+    assert (pair.context, pair.continuation) == ([tokenizer.start_id], tokenizer.encode(" the old house"))
     # An answer that the tokenizer joins with the question has a token all the same.
     for question, answer in zip(english(50, seed=3), chinese(50, seed=3), strict=True):
         (pair,) = token_pairs(tokenizer, [(question[:-1], answer[:1])])
