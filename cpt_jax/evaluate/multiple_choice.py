@@ -38,6 +38,9 @@ class Question:
             raise UserError(f"the question is {self.question!r}: give text")
         if len(self.choices) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in self.choices):
             raise UserError(f"the choices are {list(self.choices)!r}: give at least two texts, none of them empty")
+        for text in (self.question, *self.choices):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{text!r} holds half a UTF-16 pair: write the whole character, or leave it out")
         if not isinstance(self.answer, int) or isinstance(self.answer, bool):
             raise UserError(f"the answer is {self.answer!r}: give the number of the right choice, from 0")
         if not 0 <= self.answer < len(self.choices):

@@ -150,6 +150,10 @@ def evaluate_model(
     """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions."""
     if not data and not choices:
         raise UserError("nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl")
+    if twice := sorted({name for name, _ in choices if [given for given, _ in choices].count(name) > 1}):
+        raise UserError(f"--choices {twice[0]}=... is given twice: give each set of questions a name of its own")
+    if against == model:
+        raise UserError(f"--against {against} is the model itself: give another one")
     if max_bytes < 1:
         raise UserError(f"--max-bytes is {max_bytes}: give at least 1")
     quiet_libraries()

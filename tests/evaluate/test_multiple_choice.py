@@ -40,7 +40,8 @@ def questions(count: int) -> list[Question]:
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
     return path
 
 
@@ -207,6 +208,8 @@ WRONG = {
     "an empty choice": (GOOD | {"choices": ["a", " "]}, "none of them empty"),
     "choices as text": (GOOD | {"choices": "ab"}, "the choices are 'ab': give a list of texts"),
     "a list": ([1], "it is no record"),
+    "half a pair": (GOOD | {"question": "the \ud800"}, "'the \\ud800' holds half a UTF-16 pair"),
+    "half a pair in a choice": (GOOD | {"choices": ["a", "\udfff"]}, "'\\udfff' holds half a UTF-16 pair"),
 }
 
 
@@ -268,6 +271,8 @@ def test_the_command(tmp_path, tiny_model, monkeypatch, capsys):
     for arguments, message in (
         ([], "nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl"),
         (["--choices", "quiz=no.jsonl"], "no.jsonl: there is no such file"),
+        (["--choices", "quiz=q.jsonl", "quiz=q.jsonl"], "--choices quiz=... is given twice"),
+        (["--choices", "quiz=q.jsonl", "--against", str(tiny_model)], "is the model itself: give another one"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*common, *arguments])
