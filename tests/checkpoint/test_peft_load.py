@@ -71,6 +71,11 @@ TRAINED_BY_PEFT = {
         "as released",
         dict(target_modules=ATTENTION, layers_to_transform=1, layers_pattern="layers"),
     ),
+    "some layers, and one by its whole name": (
+        "llama",
+        "linear",
+        dict(target_modules=["q_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=[1]),
+    ),
     "pattern": ("llama", "linear", dict(target_modules=r".*layers\.[12]\.(self_attn|mlp)\.(q|v|gate)_proj")),
     "excluded": (
         "llama",

@@ -71,6 +71,9 @@ class PeftLoRA:
             return False
         if self.targets == "all-linear":
             return True
+        if not isinstance(self.targets, str) and name in self.targets:
+            # A whole name says of which layer it is.
+            return True
         return _matches(self.targets, name) and (self.layers is None or self._layer(name) in self.layers)
 
     def adapts_parameter(self, name: str) -> bool:
