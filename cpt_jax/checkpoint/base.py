@@ -132,10 +132,10 @@ def _view(url: str, cache: Path, weights: bool) -> Path:
             f"base {url} cannot be read ({type(error).__name__}: {error}): check the address and your credentials"
         ) from error
     weight_map = {}
-    if INDEX in files:
-        weight_map = json.loads(files[INDEX])["weight_map"]
-    elif SINGLE in found:
+    if SINGLE in found:
         weight_map = dict.fromkeys(SafetensorsFile(f"{url}/{SINGLE}").tensors, SINGLE)
+    elif INDEX in files:
+        weight_map = json.loads(files[INDEX])["weight_map"]
     elif weights:
         raise UserError(f"base {url} has no weights (no {SINGLE}): give a whole model directory")
     sizes = {file: found.get(file) for file in sorted(set(weight_map.values()))}

@@ -51,7 +51,10 @@ def read_config(directory: Path) -> dict:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The safetensors files of a directory, by its index if it has one, which may name files in an object store."""
+    """The safetensors files of a directory: one, or those of its index, which may name files in an object store. As in
+    transformers, the one goes first: an index beside it was left by an earlier save."""
+    if (directory / SINGLE).exists():
+        return [str(directory / SINGLE)]
     if (directory / INDEX).exists():
         try:
             files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
@@ -60,8 +63,6 @@ def weight_files(directory: Path) -> list[str]:
         if missing := [name for name in files if "://" not in name and not (directory / name).exists()]:
             raise UserError(f"{directory} lacks {missing[0]}, which {INDEX} names: fetch the model again")
         return [name if "://" in name else str(directory / name) for name in files]
-    if (directory / SINGLE).exists():
-        return [str(directory / SINGLE)]
     if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)):
         raise UserError(
             f"{directory} has its weights as pickle only ({pickles[0]}), which can run code: convert them to safetensors"

@@ -67,6 +67,10 @@ class SafetensorsFile:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            if unknown := [name for name, entry in header.items() if entry["dtype"] not in DTYPES]:
+                raise UserError(
+                    f"{self.path} holds {unknown[0]} as {header[unknown[0]]['dtype']}, which is not supported: give the model in float32, bfloat16 or float16"
+                )
             self.tensors = {name: _Tensor(entry, 8 + length) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._corrupt(f"its header cannot be read: {error}") from error
@@ -101,7 +105,5 @@ class _Tensor:
     """Type, shape and place (in bytes, from the file's beginning) of a tensor."""
 
     def __init__(self, entry: dict, offset: int) -> None:
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"type {entry['dtype']} is not supported")
         self.dtype, self.shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
         self.start, self.stop = (offset + int(place) for place in entry["data_offsets"])

@@ -59,7 +59,14 @@ def pickle_only(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def eight_bits(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    # Of the same length, so that the rest stays where it is.
+    path.write_bytes(path.read_bytes().replace(b'"dtype": "F32"', b'"dtype": "U16"', 1))
+
+
 WRONG = {
+    "type": (eight_bits, "holds .* as U16, which is not supported: give the model in float32"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
     "pickle": (pickle_only, "pickle only .*convert them to safetensors"),
     "truncated": (truncate, "truncated or corrupt"),
@@ -145,6 +152,20 @@ def test_layers_that_are_stored_in_other_types_lose_nothing(tmp_path):
     assert hf.widest(leaf.dtype for leaf in loaded.values()) == np.float32
     assert hf.widest([np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]) == np.float32
     assert hf.widest([np.dtype(np.float64), np.dtype(ml_dtypes.bfloat16)]) == np.float64
+
+
+def test_an_index_that_an_earlier_save_left_is_passed_over(tiny_model, tmp_path):
+    """As by transformers, in a directory and in a store."""
+    import fsspec
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    stale = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model" / hf.INDEX).write_text(json.dumps(stale))
+    load(tmp_path / "model")
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "model"), "/stale/model", recursive=True)
+    load(resolve_base("memory://stale/model", tmp_path / "cache"))
+    store.rm("/stale", recursive=True)
 
 
 @pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
