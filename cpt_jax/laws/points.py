@@ -80,17 +80,25 @@ def read_points(path: Path) -> list[Point]:
     if not path.exists():
         raise UserError(f"{path} is not there: give a .csv or .jsonl table, or runs' directories")
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        rows: list[dict[str, Any]] = list(csv.DictReader(_text(path).splitlines(), skipinitialspace=True))
+        if None in {name for row in rows for name in row}:
+            raise UserError(
+                f"{path} has a row with more cells than its first line has names: add names, or take cells out"
+            )
     elif path.suffix == ".jsonl":
         rows = [
-            _object(line, f"{path}, line {n}")
-            for n, line in enumerate(path.read_text().splitlines(), 1)
-            if line.strip()
+            _object(line, f"{path}, line {n}") for n, line in enumerate(_text(path).splitlines(), 1) if line.strip()
         ]
     else:
         raise UserError(f"{path}: give a .csv or .jsonl table, or a run's directory")
     return [_point(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -130,10 +130,13 @@ def test_what_cannot_be_answered_is_told(table, arguments, told, capsys):
         ("runs.jsonl", '{"tokens": 1e9, "share": 0.1\n', "line 1 is no JSON"),
         ("runs.jsonl", "\n[1, 2]\n", "line 2 is no object"),
         ("runs.txt", "", "give a .csv or .jsonl table"),
+        ("runs.csv", "tokens,share,en\n1e9,0.1,1.2,9\n", "a row with more cells than its first line has names"),
+        ("runs.csv", "tokens,share,é\n1e9,0.1,1.2\n", "runs.csv is not UTF-8"),
+        ("runs.jsonl", '{"tokens": 1e9, "share": 0.1, "é": 1}\n', "runs.jsonl is not UTF-8"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, name, text, told):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError) as error:
         read_points(tmp_path / name)
     assert told in str(error.value)
@@ -146,7 +149,8 @@ def test_a_table_that_is_not_there(tmp_path):
 
 
 def test_empty_cells_are_domains_that_were_not_measured(tmp_path):
-    (tmp_path / "runs.csv").write_text("tokens,share,en,zh\n0,,1.2,\n1e9,0.1,,1.5\n")
+    # A space behind a comma is nothing either.
+    (tmp_path / "runs.csv").write_text("tokens, share, en, zh\n0,,1.2,\n1e9, 0.1, , 1.5\n")
     base, run = read_points(tmp_path / "runs.csv")
     assert (base.losses, base.tokens, base.share) == ({"en": 1.2}, 0, 0)
     assert (run.losses, run.tokens, run.share, run.size) == ({"zh": 1.5}, 1e9, 0.1, None)
