@@ -47,13 +47,15 @@ def _train(training: Training, plan: Plan | None) -> dict[str, Tree]:
         training = dataclasses.replace(training, journal=Journal())
     program = training.program()
     trainable, frozen = place_weights(training.weights, training.trains, training.precision, program.where)
-    state = program.begin(trainable)
     start = start_of(trainable, training.retention)
-    del trainable
     checkpoints = Checkpoints(training.directory / "checkpoints", training.keep, training.stored)
-    if (found := checkpoints.restore(state)) is not None:
+    # Beside one that is restored, a state that is begun would take its memory again.
+    if (found := checkpoints.restore(program.like(trainable))) is not None:
         state, loader_state = found
         training.loader.restore(loader_state)
+    else:
+        state = program.begin(trainable)
+    del trainable
     over = ended_at(training.directory, int(state.step))
     attendants = _Attendants(training, checkpoints, int(state.step))
     try:

@@ -66,6 +66,14 @@ class Program:
     where: dict[str, NamedSharding]
     placement: TrainState
 
+    def like(self, trainable: Tree) -> TrainState:
+        """The shapes, types and places of the state that `begin` makes of this."""
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(self.begin, trainable),
+            self.placement,
+        )
+
 
 @functools.lru_cache(maxsize=8)
 def _program(settings: Settings) -> Program:

@@ -1,6 +1,7 @@
 """Memory on paper against what the program keeps."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from training_inputs import training
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
+from cpt_jax.checkpoint.train_state import Checkpoints
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import combine, flatten, partition
@@ -99,6 +101,24 @@ def test_a_stage_that_does_not_fit_says_what_it_takes_and_what_takes_less(direct
     del says[0]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         train(run)
+
+
+def test_a_run_that_goes_on_has_its_state_once(directories, tmp_path, monkeypatch):
+    """Not one that is begun beside the one that is restored: what fits when it begins fits when it goes on."""
+    run, restore, held = training(directories, tmp_path, Full(), checkpoint_seconds=0), Checkpoints.restore, []
+
+    def looked_at(self, like):
+        gc.collect()
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return restore(self, like)
+
+    monkeypatch.setattr(Checkpoints, "restore", looked_at)
+    weights = sum(4 * leaf.size for leaf in flatten(run.weights).values())
+    for _ in range(2):
+        gc.collect()
+        before = sum(array.nbytes for array in jax.live_arrays())
+        train(training(directories, tmp_path, Full()))
+        assert held.pop() - before < 1.1 * weights
 
 
 def test_what_is_held_between_steps():
