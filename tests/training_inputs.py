@@ -57,3 +57,23 @@ def training(directories, directory, method, *, steps=8, devices=None, **changes
 
 def losses(directory) -> list[float]:
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+class At:
+    """A loader that does something to the batches from step `first` to `last`."""
+
+    def __init__(self, loader, first, last, act):
+        self._loader, self._first, self._last, self._act, self.step = loader, first, last, act, 0
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def __next__(self):
+        self.step += 1
+        batch = next(self._loader)
+        return self._act(batch) if self._first <= self.step <= self._last else batch
+
+
+def changed(run, first, last, act):
+    run.__dict__["loader"] = At(run.loader, first, last, act)
+    return run

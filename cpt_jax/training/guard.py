@@ -21,6 +21,7 @@ from cpt_jax.core.progress import clock, say
 HANG_SECONDS = 1800.0
 # Steps after which several processes agree whether to save: an agreement waits for the devices.
 AGREE_EVERY = 8
+KEPT = "what was finished is kept: run the same command again to continue"
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def ends_when_asked() -> Iterator[None]:
     """
 
     def end(*_: object) -> None:
-        raise Preempted("what was finished is kept: run the same command again to continue")
+        raise Preempted(KEPT)
 
     with _handler(end):
         yield
@@ -60,8 +61,11 @@ class Preemption:
         self._handling.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._handling.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        """Raises what was asked for behind the last step, while its checkpoint was written."""
+        self._handling.__exit__(kind, *error)
+        if kind is None and self.asked_at is not None:
+            raise Preempted(KEPT)
 
     def _ask(self, *_: object) -> None:
         if self.asked_at is None:

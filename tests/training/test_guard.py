@@ -9,31 +9,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from training_inputs import losses, training
+from training_inputs import changed, losses, training
 
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.intact import steps
-from cpt_jax.checkpoint.train_state import read_trained
+from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import TRY_AGAIN, Preempted, UserError
 from cpt_jax.core.journal import Journal, read_journal
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.guard import Preemption, ends_when_asked
 from cpt_jax.training.loop import train
-
-
-class At:
-    """A loader that does something to the batches from step `first` to `last`."""
-
-    def __init__(self, loader, first, last, act):
-        self._loader, self._first, self._last, self._act, self.step = loader, first, last, act, 0
-
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def __next__(self):
-        self.step += 1
-        batch = next(self._loader)
-        return self._act(batch) if self._first <= self.step <= self._last else batch
 
 
 def asked_to_end(batch):
@@ -46,11 +31,6 @@ def no_number(batch):
     weights = batch["weights"].copy()
     weights[0, 0] = 1e38
     return batch | {"weights": weights}
-
-
-def changed(run, first, last, act):
-    run.__dict__["loader"] = At(run.loader, first, last, act)
-    return run
 
 
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(directories, tmp_path):
@@ -73,9 +53,23 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(directorie
 def test_outside_of_training_it_ends_at_once():
     with pytest.raises(Preempted, match="what was finished is kept"), ends_when_asked():
         os.kill(os.getpid(), signal.SIGTERM)
-    with ends_when_asked(), Preemption() as preemption:
+    with pytest.raises(Preempted), ends_when_asked(), Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.after(1)
+
+
+def test_sigterm_while_the_last_checkpoint_is_written_ends_it_too(directories, tmp_path, monkeypatch):
+    whole, wait = train(training(directories, tmp_path / "whole", Full())), Checkpoints.wait
+
+    def asked(self):
+        asked_to_end(None)
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", asked)
+    with pytest.raises(Preempted, match="what was finished is kept"):
+        train(training(directories, tmp_path / "cut", Full()))
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, train(training(directories, tmp_path / "cut", Full())), whole)
 
 
 def test_steps_without_a_finite_loss_are_left_out_and_too_many_in_a_row_stop_it(directories, tmp_path):
