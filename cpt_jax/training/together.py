@@ -50,13 +50,23 @@ def train_together(
         raise UserError(f"{name}: these stages differ in more than numbers: train them one by one")
     results: dict[int, dict[str, Tree] | Exception] = {}
     while left := [index for index in range(len(trainings)) if index not in results]:
-        group = _Group([trainings[index] for index in left], [makers[index] for index in left], settings, name)
+        members: dict[int, _Member] = {}
+        for index in left:
+            try:
+                members[index] = _Member(trainings[index], settings.names)
+            # Its checkpoints are damaged, say: the others go on.
+            except UserError as error:
+                results[index] = error
+        if not members:
+            break
+        group = _Group(list(members.values()), [makers[index] for index in members], settings, name)
         try:
             with jax.set_mesh(settings.mesh), group.preemption, group.watchdog:
                 group.run()
         finally:
             group.close()
-        results |= {left[number]: result for number, result in group.results.items()}
+        places = list(members)
+        results |= {places[number]: result for number, result in group.results.items()}
     return [results[index] for index in range(len(trainings))]
 
 
@@ -137,13 +147,12 @@ class _Group:
     """Runs that go on together until the first is at its end."""
 
     def __init__(
-        self, trainings: Sequence[Training], makers: Sequence[Callable[[], Loader]], settings: Settings, name: str
+        self, members: Sequence[_Member], makers: Sequence[Callable[[], Loader]], settings: Settings, name: str
     ) -> None:
         self.settings, self.name = settings, name
-        self.members = [_Member(training, settings.names) for training in trainings]
-        self.makers = makers
+        self.members, self.makers = members, makers
         self.preemption = Preemption()
-        self.watchdog = Watchdog(name, trainings[0].hang_seconds)
+        self.watchdog = Watchdog(name, members[0].training.hang_seconds)
         self.results: dict[int, dict[str, Tree] | Exception] = {}
         self._feed: Feed | None = None
         rows = NamedSharding(settings.mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))

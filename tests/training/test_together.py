@@ -160,6 +160,17 @@ def test_a_run_that_cannot_go_on_takes_no_other_along(directories, tmp_path, who
         close(result["last"], there["last"])
 
 
+def test_a_run_whose_checkpoints_are_damaged_takes_no_other_along(directories, tmp_path, whole):
+    trainings, makers = group(directories, tmp_path, **ANCHORED)
+    damaged = trainings[1].directory / "checkpoints" / "1"
+    damaged.mkdir(parents=True)
+    (damaged / "state").write_text("")
+    first, wrong, last = train_together(trainings, makers)
+    assert "has checkpoints, and none is intact" in str(wrong)
+    for result, there in ((first, whole[1][0]), (last, whole[1][2])):
+        close(result["last"], there["last"])
+
+
 @pytest.mark.parametrize("attention", ["xla", "blocks", "cudnn"])
 def test_runs_together_attend_as_each_would_alone(directories, tmp_path, attention):
     settings = joint_settings(group(directories, tmp_path, Full(), attention=attention)[0])
