@@ -128,7 +128,7 @@ class _Steps:
             for number in range(self._first + 1, training.steps + 1):
                 attendants.profile.before(number)
                 if (batch := self._batch()) is None:
-                    self._end(number - 1, "all text was read as often as max_epochs allows")
+                    self._end_of_text(number - 1)
                     break
                 with self._clock.of("compile") if number == self._first + 1 else contextlib.nullcontext():
                     self.state, metrics = self._program.step(self.state, *self._fixed, batch, controls(number - 1))
@@ -201,6 +201,13 @@ class _Steps:
         self._loader_state = self._training.loader.state()
         if why is not None:
             self._end(number, why)
+
+    def _end_of_text(self, number: int) -> None:
+        self._end(number, "all text was read as often as max_epochs allows")
+        self._read()
+        watcher = self._attendants.watcher
+        if watcher.due(number, number) and not watcher.due(number, self._training.steps):
+            self._watch(number)
 
     def _end(self, number: int, why: str) -> None:
         self._why = why

@@ -105,7 +105,8 @@ class Watcher:
     def __init__(self, watching: Watching | None, mesh: Mesh, directory: Path, first: int) -> None:
         self._watching, self._mesh, self._path = watching, mesh, directory / WATCHED
         if watching is not None and processes.is_first():
-            kept = [line for line in read_watch(directory) if line["step"] <= first]
+            # A stage that begins anew measures before its first step again.
+            kept = [line for line in read_watch(directory) if first and line["step"] <= first]
             write_text_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def due(self, step: int, last: int) -> bool:
@@ -160,7 +161,8 @@ class Watcher:
         assert watching is not None
         budget = watching.watch.budget
         worse = {name: measured[name] / watching.base[name] - 1 for name in watching.old if name in measured}
-        over = {name: share for name, share in worse.items() if budget is not None and share > budget.limit}
+        # "not <=": a loss that is no number is over it, too.
+        over = {name: share for name, share in worse.items() if budget is not None and not share <= budget.limit}
         if budget is None or not (over := processes.told(over)):
             return None, False
         name = max(over, key=lambda each: over[each])

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from training_inputs import FLOAT32, losses, training
+from training_inputs import FLOAT32, changed, losses, training
 
 from cpt_jax.adapt import Full
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.mixture import Raised
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
+from cpt_jax.training import watch
 from cpt_jax.training.ending import ended_early
 from cpt_jax.training.loop import train
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch, Watching, read_watch
@@ -123,6 +125,32 @@ def test_it_stops_the_stage_with_a_last_checkpoint_and_a_start_more_changes_noth
     train(kept)
     assert len(losses(tmp_path / "kept")) == 8
     assert ended_early(tmp_path / "kept") is None
+
+
+def test_a_stage_that_begins_anew_has_its_first_measurement_once(directories, tmp_path):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    run = watched(training(directories, tmp_path, Full()), None)
+    with pytest.raises(KeyboardInterrupt):
+        train(changed(run, 3, 3, killed))
+    assert [line["step"] for line in read_watch(tmp_path)] == [0]
+    train(watched(training(directories, tmp_path, Full()), None))
+    assert [line["step"] for line in read_watch(tmp_path)] == [0, 4, 8]
+
+
+def test_a_stage_whose_text_ends_is_measured_at_its_end(directories, tmp_path):
+    ends = changed(watched(training(directories, tmp_path, Full()), None), 6, 6, lambda _: None)
+    train(ends)
+    assert ended_early(tmp_path) == (5, "all text was read as often as max_epochs allows")
+    assert [line["step"] for line in read_watch(tmp_path)] == [0, 4, 5]
+
+
+def test_a_model_that_says_no_number_is_over_its_budget(directories, tmp_path, monkeypatch):
+    nothing = SimpleNamespace(bits_per_byte=float("nan"))
+    monkeypatch.setattr(watch, "bits_per_byte", lambda *_, **__: nothing)
+    train(watched(training(directories, tmp_path, Full()), Stop(limit=0.02), base=1.0))
+    assert (ended_early(tmp_path) or (0, ""))[0] == 4
 
 
 @pytest.mark.parametrize(
