@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cpt_jax.core.errors import UserError
 
@@ -56,6 +57,13 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 def write_json_atomic(path: Path, value: object) -> None:
     """Writes a JSON file whole or not at all."""
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line, as far as they are written: [] without a file, and without a last line
+    that was cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 @contextlib.contextmanager

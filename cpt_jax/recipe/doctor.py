@@ -16,6 +16,7 @@ from cpt_jax.core.checksums import difference
 from cpt_jax.core.config import from_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries
+from cpt_jax.core.storage import read_objects
 from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import read_heldout
@@ -134,8 +135,7 @@ class Patient:
         if wrong:
             told = "; ".join(f"checkpoint {step} is damaged ({found})" for step, found in wrong.items())
             raise UserError(f"{told}: remove it, and run the recipe again: it goes on from the one before")
-        lines = (directory / "metrics.jsonl").read_text().splitlines() if (directory / "metrics.jsonl").exists() else []
-        written = [json.loads(line)["step"] for line in lines]
+        written = [line["step"] for line in read_objects(directory / "metrics.jsonl")]
         if written != list(range(1, len(written) + 1)):
             raise UserError(f"metrics.jsonl has {len(written)} lines that do not count the steps from 1")
         if not self._done(f"stage-{stage.name}"):

@@ -1,12 +1,12 @@
 """Goodput: how much of a run's wall time trained, and where the rest went."""
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
 from cpt_jax.core.journal import JOURNAL, read_journal
 from cpt_jax.core.progress import clock
+from cpt_jax.core.storage import read_objects
 
 # Causes in the order they are shown in, with their colours.
 CAUSES = {
@@ -37,8 +37,8 @@ def goodput(run: Path) -> dict[str, float]:
     for event in events:
         _count(event, begun, seconds)
     for path in (run / "stages").glob("*/metrics.jsonl"):
-        for line in path.read_text().splitlines():
-            _count_step(json.loads(line), seconds)
+        for line in read_objects(path):
+            _count_step(line, seconds)
     whole = events[-1]["at"] - events[0]["started"]
     seconds["not running, or cut off"] = max(0.0, whole - sum(seconds.values()))
     return seconds
@@ -60,6 +60,8 @@ def _count(event: dict[str, Any], begun: dict[str, float], seconds: dict[str, fl
             seconds["steps computed again"] += event["lost_seconds"]
         case "trained" | "preempted":
             seconds["checkpoints"] += event["checkpoint_seconds"]
+            # Runs that are trained together go on in another group when the first of them has ended.
+            begun[station] = event["at"]
         case "done" if not station.startswith("stage-"):
             cause = "evaluation" if station.startswith("evaluate-") else "vocabulary, preparation, export"
             seconds[cause] += event["at"] - begun.get(station, event["at"])

@@ -1,7 +1,6 @@
 """Many runs: what each contributes, read in one place."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import read_objects
 from cpt_jax.core.stores import Location, Store, glob_addresses, is_address, read_from, refusals_are_told
 from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
 from cpt_jax.recipe.report import final_label, grid, is_reported, load_run
+from cpt_jax.training.ending import ended_early
 
 Curve = list[tuple[int, float]]
 
@@ -22,7 +23,7 @@ Curve = list[tuple[int, float]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What one run contributes: bits per byte of its base and of its result by domain, what it was trained on, and every
-    setting of its recipe by its path. `replay` is the share of all stages' tokens that was replay; `parameters` are
+    setting of its recipe by its path. `tokens` were trained on; `replay` is the share of them that was replay; `parameters` are
     the base's, grown, `None` if it is not there; `losses` (nats a token, in training) and `watched` (bits per byte,
     held out) are curves over the tokens so far."""
 
@@ -77,7 +78,8 @@ def _facts(location: Location, path: Path) -> RunFacts:
         )
     roles = {domain["corpus"]["name"]: domain["role"] for domain in config["domains"]}
     losses, watched = _curves(path, config)
-    tokens = sum(stage["tokens"] for stage in config["stages"])
+    trained = _trained_tokens(path, config)
+    tokens = sum(trained)
     return RunFacts(
         path=location,
         name=path.resolve().name if path.resolve().parent.name == "runs" else config["name"],
@@ -85,7 +87,7 @@ def _facts(location: Location, path: Path) -> RunFacts:
         seed=config.get("seed", 0),
         tokens=tokens,
         parameters=_parameters(f"{location}/base") or _parameters(config["base"]),
-        replay=_replay(path, config, roles) / tokens if tokens else 0.0,
+        replay=_replay(path, config, roles, trained) / tokens if tokens else 0.0,
         roles=roles,
         base={name: cells[labels[0], name]["bits_per_byte"] for name in names},
         final={name: cells[final, name]["bits_per_byte"] for name in names},
@@ -136,10 +138,19 @@ def _parameters(directory: str) -> int | None:
     return sum(math.prod(t.shape) for file in files for t in SafetensorsFile(file).tensors.values()) or None
 
 
-def _replay(run: Path, config: dict, roles: Mapping[str, str]) -> float:
+def _trained_tokens(run: Path, config: dict) -> list[int]:
+    """Of each stage; less than its recipe says where a watch or the text has ended it."""
+    found = []
+    for number, stage in enumerate(config["stages"], 1):
+        ended = ended_early(run / "stages" / f"{number}-{stage['name']}")
+        found.append(stage["tokens"] if ended is None else ended[0] * stage["batch_size"] * stage["sequence_length"])
+    return found
+
+
+def _replay(run: Path, config: dict, roles: Mapping[str, str], trained: Sequence[int]) -> float:
     return sum(
-        stage["tokens"] * share
-        for stage in config["stages"]
+        tokens * share
+        for stage, tokens in zip(config["stages"], trained, strict=True)
         for name, share in mean_shares(stage["mixture"], run).items()
         if roles[name] == "replay"
     )
@@ -174,23 +185,17 @@ def _curves(run: Path, config: dict) -> tuple[dict[str, Curve], dict[str, Curve]
     for number, stage in enumerate(config["stages"], 1):
         directory = run / "stages" / f"{number}-{stage['name']}"
         seen, at_step = before, {}
-        for line in _lines(directory / "metrics.jsonl"):
+        for line in read_objects(directory / "metrics.jsonl"):
             seen += line["tokens"]
             at_step[line["step"]] = seen
             for key, value in line.items():
                 if key.startswith("nats/"):
                     losses.setdefault(key.removeprefix("nats/"), []).append((seen, value))
-        for line in _lines(directory / "watch.jsonl"):
+        for line in read_objects(directory / "watch.jsonl"):
             for name, value in line["bits_per_byte"].items():
                 watched.setdefault(name, []).append((at_step.get(line["step"], before + line["tokens"]), value))
         before = seen
     return losses, watched
-
-
-def _lines(path: Path) -> list[dict]:
-    """Objects of a file, whose last line may be cut."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def _flat(config: Any, where: str = "") -> Iterable[tuple[str, Any]]:

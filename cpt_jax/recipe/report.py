@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
-from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.storage import read_objects, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
 from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.recipe.page import html_table, page
@@ -168,8 +168,7 @@ def pieces_to_look_at(use: dict) -> str:
 def _training_section(run: Path, plots: Path) -> str:
     stages = {}
     for path in sorted((run / "stages").glob("*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("-")[0])):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        if lines:
+        if lines := read_objects(path):
             stages[path.parent.name.split("-", 1)[1]] = lines
     if not stages:
         return ""

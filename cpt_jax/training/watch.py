@@ -13,7 +13,7 @@ from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import say
-from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
+from cpt_jax.core.storage import disk_full_is_told, read_objects, write_text_atomic
 from cpt_jax.core.tree import Tree, combine
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import Raised
@@ -181,7 +181,5 @@ class Watcher:
 
 
 def read_watch(directory: Path) -> list[dict]:
-    """A stage's measurements in order; a line that was cut off is left out."""
-    path = directory / WATCHED
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """A stage's measurements in order."""
+    return read_objects(directory / WATCHED)

@@ -55,5 +55,28 @@ def test_every_second_has_a_cause(tmp_path):
     assert all(cause in section for cause in CAUSES)
 
 
+def test_a_run_that_goes_on_in_another_group_counts_no_second_twice(tmp_path):
+    """Runs that are trained together are grouped anew when the first of them has ended."""
+    training = {"event": "training", "station": "stage-lora", "lost_seconds": 0, "compile_seconds": 0}
+    events = [
+        EVENTS[0],
+        {"at": 102, "event": "begin", "station": "stage-lora"},
+        {"at": 105, **training},
+        {"at": 125, "event": "trained", "station": "stage-lora", "checkpoint_seconds": 0},
+        {"at": 127, **training},
+        {"at": 137, "event": "trained", "station": "stage-lora", "checkpoint_seconds": 0},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert goodput(tmp_path)["start"] == 2 + 3 + 2
+
+
+def test_a_line_that_a_full_disk_has_cut_off_is_left_out(tmp_path):
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    metrics = tmp_path / "stages" / "1-lora" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps(STEPS[0]) + "\n" + json.dumps(STEPS[1])[:20])
+    assert goodput(tmp_path)["training"] == 3
+
+
 def test_without_events_there_is_no_section(tmp_path):
     assert goodput_section(tmp_path) == ""

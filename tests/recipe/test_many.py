@@ -8,7 +8,7 @@ from many_runs import write_run
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
-from cpt_jax.recipe.many import find_runs, mean_shares
+from cpt_jax.recipe.many import find_runs, mean_shares, read_run
 from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.plots import curves_plot, new_figure, saved
@@ -16,6 +16,7 @@ from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
 from cpt_jax.recipe.sweep import Manner, planned
 from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.training.ending import end_early
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,17 @@ def test_a_schedule_counts_with_its_mean(tmp_path):
     ramp = {"kind": "Ramp", "start": {"en": 0.5, "zh": 0.5}, "end": {"en": 0.1, "zh": 0.9}}
     phases = {"kind": "Phases", "parts": [{"share": 0.5, "mixture": ramp}, {"share": 0.5, "mixture": {"zh": 1.0}}]}
     assert mean_shares(phases, tmp_path)["en"] == pytest.approx(0.15)
+
+
+def test_a_stage_that_ended_early_counts_with_what_it_trained_on(tmp_path):
+    write_run(tmp_path / "runs" / "a", 0.25, tokens=1_000_000)
+    config = json.loads((tmp_path / "runs/a/config.json").read_text())
+    config["stages"][0] |= {"batch_size": 10, "sequence_length": 1000}
+    (tmp_path / "runs/a/config.json").write_text(json.dumps(config))
+    assert read_run(tmp_path / "runs/a").tokens == 1_000_000
+    end_early(tmp_path / "runs/a/stages/1-lora", 30, "stop: en is 3% worse")
+    run = read_run(tmp_path / "runs/a")
+    assert (run.tokens, run.replay) == (300_000, pytest.approx(0.25))
 
 
 def test_no_run_has_ended(tmp_path):
