@@ -29,6 +29,8 @@ class _Child:
     slot: int
     process: subprocess.Popen
     log: IO[bytes]
+    # Where its own words begin in the log.
+    log_start: int
     started: float
     tries: int
 
@@ -75,12 +77,13 @@ def _start(
 ) -> _Child:
     directory.log(name).parent.mkdir(parents=True, exist_ok=True)
     log = directory.log(name).open("ab")
+    log_start = log.tell()
     command, recipe, arguments = command_of(directory, name, manner)
     words = [sys.executable, "-m", "cpt_jax", command, recipe, "--workdir", directory.run_location(name), *arguments]
     # A group of its own: Ctrl-C is for the sweep, which passes it on.
     process = subprocess.Popen(words, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
     say(f"sweep: run {name} begins")
-    return _Child(name, slot, process, log, time.monotonic(), tries)
+    return _Child(name, slot, process, log, log_start, time.monotonic(), tries)
 
 
 def _ended(directory: SweepDirectory, child: _Child, manner: Manner) -> None:
@@ -88,7 +91,7 @@ def _ended(directory: SweepDirectory, child: _Child, manner: Manner) -> None:
     if child.process.returncode == 0:
         directory.done_now(child.name, time.monotonic() - child.started, 1, manner.exports)
         return
-    lines = directory.log(child.name).read_text(errors="replace").splitlines()
+    lines = directory.log(child.name).read_bytes()[child.log_start :].decode(errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     ended = f"its process ended with {child.process.returncode}: see {directory.log(child.name)}"
     directory.failed_now(child.name, told[-1] if told else ended)

@@ -169,11 +169,12 @@ class SweepDirectory:
         if self.of(name).get("status") != "queued":
             return False
         recipe, stages = self.recipes[name], self.recipes[name].stages
-        behind = [f"evaluate-{stages[-1].name}-{'ema' if stages[-1].ema else 'last'}"] if stages else []
-        behind += ["samples"] if exports else []
+        without = "base-last" if recipe.vocabulary is None else "extended-last"
+        last = f"{stages[-1].name}-{'ema' if stages[-1].ema else 'last'}" if stages else without
+        behind = [f"evaluate-{last}", *(["samples"] if exports else [])]
         marks = [json.loads(self._read(f"runs/{name}/{MARKS}/{station}.json") or "{}") for station in behind]
         config = json.loads(self._read(f"runs/{name}/config.json") or "{}")
-        if not marks or not all(mark.get("done") for mark in marks) or differences(config, to_json(recipe)):
+        if not all(mark.get("done") for mark in marks) or differences(config, to_json(recipe)):
             return False
         self.done_now(name, 0.0, 1, exports)
         return True

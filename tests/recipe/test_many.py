@@ -6,11 +6,15 @@ import json
 import pytest
 from many_runs import write_run
 
+from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus
+from cpt_jax.recipe import at_once
 from cpt_jax.recipe.many import find_runs, mean_shares, read_run
 from cpt_jax.recipe.many_plots import points_plot
 from cpt_jax.recipe.many_report import write_runs_report
+from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.plots import curves_plot, new_figure, saved
 from cpt_jax.recipe.recipe import Domain, Recipe
 from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
@@ -113,3 +117,32 @@ def test_a_dry_run_says_where_each_run_would_go(tmp_path):
         (Manner(), "alone: "),
     ):
         assert planned(directory, recipes, manner)[1:] == [f"  {told}a", f"  {told}b"]
+
+
+def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):
+    domain = Domain(corpus=Corpus(name="zh", spec=str(tmp_path / "zh.jsonl")), role="new")
+    (tmp_path / "zh.jsonl").write_text("{}")
+    recipe = Recipe(name="a", base="b", domains=(domain,), stages=())
+    with SweepDirectory(tmp_path / "sweep", "e", {"a": recipe}) as directory:
+        directory.record("a", status="queued", job="1")
+        assert not directory.settle("a", exports=False)
+        write_json_atomic(directory.run("a") / "config.json", to_json(recipe))
+        write_json_atomic(directory.run("a") / MARKS / "evaluate-base-last.json", {"done": True})
+        assert directory.settle("a", exports=False)
+        assert directory.of("a")["status"] == "done"
+
+
+def test_a_process_that_said_nothing_is_not_given_the_error_of_an_earlier_one(tmp_path, monkeypatch):
+    recipe = Recipe(
+        name="a", base="b", domains=(Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new"),), stages=()
+    )
+    monkeypatch.setattr(at_once, "by_memory", lambda *_: 1)
+    monkeypatch.setattr(at_once.sys, "executable", str(tmp_path / "python"))
+    errors = []
+    with SweepDirectory(tmp_path / "sweep", "e", {"a": recipe}) as directory:
+        for script in ("echo error: the disk is full; exit 2", "kill -9 $$"):
+            (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / "python").chmod(0o755)
+            at_once.run_at_once(directory, {"a": recipe}, Manner(at_once="auto"))
+            errors.append(directory.failed()["a"])
+    assert errors == ["the disk is full", f"its process ended with -9: see {directory.log('a')}"]
