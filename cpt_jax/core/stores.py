@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -38,6 +39,9 @@ def file_system(address: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    # It logs what it raises, with a traceback, unless GCSFS_DEBUG says how much.
+    if not (log := logging.getLogger("gcsfs")).level:
+        log.setLevel(logging.CRITICAL)
     try:
         return fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
@@ -256,15 +260,11 @@ def refuse_existing(out: Location) -> None:
 
 @contextlib.contextmanager
 def written_to(out: Location) -> Iterator[Path]:
-    """A local path to write a directory at: `out` itself, or one whose files are in the store afterwards.
-
-    Raises:
-      UserError: there is something at this address.
-    """
+    """A local path to write a directory at: `out` itself, or one whose files are in the store afterwards, where nothing is
+    (`refuse_existing`)."""
     if not is_address(out):
         yield Path(out)
         return
-    refuse_existing(out)
     store = Store(str(out))
     with _stand_in(store.address) as local:
         yield local

@@ -10,7 +10,7 @@ from typing import Any
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress, say
-from cpt_jax.core.stores import Location, is_address, write_json, written_beside, written_to
+from cpt_jax.core.stores import Location, is_address, refuse_existing, write_json, written_beside, written_to
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
@@ -95,7 +95,9 @@ def tokenizer_extend(
 ) -> None:  # fmt: skip
     """`cpt tokenizer extend`: writes nothing unless the gate lets the result pass."""
     source = find_tokenizer(base)
-    if not is_address(out):
+    if is_address(out):
+        refuse_existing(out)
+    else:
         _check_out(Path(out), source)
     kind_of(Tokenizer(source))
     named = corpora_of([*corpora, *protect], text_field)

@@ -1,13 +1,14 @@
 """Directories in stores: on a server that speaks S3, and in memory."""
 
 import gzip
+import logging
 from collections import Counter
 
 import pytest
 from store_server import s3_server
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.stores import Store, glob_addresses, location, state_of, written_to
+from cpt_jax.core.stores import Store, file_system, glob_addresses, location, state_of, written_to
 from cpt_jax.data.sources import Corpus, files_of, read
 
 
@@ -78,6 +79,24 @@ def test_what_is_written_is_there_when_it_is_whole(root):
         local.mkdir()
         (local / "first").write_text("1")
     assert Store(f"{root}/halves").names() == ["out/first"]
+
+
+def test_a_store_whose_refusals_are_told_does_not_log_them(monkeypatch):
+    log = logging.getLogger("gcsfs")
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    file_system("memory://anything")
+    assert not log.isEnabledFor(logging.ERROR)
+    # GCSFS_DEBUG=DEBUG does this.
+    monkeypatch.setattr(log, "level", logging.DEBUG)
+    file_system("memory://anything")
+    assert log.level == logging.DEBUG
+
+
+def test_a_place_to_write_to_is_looked_at_once(monkeypatch):
+    """By `refuse_existing`, before hours of work: a listing of a store costs time."""
+    monkeypatch.setattr(Store, "names", lambda *_: pytest.fail("listed"))
+    with written_to("memory://once/out") as local:
+        local.mkdir()
 
 
 def test_an_address_keeps_its_slashes():
