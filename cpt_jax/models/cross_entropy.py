@@ -131,10 +131,13 @@ def _chosen(logits: Array, own: Array) -> Array:
     return jnp.where(here, found, 0.0)
 
 
-def _chunk_losses(hidden, tables, targets, teacher: Teacher | None, static: _Static):
-    """(cross-entropies [N], divergences [N], the student's softmax, the teacher's, the student's over its tables)."""
+def _chunk_losses(hidden, tables, owned, teacher: Teacher | None, static: _Static):
+    """(cross-entropies [N], divergences [N], the student's softmax, the teacher's, the student's over its tables).
+
+    Args:
+      owned: the targets, as `_own_targets` gives them.
+    """
     student = _softmax(hidden, tables, static)
-    owned = _own_targets(targets, tables, static)
     chosen = static.devices.sum_of_tables([_chosen(part, own) for part, own in zip(student.logits, owned, strict=True)])
     nats = student.log_normaliser - chosen
     if teacher is None:
@@ -154,12 +157,12 @@ def _chunk_losses(hidden, tables, targets, teacher: Teacher | None, static: _Sta
 
 
 def _chunk_gradients(hidden, tables, targets, weights, teacher: Teacher | None, static: _Static):
-    nats, divergence, student, wise, shared = _chunk_losses(hidden, tables, targets, teacher, static)
+    owned = _own_targets(targets, tables, static)
+    nats, divergence, student, wise, shared = _chunk_losses(hidden, tables, owned, teacher, static)
     z = static.z_loss * weights
     total = jnp.sum(weights * nats + z * jnp.square(student.log_normaliser))
     of_student = (weights + 2 * z * student.log_normaliser) / student.normaliser
     dhidden, dtables = [], []
-    owned = _own_targets(targets, tables, static)
     for number, (table, own, use) in enumerate(zip(tables, owned, static.uses, strict=True)):
         mask = jnp.arange(table.shape[0])[None, :] == own[:, None]
         dlogits = student.exponentials[number] * of_student[:, None] - jnp.where(mask, weights[:, None], 0.0)
@@ -232,7 +235,8 @@ def _values(hidden, tables, targets, weights, teacher, static: _Static):
 
     def chunk(arguments):
         part, wanted, of_teacher = arguments
-        found = _chunk_losses(part.astype(static.dtype), tables, wanted, _with_tables(of_teacher, teacher), static)
+        owned, of_teacher = _own_targets(wanted, tables, static), _with_tables(of_teacher, teacher)
+        found = _chunk_losses(part.astype(static.dtype), tables, owned, of_teacher, static)
         return found[0], found[1], found[2].log_normaliser
 
     found = jax.lax.map(chunk, _chunks(len(targets), _height(tables), (hidden, targets, _by_token(teacher))))
