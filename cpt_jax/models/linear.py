@@ -139,7 +139,7 @@ class Linear(nnx.Module):
     def _finished(self, y: Array, low_rank: Array | None, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
         """Of the product with the kernel and that with A, what the layer gives."""
         if self.adapter is not None and low_rank is not None:
-            y += matmul(low_rank * self.adapter.scale, self.lora_b[...], dtype)
+            y += matmul(low_rank * self.adapter.scale, self.lora_b[...], dtype, name=None)
             if self.adapter.dora:
                 y *= self._magnitude_factor(dtype).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.bias is not None:

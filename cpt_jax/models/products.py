@@ -8,15 +8,19 @@ A weight may be quantised: it is kept so for the backward pass, made dense a sec
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.models.quantised import dense, is_quantised
 from cpt_jax.sharding.hardware import backend
+
+# The name by which a policy of rematerialisation keeps products.
+PRODUCT = "product"
 
 
 def sum_type(dtype: jnp.dtype) -> jnp.dtype:
@@ -34,39 +38,45 @@ def precision_of(dtype: jnp.dtype) -> Literal["highest"] | None:
     return "highest" if dtype == jnp.float32 and asked is None else None
 
 
-def _product(multiply: Callable[..., Array], *operands: Array, dtype: jnp.dtype) -> Array:
+def _product(a: Array, b: Array, dtype: jnp.dtype, name: str | None = None) -> Array:
     """A product that other layers read: in the type of the sums; accelerators write and read back the half of it, in
-    the inputs' type, as everybody does there."""
+    the inputs' type, as everybody does there. What is written has the `name`."""
     written = sum_type(dtype) if backend() == "cpu" else dtype
-    return multiply(*operands, precision=precision_of(dtype), preferred_element_type=written).astype(sum_type(dtype))
+    y = jnp.matmul(a, b, precision=precision_of(dtype), preferred_element_type=written)
+    return (y if name is None else checkpoint_name(y, name)).astype(sum_type(dtype))
 
 
-def matmul(x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
-    """`x @ weight` (weight [i, o], or quantised), inputs rounded to `dtype`, result float32."""
-    return matmuls(x, (weight,), dtype)[0]
+def matmul(
+    x: Float[Array, "*rows i"], weight: Any, dtype: jnp.dtype, *, name: str | None = PRODUCT
+) -> Float[Array, "*rows o"]:
+    """`x @ weight` (weight [i, o], or quantised), inputs rounded to `dtype`, result float32.
+
+    `Remat(products=True)` keeps it, unless it has no `name`.
+    """
+    return cast(tuple[Array, ...], _matmuls(x, (weight,), dtype, name))[0]
 
 
 def matmuls(x: Float[Array, "*rows i"], weights: Sequence[Any], dtype: jnp.dtype) -> tuple[Array, ...]:
     """`x @ weight` for each weight: of x one rounded copy is kept, and its gradient is summed in float32."""
-    return cast(tuple[Array, ...], _matmuls(x, tuple(weights), dtype))
+    return cast(tuple[Array, ...], _matmuls(x, tuple(weights), dtype, PRODUCT))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmuls(x, weights, dtype):
-    return _matmuls_forward(x, weights, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmuls(x, weights, dtype, name):
+    return _matmuls_forward(x, weights, dtype, name)[0]
 
 
-def _matmuls_forward(x, weights, dtype):
+def _matmuls_forward(x, weights, dtype, name):
     low = x.astype(dtype)
-    return tuple(_product(jnp.matmul, low, dense(w, dtype), dtype=dtype) for w in weights), (low, weights)
+    return tuple(_product(low, dense(w, dtype), dtype, name) for w in weights), (low, weights)
 
 
-def _matmuls_backward(dtype, residuals, cotangents):
+def _matmuls_backward(dtype, name, residuals, cotangents):
     x, weights = residuals
     dx, dweights, rows = 0.0, [], tuple(range(x.ndim - 1))
     for weight, cotangent in zip(weights, cotangents, strict=True):
         low = cotangent.astype(dtype)
-        dx += _product(jnp.matmul, low, dense(weight, dtype).T, dtype=dtype)
+        dx += _product(low, dense(weight, dtype).T, dtype)
         if is_quantised(weight):
             dweights.append(None)
             continue

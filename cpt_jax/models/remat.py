@@ -1,7 +1,6 @@
 """What the backward pass recomputes instead of keeping (Chen et al. 2016, arXiv 1604.06174)."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.products import PRODUCT
 
 # Activations of a block that can be kept by name: queries, keys and values behind their rotation, what the heads mix,
 # and the inner activations of the feed-forward (of experts: none).
@@ -20,7 +20,8 @@ NAMES = ("queries", "keys", "values", "attention_out", "mlp_gate", "mlp_up")
 class Remat:
     """Each layer's activations are computed again in the backward pass, except its input and what is named here.
 
-    `products` keeps the outputs of all matrix products with weights; `keep` keeps activations by name, and `offload`
+    `products` keeps the outputs of all matrix products with weights, but for those of adapters' B: they are as large as
+    the products that they are added to, and cheap to compute again. `keep` keeps activations by name, and `offload`
     keeps them in the host's memory (accelerators only): see `NAMES`.
     """
 
@@ -37,28 +38,12 @@ class Remat:
 
     def policy(self) -> Callable[..., Any]:
         """As `jax.checkpoint` takes it: of each operation, whether its result is kept."""
-        policies = jax.checkpoint_policies
-        by_name = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(self.keep),
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[*self.keep, *([PRODUCT] if self.products else [])],
             names_which_can_be_offloaded=list(self.offload),
             offload_src="device",
             offload_dst="pinned_host",
         )
-
-        def policy(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-            if self.products and policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters):
-                return not _over_a_rank(*arguments, **parameters)
-            return by_name(primitive, *arguments, **parameters)
-
-        return policy
-
-
-def _over_a_rank(a: Any, b: Any, *, dimension_numbers: Any, **_: Any) -> bool:
-    """Whether a product sums over next to nothing for what it gives, as an adapter's does: cheap to compute again, and as
-    large as that of the weights that it is added to."""
-    (contracted, _), _ = dimension_numbers
-    summed = math.prod(a.shape[axis] for axis in contracted)
-    return 8 * summed <= b.size // summed
 
 
 def named(array: Array, name: str) -> Array:
