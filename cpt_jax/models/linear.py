@@ -25,11 +25,15 @@ PATHS = {name: f"layers/{'attention' if name in ('q', 'k', 'v', 'o') else 'mlp'}
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 # And what DoRA keeps of the frozen kernel.
 KERNEL_NORM = "/kernel_norm"
-# By the names that config.json gives them.
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+# By the names that config.json gives them; several are one function (transformers, activations.py).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
     "relu": jax.nn.relu,
 }
 Scaling = Literal["alpha/rank", "alpha/sqrt(rank)"]

@@ -85,6 +85,10 @@ WRONG = {
         lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),
         "RoPE of type 'proportional'",
     ),
+    "a part of each head turned": (
+        lambda d: edit_config(d, partial_rotary_factor=0.5),
+        "partial_rotary_factor=0.5, which is not supported for model_type llama",
+    ),
     "remote code": (
         lambda d: edit_config(d, model_type="mine", auto_map={"AutoModelForCausalLM": "m.M"}),
         "auto_map, is never executed",

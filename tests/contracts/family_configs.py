@@ -36,7 +36,8 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, odd head dimension": TIED | dict(head_dim=10),
         "untied, no grouping, biases": UNTIED | dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
         "one key head, llama3": TIED | dict(num_key_value_heads=1, rope_scaling=LLAMA3, rope_theta=500_000.0),
-        "linear": UNTIED | dict(rope_scaling=dict(type="linear", factor=4.0)),
+        # The window is none of a Llama's.
+        "linear": UNTIED | dict(sliding_window=7, rope_scaling=dict(type="linear", factor=4.0)),
         "dynamic": TIED | SHORT | dict(rope_scaling=dict(type="dynamic", factor=2.0)),
         "yarn": TIED | dict(rope_scaling=YARN),
     },
@@ -96,7 +97,9 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "one after the other, odd heads": UNTIED
         | dict(use_parallel_residual=False, hidden_size=44, rotary_pct=0.4, hidden_act="gelu_pytorch_tanh"),
         "tied, no biases, linear": TIED
-        | dict(attention_bias=False, rotary_pct=1.0, rope_scaling=dict(type="linear", factor=2.0)),
+        | dict(
+            attention_bias=False, rotary_pct=1.0, hidden_act="gelu_fast", rope_scaling=dict(type="linear", factor=2.0)
+        ),
     },
     "qwen3_moe": {
         "renormalised": UNTIED

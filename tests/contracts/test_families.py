@@ -15,6 +15,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
 from cpt_jax.models.families import FAMILIES, family_for
+from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.remat import Remat
 
 LENGTH = 40
@@ -160,6 +161,15 @@ def packed_and_padded(ours: Ours) -> None:
         alone[0][place], alone[1][place], alone[2][place] = document, np.arange(len(document)), 1
         expected = np.asarray(ours.forward(ours.weights, *alone))[0, : len(document)]
         np.testing.assert_allclose(together[row, first : first + len(document)], expected, atol=2e-5)
+
+
+def test_activations_are_those_of_transformers():
+    import torch
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-9, 9, 1001, dtype=np.float32)
+    for name, activation in ACTIVATIONS.items():
+        np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])

@@ -133,9 +133,25 @@ def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: 
 
 
 def kinds_of(read: Any, head_dim: int) -> dict[str, Any]:
-    """`layer_kinds` and `layer_pattern` of a config as transformers reads it."""
-    window, types = getattr(read, "sliding_window", None), getattr(read, "layer_types", None)
+    """`layer_kinds` and `layer_pattern` of a config as transformers reads it.
+
+    What its class has no field for (a Llama's window, left over from the model that it was made of), its model does not
+    look at, though it is an attribute too.
+
+    Raises:
+      UserError: a rotation of a part of each head, in a family that turns whole heads.
+    """
+    known = type(read)()
+    window, types = (
+        getattr(read, name) if hasattr(known, name) else None for name in ("sliding_window", "layer_types")
+    )
     context, parameters = read.max_position_embeddings, read.rope_parameters
+    for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
+        part = each.get("partial_rotary_factor")
+        if part not in (None, 1) and "partial_rotary_factor" not in known.rope_parameters:
+            raise UserError(
+                f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
+            )
     if types is None:
         return {"layer_kinds": (LayerKind(window=window, rope=rope_of(parameters, head_dim, context)),)}
     windows = {"full_attention": None, "sliding_attention": window}
@@ -153,7 +169,7 @@ def kinds_of(read: Any, head_dim: int) -> dict[str, Any]:
 def config_of(read: Any, **differences: Any) -> DecoderConfig:
     """Our configuration of a config as transformers reads it, with what is different in this family."""
     heads, width = read.num_attention_heads, read.hidden_size
-    head_dim = differences.get("head_dim") or getattr(read, "head_dim", None) or width // heads
+    head_dim = getattr(read, "head_dim", None) or width // heads
     common = {
         "vocab_size": read.vocab_size,
         "hidden_size": width,
@@ -165,8 +181,7 @@ def config_of(read: Any, **differences: Any) -> DecoderConfig:
         "tie_word_embeddings": bool(read.tie_word_embeddings),
         "max_position_embeddings": read.max_position_embeddings,
     }
-    if "layer_kinds" not in differences:
-        common |= kinds_of(read, head_dim)
+    common |= kinds_of(read, head_dim)
     if "norm_epsilon" not in differences:
         common["norm_epsilon"] = float(read.rms_norm_eps)
     if "activation" not in differences:
