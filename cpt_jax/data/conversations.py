@@ -33,8 +33,10 @@ def conversation_of(record: Mapping[str, Any]) -> list[Message]:
     elif "prompt" in record and "completion" in record:
         turns = [*_turns(record["prompt"], "user"), *_turns(record["completion"], "assistant")]
     elif "instruction" in record and "output" in record:
-        asked = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-        turns = [*_turns(asked, "user"), *_turns(record["output"], "assistant")]
+        asked = [part for part in (record["instruction"], record.get("input")) if part]
+        if not all(isinstance(part, str) for part in asked):
+            raise Unusable("an instruction that is no text")
+        turns = [*_turns("\n\n".join(asked), "user"), *_turns(record["output"], "assistant")]
     else:
         raise Unusable(f"no conversation ({KNOWN})")
     messages = [_message(turn) for turn in turns]
@@ -56,7 +58,10 @@ def _turns(value: Any, role: str) -> list[Any]:
         return [{"role": role, "content": value}]
     if isinstance(value, Mapping):
         # TFDS gives a sequence of messages as a sequence of each of their fields.
-        return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+        try:
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+        except (TypeError, ValueError) as error:
+            raise Unusable("a conversation that is no list of messages") from error
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise Unusable("a conversation that is no list of messages")
     return list(value)

@@ -1,8 +1,10 @@
 """Records of files: JSON lines, text, Parquet and ArrayRecord, whole or a stretch of them."""
 
+import contextlib
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -26,9 +28,9 @@ def kind_of(path: Location) -> str:
     Raises:
       UserError: none is known, or what compresses by itself was compressed once more.
     """
-    suffixes = [suffix for suffix in PurePosixPath(path).suffixes if suffix in (*SUFFIXES, *COMPRESSIONS)]
-    kind = suffixes[0] if suffixes else ""
-    if kind not in SUFFIXES:
+    # Of notes.txt.jsonl the last one says what is in it.
+    kind = next((suffix for suffix in reversed(PurePosixPath(path).suffixes) if suffix in SUFFIXES), "")
+    if not kind:
         known = f"{', '.join(SUFFIXES)} ({', '.join(COMPRESSIONS)} of the first two)"
         raise UserError(f"{path} is of no known format; known: {known}")
     if kind == ".arrayrecord" and is_address(path):
@@ -53,9 +55,9 @@ def file_records(
     elif kind == ".txt":
         yield from ({field: text} for text in _paragraphs(path, skipped, stretch))
     elif kind == ".parquet":
-        yield from _parquet_rows(path, columns, stretch)
+        yield from _parquet_rows(path, columns, skipped, stretch)
     else:
-        yield from _json_lines(_array_records(path, stretch), skipped)
+        yield from _json_lines(_array_records(path, skipped, stretch), skipped)
 
 
 def stretches(path: Location, size: int) -> list[tuple[Stretch, int]]:
@@ -92,11 +94,42 @@ def _open(path: Location) -> IO[bytes]:
     if suffix == ".gz":
         return cast(IO[bytes], gzip.open(open_binary(path) if is_address(path) else path, "rb"))
     if suffix == ".zst":
+        return io.BufferedReader(_ZstdFrames(open_binary(path)))
+    return open_binary(path)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What the frames of a .zst file hold, one after the other; zstandard's own reader takes a file that was cut off
+    for one that ends there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         import zstandard
 
-        reader = zstandard.ZstdDecompressor().stream_reader(open_binary(path), read_across_frames=True)
-        return io.BufferedReader(reader)  # type: ignore[arg-type]
-    return open_binary(path)
+        while not self._unpacked:
+            packed = self._packed or self._file.read(1 << 16)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("its last frame is not whole")
+                return 0
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked = memoryview(frame.decompress(packed))
+            self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _raw_lines(path: Location, start: int) -> Iterator[tuple[int, bytes]]:
@@ -113,7 +146,7 @@ def _raw_lines(path: Location, start: int) -> Iterator[tuple[int, bytes]]:
             for line in file:
                 yield position, line
                 position += len(line)
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path} is truncated or not compressed as its name says ({error})") from error
 
 
@@ -140,7 +173,8 @@ def _json_lines(lines: Iterable[str], skipped: Counter) -> Iterator[dict]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        # Malformed, or more than Python reads: numbers of thousands of digits, brackets within thousands of others.
+        except (ValueError, RecursionError):
             skipped["malformed JSON"] += 1
             continue
         if isinstance(record, dict):
@@ -158,7 +192,7 @@ def _paragraphs(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[
         text = _decoded(line)
         if text is not None and not text.strip():
             if block:
-                yield "".join(block).rstrip("\n")
+                yield "".join(block).rstrip("\r\n")
                 block = []
             inside = True
             if stop is not None and position >= stop:
@@ -168,7 +202,7 @@ def _paragraphs(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[
         elif inside:
             block.append(cast(str, text))
     if block:
-        yield "".join(block).rstrip("\n")
+        yield "".join(block).rstrip("\r\n")
 
 
 def _parquet_file(path: Location) -> Any:
@@ -187,14 +221,41 @@ def parquet_columns(path: Location) -> list[str]:
         return file.schema_arrow.names
 
 
-def _parquet_rows(path: Location, columns: Iterable[str] | None, stretch: Stretch) -> Iterator[dict]:
-    with _parquet_file(path) as file:
+def _parquet_rows(path: Location, columns: Iterable[str] | None, skipped: Counter, stretch: Stretch) -> Iterator[dict]:
+    with _damage_is_told(path, "Parquet"), _parquet_file(path) as file:
         stop = file.num_row_groups if stretch[1] is None else stretch[1]
         wanted = None if columns is None else list(columns)
         for group in range(stretch[0], stop):
             # Small batches: a row may be a book.
             for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
-                yield from batch.to_pylist()
+                yield from _rows(batch, skipped)
+
+
+def _rows(batch: Any, skipped: Counter) -> Iterator[dict]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        # Row by row, to tell which.
+        for index in range(len(batch)):
+            try:
+                (row,) = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                skipped["not UTF-8"] += 1
+            else:
+                yield row
+
+
+@contextlib.contextmanager
+def _damage_is_told(path: Location, kind: str) -> Iterator[None]:
+    """Of a file that opens, and whose middle cannot be read."""
+    import pyarrow
+
+    try:
+        yield
+    # pyarrow's, and RuntimeError for riegeli's.
+    except (pyarrow.ArrowException, OSError, RuntimeError) as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{path}: this {kind} file is damaged ({reason}): fetch it again") from error
 
 
 def _array_reader(path: Location) -> Any:
@@ -211,9 +272,14 @@ def _array_reader(path: Location) -> Any:
     raise UserError(f"{path} is truncated or no ArrayRecord file")
 
 
-def _array_records(path: Location, stretch: Stretch) -> Iterator[str]:
+def _array_records(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[str]:
     reader = _array_reader(path)
     stop = reader.num_records() if stretch[1] is None else stretch[1]
     for index in range(stretch[0], stop):
-        yield reader.read([index])[0].decode()
+        with _damage_is_told(path, "ArrayRecord"):
+            record = reader.read([index])[0]
+        if (text := _decoded(record)) is None:
+            skipped["not UTF-8"] += 1
+        else:
+            yield text
     reader.close()

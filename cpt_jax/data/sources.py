@@ -94,15 +94,16 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
     if not text.strip():
         skipped["empty"] += 1
         return None
-    if not text.isascii() and _SURROGATES.search(text):
-        skipped["half a UTF-16 pair"] += 1
-        return None
-    if corpus.group_field is None:
-        return Document(text, text, tuple(messages))
-    if corpus.group_field not in record:
+    # A column of Parquet has None where JSON lines leave a field out.
+    group = text if corpus.group_field is None else record.get(corpus.group_field)
+    if group is None:
         skipped[f"no group field {corpus.group_field!r}"] += 1
         return None
-    return Document(text, str(record[corpus.group_field]), tuple(messages))
+    key = str(group)
+    if any(not each.isascii() and _SURROGATES.search(each) for each in (text, key)):
+        skipped["half a UTF-16 pair"] += 1
+        return None
+    return Document(text, key, tuple(messages))
 
 
 def _chat_hint(corpus: Corpus, fields: Iterable[str]) -> str:

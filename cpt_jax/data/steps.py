@@ -45,7 +45,7 @@ from cpt_jax.data.statistics import Statistics
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Raise it when the same task gives other shards.
-FORMAT = 1
+FORMAT = 2
 # What is there while a corpus is being prepared.
 WORK = ".work"
 _BEGUN = f"{WORK}/begun.json"

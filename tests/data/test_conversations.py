@@ -28,6 +28,9 @@ WRONG = {
     "parts": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "without a role or a text"),
     "no object": ({"messages": ["a"]}, "a message that is no object"),
     "tools": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool calls"),
+    "one message": ({"messages": EXPECTED[1]}, "no list of messages"),
+    "no turns": ({"messages": {"role": 1, "content": 2}}, "no list of messages"),
+    "a number": ({"instruction": 5, "input": "x", "output": "a"}, "an instruction that is no text"),
     "nothing": ({"prompt": None, "completion": "a"}, "no list of messages"),
 }
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from inputs import english, write_jsonl
@@ -69,6 +70,110 @@ def test_unusable_corpora_are_refused(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         texts_of(tmp_path / name)
+
+
+def damaged(name: str, path) -> None:
+    """A file of 3,000 records that opens, and that cannot be read to its end."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    import zstandard
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    texts = [os.urandom(40).hex() for _ in range(3000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    kind, _, how = name.partition(" ")
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pa.table({"text": texts}), path)
+    elif kind == "arrayrecord":
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for line in lines.splitlines():
+            writer.write(line)
+        writer.close()
+    else:
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else zstandard.ZstdCompressor().compress(lines))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if how == "cut off":
+        del content[middle:]
+    else:
+        content[middle : middle + 2000] = bytes(byte ^ 0xFF for byte in content[middle : middle + 2000])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["jsonl.zst cut off", "jsonl.gz cut off", "jsonl.gz", "parquet", "arrayrecord"])
+def test_a_damaged_file_is_told_and_not_taken_for_a_shorter_one(tmp_path, name):
+    path = tmp_path / f"a.{name.partition(' ')[0]}"
+    damaged(name, path)
+    with pytest.raises(UserError, match=rf"{path.name}.* (truncated|damaged)"):
+        texts_of(path)
+
+
+def test_frames_of_zstd_are_read_one_after_the_other(tmp_path):
+    import zstandard
+
+    pack, skippable = zstandard.ZstdCompressor().compress, b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    parts = [b'{"text": "%s"}\n' % (b"%d" % number * 100_000) for number in range(3)]
+    (tmp_path / "a.jsonl.zst").write_bytes(pack(parts[0]) + skippable + pack(parts[1]) + pack(b"") + pack(parts[2]))
+    assert [text[0] + str(len(text)) for text in texts_of(tmp_path / "a.jsonl.zst")] == [
+        "0100000",
+        "1100000",
+        "2100000",
+    ]
+
+
+def test_what_json_and_parquet_hold_and_python_does_not_read_is_counted(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    lines = ['{"text": "good"}', '{"text": "a", "n": %s}' % ("1" * 5000), '{"text": "a", "n": %s}' % ("[" * 100_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    raw = pa.array([b"good", b"\xff"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+    for record in (b'{"text": "good"}', b"\xff"):
+        writer.write(record)
+    writer.close()
+    for name, counts in (
+        ("a.jsonl", {"malformed JSON": 2}),
+        ("a.parquet", {"not UTF-8": 1}),
+        ("a.arrayrecord", {"not UTF-8": 1}),
+    ):
+        skipped = SkipCounts()
+        found = read(Corpus(name="c", spec=str(tmp_path / name)), skipped)
+        assert [document.text for document in found] == ["good"], name
+        assert skipped == counts, name
+
+
+def test_the_last_known_suffix_says_what_a_file_holds(tmp_path):
+    for name in ("notes.txt.jsonl", "a.gz.jsonl", "a.jsonl.part"):
+        assert texts_of(write_jsonl(tmp_path / name, TEXTS)) == TEXTS, name
+
+
+def test_a_text_file_of_windows_holds_the_same_documents(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\ntwo\r\nlines\r\n".encode())
+    assert texts_of(tmp_path / "a.txt") == ["one", "two\r\nlines"]
+
+
+def test_groups_that_are_none_or_no_text_are_counted(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    records = [{"text": "a", "book": "1"}, {"text": "b", "book": None}, {"text": "c"}, {"text": "d", "book": 0}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*records, {"text": "e", "book": "\ud800"}]))
+    pyarrow.parquet.write_table(
+        pa.table({"text": list("abcd"), "book": ["1", None, None, "0"]}), tmp_path / "a.parquet"
+    )
+    for name, counts in (
+        ("a.jsonl", {"no group field 'book'": 2, "half a UTF-16 pair": 1}),
+        ("a.parquet", {"no group field 'book'": 2}),
+    ):
+        skipped = SkipCounts()
+        found = list(read(Corpus(name="c", spec=str(tmp_path / name), group_field="book"), skipped))
+        assert [document.key for document in found] == ["1", "0"], name
+        assert skipped == counts, name
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path):
