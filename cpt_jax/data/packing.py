@@ -42,6 +42,7 @@ def gather(
     shares: Float[np.ndarray, "rows domains"],
     sequence_length: int,
     packing: Packing,
+    most: int,
 ) -> Pieces:
     """Pieces for OPEN_ROWS rows, or all that there are: each from the domain that is furthest behind its share of the
     tokens, which is then known to within a piece at any time.
@@ -49,18 +50,20 @@ def gather(
     Args:
       credit: tokens that each domain is behind; changed.
       shares: for each row that is to come.
+      most: pieces of a row, behind one another.
     """
     pieces, total, limit = Pieces(), 0, OPEN_ROWS * sequence_length
+    # Of rows that are filled one after the other.
+    filled_rows, room, in_row = 0, sequence_length, 0
     living = list(range(len(readers)))
     for reader in readers:
         reader.begin()
     row, due = -1, []
-    while living and (len(pieces.lengths) < OPEN_ROWS if packing == "none" else total < limit):
+    while living and (len(pieces.lengths) if packing == "none" else filled_rows) < OPEN_ROWS and total < limit:
         if (now := min(total // sequence_length, OPEN_ROWS - 1)) != row or not due:
             row, due = now, _due(shares[now], living)
         domain = max(due, key=lambda pair: credit[pair[0]])[0]
-        most = sequence_length - total % sequence_length if packing == "concatenate" else sequence_length
-        if (found := readers[domain].take(most)) is None:
+        if (found := readers[domain].take(room)) is None:
             living.remove(domain)
             due = []
             continue
@@ -72,6 +75,10 @@ def gather(
         for index, share in due:
             credit[index] += share * length
         credit[domain] -= length
+        if packing == "concatenate":
+            room, in_row = room - length, in_row + 1
+            if not room or in_row == most:
+                filled_rows, room, in_row = filled_rows + 1, sequence_length, 0
         # Half a usual piece over the limit is nearer to it than half a piece below.
         if packing == "best fit" and total + total / len(pieces.lengths) > limit:
             break
@@ -92,8 +99,13 @@ def placed(lengths: Sequence[int], sequence_length: int, packing: Packing, most:
     if packing == "none":
         return list(range(len(lengths)))
     if packing == "concatenate":
-        ends = np.cumsum(lengths)
-        return ((ends - 1) // sequence_length).tolist()
+        found, row, used, in_row = [], -1, sequence_length, 0
+        for length in lengths:
+            if used + length > sequence_length or in_row == most:
+                row, used, in_row = row + 1, 0, 0
+            found.append(row)
+            used, in_row = used + length, in_row + 1
+        return found
     large = [index for index, length in enumerate(lengths) if length * LARGE >= sequence_length]
     small = [index for index, length in enumerate(lengths) if length * LARGE < sequence_length]
     large.sort(key=lambda index: -lengths[index])

@@ -85,7 +85,7 @@ class _Group:
         mixed, before = self._mixed, np.array(credit)
         self.began, self.next = self.positions(), 0
         readers = list(self._readers.values())
-        pieces = gather(readers, credit, shares, mixed.sequence_length, mixed.packing)
+        pieces = gather(readers, credit, shares, mixed.sequence_length, mixed.packing, self.most)
         self.order = []
         if not pieces.lengths:
             return False

@@ -217,16 +217,23 @@ def test_without_packing_a_row_is_one_document_and_it_continues_bit_for_bit(dire
             np.testing.assert_array_equal(array, other[name])
 
 
-def test_no_row_has_more_documents_than_attention_is_told(directories, monkeypatch):
+@pytest.mark.parametrize("packing", ["best fit", "concatenate"])
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_no_row_has_more_documents_than_attention_is_told(directories, monkeypatch, packing, pack_domains):
     def most(found) -> int:
         ids = np.concatenate([next(found)["segment_ids"] for _ in range(20)])
         # The padding behind them is one more.
         return int((ids.max(1) + (ids == 0).any(1)).max())
 
-    usual = loader(directories)
+    how = {"packing": packing, "pack_domains": pack_domains}
+    usual = loader(directories, **how)
     assert 2 < most(usual) <= usual.documents
     monkeypatch.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
-    few = loader(directories)
+    few = loader(directories, **how)
     assert most(few) == few.documents == 3
+    # All of the text, however many rows it takes.
+    once = loader(directories, **how, max_epochs={"zh": 1, "en": 1})
+    tokens = sum(int(batch["weights"].sum()) for batch in once)
+    assert tokens == sum(once.tokens.values()) + sum(once.records.values())
     # Twice as many as a usual row has, in powers of two.
     assert [documents_in_a_row(2048, 1 / mean) for mean in (5000, 300, 100, 10)] == [16, 16, 64, 512]
