@@ -11,7 +11,7 @@ from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.recipe.page import html_table, page
 from cpt_jax.recipe.report import pieces_to_look_at, text_table, visible
 from cpt_jax.recipe.tokenizer_curve import curve_section
-from cpt_jax.vocab.tokenizer import Tokenizer
+from cpt_jax.vocab.tokenizer import BYTE, Tokenizer
 
 STYLE = """
 .cut { font-size: 1.05rem; line-height: 2.1; padding: .7rem .9rem; background: var(--band); border-radius: 6px;
@@ -181,8 +181,8 @@ def _pieces_section(figures: dict) -> str:
             f"<details><summary>Never used in this text: {len(figures['unreachable']):,} of {figures['unreachable_pieces']:,}</summary>"
             f"<div class=pieces>{spans}</div></details>"
         )
-    broken = any("\ufffd" in piece for piece in (*figures["longest"], *figures["unreachable"]))
-    note = " \ufffd: a piece begins or ends inside a character." if broken else ""
+    broken = any(BYTE.search(piece) for piece in (*figures["longest"], *figures["unreachable"]))
+    note = " <0xE6>: a byte of a character that begins or ends outside the piece." if broken else ""
     return (
         f"<h2>New pieces</h2><p class=note>{_pieces_sentence(figures)}.{note}</p>{pieces_to_look_at(figures)}{unused}"
     )

@@ -55,11 +55,15 @@ def piece_use(
     asked = [before + term for term in candidates for before in ("", " ", "\n", "(")]
     produced, counts = extended.count(asked), extended.count(texts)
     new = range(base.size, extended.size)
-    pieces = {index: extended.piece(index) for index in new}
+    pieces, spelt = (
+        {index: extended.piece(index) for index in new},
+        {index: extended.piece_bytes(index) for index in new},
+    )
     unused = [index for index in new if not counts[index] and not produced[index]]
-    terms = tuple(term.lstrip() for term in candidates)
-    steps = {index for index in unused if _leads_to_one(pieces[index], terms)}
+    steps = {index for index in unused if _leads_to_one(spelt[index], candidates)}
     unreachable = [pieces[index] for index in unused if index not in steps]
+    characters = {index: len(spelt[index].decode(errors="ignore")) for index in new if counts[index]}
+    longest = sorted(characters, key=lambda index: (-characters[index], pieces[index]))
     most_used = sorted(new, key=lambda index: -counts[index])
     return PieceUse(
         new_pieces=len(new),
@@ -67,14 +71,16 @@ def piece_use(
         unreachable=unreachable[: 10 * shown],
         steps_to_candidates=len(steps),
         most_frequent=[(pieces[index], counts[index]) for index in most_used[:shown] if counts[index]],
-        longest=sorted((pieces[i] for i in new if counts[i]), key=lambda piece: (-len(piece), piece))[:shown],
+        longest=[pieces[index] for index in longest[:shown]],
     )
 
 
-def _leads_to_one(piece: str, terms: Sequence[str]) -> bool:
-    # A piece may end inside a character.
-    beginning = piece.lstrip().rstrip("\ufffd")
-    return any(term.startswith(beginning) or (len(piece) == 1 and piece in term) for term in terms)
+def _leads_to_one(piece: bytes, terms: Sequence[str]) -> bool:
+    """Whether it is a beginning of a term, which may end within a character, or one of its characters."""
+    beginning, text = piece.lstrip(), piece.decode(errors="surrogateescape")
+    if beginning and any(term.lstrip().encode().startswith(beginning) for term in terms):
+        return True
+    return len(text) == 1 and any(text in term for term in terms)
 
 
 def slow_fast_differences(tokenizer: Tokenizer, texts: Sequence[str]) -> float:

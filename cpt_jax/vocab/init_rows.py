@@ -51,7 +51,7 @@ class SubwordMean:
 
     def _weights(self, ids: Sequence[int], context: RowContext) -> np.ndarray:
         if self.weights == "length":
-            return np.array([max(1, len(context.base.piece(index).encode())) for index in ids], np.float64)
+            return np.array([max(1, len(context.base.piece_bytes(index))) for index in ids], np.float64)
         if self.weights == "uniform":
             return np.ones(len(ids))
         halving = 0.5 ** np.arange(len(ids))

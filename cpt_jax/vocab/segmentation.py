@@ -5,7 +5,6 @@ byte fallback, as SentencePiece makes it, where a character that is no piece is 
 """
 
 import collections
-import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -13,9 +12,7 @@ import regex
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.sentencepiece_model import SPACE
-from cpt_jax.vocab.tokenizer import Tokenizer
-
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+from cpt_jax.vocab.tokenizer import BYTE, Tokenizer, byte_alphabet
 
 
 class Segmentation:
@@ -191,11 +188,3 @@ def kind_of(base: Tokenizer) -> str:
         f"{base.directory}: a tokenizer of kind {model['type']} cannot be extended: byte-level BPE (GPT-2, Llama 3, Qwen), SentencePiece BPE "
         "with byte fallback (LLaMA, Mistral) and unigram can; keep its vocabulary (new pieces 0)"
     )
-
-
-@functools.cache
-def byte_alphabet() -> dict[str, int]:
-    """The byte that a character of a byte-level piece stands for (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

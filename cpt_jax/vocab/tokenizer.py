@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,16 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.sentencepiece_model import SPACE, ModelProto, fast_tokenizer, read_model, settings_of
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+# SentencePiece's piece for a byte.
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """The byte that a character of a byte-level piece stands for (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _tiktoken(directory: Path) -> bool:
@@ -150,9 +161,21 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def piece(self, index: int) -> str:
-        """A token as text to look at; the space before a word is shown (SentencePiece drops a text's first one)."""
-        text, inner = self._tokenizer.decode([index], skip_special_tokens=False), self._tokenizer.id_to_token(index)
-        return " " + text if inner and inner.startswith(SPACE) and not text.startswith(" ") else text
+        """A token as text to look at: `piece_bytes`, those of a character that is not whole as <0xE6>."""
+        text = self.piece_bytes(index).decode(errors="surrogateescape")
+        return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)
+
+    def piece_bytes(self, index: int) -> bytes:
+        """The UTF-8 that a token stands for, which may begin or end within a character; with the space before a word
+        (SentencePiece drops a text's first one)."""
+        text = self._tokenizer.decode([index], skip_special_tokens=False)
+        inner = self._tokenizer.id_to_token(index) or ""
+        if "\ufffd" in text and (byte := BYTE.fullmatch(inner)):
+            return bytes([int(byte[1], 16)])
+        if "\ufffd" in text and byte_alphabet().keys() >= set(inner):
+            return bytes(byte_alphabet()[character] for character in inner)
+        spaced = inner.startswith(SPACE) and not text.startswith(" ")
+        return (" " + text if spaced else text).encode()
 
     def _special(self, name: str) -> int | None:
         content = self.named_special_tokens.get(name)

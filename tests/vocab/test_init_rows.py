@@ -83,6 +83,15 @@ def test_subword_means_are_those_of_a_plain_sum(grown, weights, calibrated):
             np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_part_of_a_character_weighs_its_own_bytes(grown):
+    base = Tokenizer(grown[0])
+    (word,), (first, *_) = base.encode(" the"), base.encode("法")
+    tables = {"embed": table(320)}
+    rows = SubwordMean(weights="length").build(tables, context_of(*grown, pieces=[[word, first]]))
+    expected = (4 * tables["embed"][word] + tables["embed"][first]) / 5
+    np.testing.assert_allclose(rows["embed"][0], expected, rtol=1e-5)
+
+
 def test_the_mean_is_that_of_the_whole_table(grown):
     tables = {"embed": table(320), "head": -table(320, 5)}
     rows = Mean().build(tables, context_of(*grown))
