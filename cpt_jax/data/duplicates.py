@@ -6,6 +6,7 @@ Of a group of duplicates the first in the corpus's order stays, so what is left 
 
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt32, UInt64
@@ -45,6 +46,9 @@ class Signer:
         """The share of equal entries of two signatures is about the share of runs that two texts have in common."""
         # 32 bits of each run: datasketch's default scheme. A list would be hashed one by one.
         runs = np.unique(runs_of(text, SHINGLE_WORDS).astype(np.uint32))
+        if not len(runs):
+            # Without a word (emoji, a formula) a text is like none but itself.
+            runs = np.array([crc32(text.encode())], np.uint32)
         sketch = self._minhash(
             PERMUTATIONS, permutations=self._permutations, scheme="affine32", hashfunc=lambda run: run
         )

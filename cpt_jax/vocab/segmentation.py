@@ -5,6 +5,7 @@ byte fallback, as SentencePiece makes it, where a character that is no piece is 
 """
 
 import collections
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -32,15 +33,21 @@ class Segmentation:
         self.ids: dict[str, int] = dict(base.document["model"]["vocab"])
         self.pieces = {index: piece for piece, index in self.ids.items()}
         self.first_new = base.size
-        self.special = [token["content"] for token in base.document["added_tokens"] if token["special"]]
+        added = base.document["added_tokens"]
+        self.special = [token["content"] for token in added if token["special"]]
+        # Tokens of their own before any merge, as GPT-NeoX's runs of spaces.
+        apart = sorted((token["content"] for token in added if not token["special"]), key=len, reverse=True)
+        self._apart = re.compile("|".join(map(re.escape, apart)) or "(?!)")
 
     def words(self, texts: Iterable[str]) -> dict[str, int]:
         """How often each word occurs, in the base's inner spelling."""
         normalizer, split = self.base.backend.normalizer, self.base.backend.pre_tokenizer
         counts: collections.Counter[str] = collections.Counter()
-        for text in texts:
-            if normalizer is not None:
-                text = normalizer.normalize_str(text)
+        for between in itertools.chain.from_iterable(map(self._apart.split, texts)):
+            # A normalizer may put a space before it.
+            if not between:
+                continue
+            text = between if normalizer is None else normalizer.normalize_str(between)
             parts = [text] if split is None else [part for part, _ in split.pre_tokenize_str(text)]
             counts.update(word for part in parts for word in self.cut(part))
         return dict(counts)

@@ -168,6 +168,8 @@ class Tokenizer:
     def piece_bytes(self, index: int) -> bytes:
         """The UTF-8 that a token stands for, which may begin or end within a character; with the space before a word
         (SentencePiece drops a text's first one)."""
+        if (added := self._added.get(index)) is not None:
+            return added.content.encode()
         text = self._tokenizer.decode([index], skip_special_tokens=False)
         inner = self._tokenizer.id_to_token(index) or ""
         if "\ufffd" in text and (byte := BYTE.fullmatch(inner)):
@@ -176,6 +178,10 @@ class Tokenizer:
             return bytes(byte_alphabet()[character] for character in inner)
         spaced = inner.startswith(SPACE) and not text.startswith(" ")
         return (" " + text if spaced else text).encode()
+
+    @functools.cached_property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
 
     def _special(self, name: str) -> int | None:
         content = self.named_special_tokens.get(name)

@@ -111,6 +111,13 @@ def test_a_signature_tells_what_two_texts_have_in_common():
     assert differences[0] == 0
 
 
+def test_texts_without_words_are_not_near_to_each_other():
+    signer = Signer()
+    signatures = np.stack([signer.signature(text) for text in ("!!!", "😀 😀", "∑ = ∫", "!!!", "a word")])
+    (found,) = near_duplicates([signatures], [np.zeros(5, np.uint8)], 0.8)
+    assert found.tolist() == [KEPT, KEPT, KEPT, NEAR, KEPT]
+
+
 def test_near_duplicates_are_those_of_jaccard_and_the_first_stays():
     generator, signer = random.Random(4), Signer()
     vocabulary = [f"word{n}" for n in range(3000)]

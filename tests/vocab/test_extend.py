@@ -202,6 +202,20 @@ def test_every_continued_piece_is_used_as_often_as_asked(bases, tmp_path, kind, 
     assert min(counts[index] for index in range(base.size, extended.size)) >= frequency
 
 
+def test_no_piece_is_learnt_of_what_added_tokens_take(bases, tmp_path):
+    base = Tokenizer(bases["gpt2"]).backend
+    # As GPT-NeoX's.
+    base.add_tokens([" " * count for count in range(8, 1, -1)])
+    (tmp_path / "base").mkdir()
+    base.save(str(tmp_path / "base" / "tokenizer.json"))
+    texts = [f"def f(x):\n    if x:\n        {text}\n" for text in english(300)]
+    extend(tmp_path / "base", ContinuedBPE(new_tokens=60), texts, [], tmp_path / "out")
+    before, extended = Tokenizer(tmp_path / "base"), Tokenizer(tmp_path / "out")
+    counts, new = uses(extended, texts), range(before.size, extended.size)
+    assert len(new) > 10
+    assert min(counts[index] for index in new) >= 2
+
+
 def test_union_pieces_are_those_of_the_domains_own_tokenizer(bases, tmp_path):
     import tokenizers
 

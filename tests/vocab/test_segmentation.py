@@ -34,6 +34,22 @@ def test_tokens_of_the_words_are_the_tokens_of_the_text(bases, kind):
         assert {index for word in segments.values() for index in word} == set(ids)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_added_tokens_are_no_part_of_words(bases, tmp_path, kind):
+    base = Tokenizer(bases[kind]).backend
+    base.add_tokens([tokenizers.AddedToken(" " * count, normalized=False) for count in range(8, 1, -1)])
+    base.save(str(tmp_path / "tokenizer.json"))
+    base = Tokenizer(tmp_path)
+    seen = segmentation_of(base)
+    added = {index for index in range(base.size) if base.piece(index).isspace() and len(base.piece(index)) > 1}
+    assert len(added) == 7
+    for text in ("the   river      city", *english(20)):
+        words = seen.words([text])
+        segments = dict(zip(words, seen.segments(words), strict=True))
+        found = {index for word in segments.values() for index in word}
+        assert found == set(base.encode(text)) - added
+
+
 def test_characters_that_are_no_pieces_are_tokens_of_their_own(bases):
     base = Tokenizer(bases["bpe"])
     seen = segmentation_of(base)
