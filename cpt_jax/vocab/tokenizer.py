@@ -59,8 +59,12 @@ class Tokenizer:
 
     @functools.cached_property
     def document(self) -> dict:
-        """tokenizer.json as JSON."""
-        return json.loads(self._text)
+        """tokenizer.json as JSON, added tokens with the ids that they have: `tokenizers`, and so transformers, gives the
+        next free ones to those that the vocabulary lacks, whatever the file says."""
+        document = json.loads(self._text)
+        for token in document["added_tokens"]:
+            token["id"] = self._tokenizer.token_to_id(token["content"])
+        return document
 
     @functools.cached_property
     def sentencepiece(self) -> ModelProto | None:

@@ -11,7 +11,7 @@ from inputs import chinese, compounds, english, write_tokenizer
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.extend import ContinuedBPE, Union, extend, old_segmentation
 from cpt_jax.vocab.fertility import compare
-from cpt_jax.vocab.gate import fuzzed_texts
+from cpt_jax.vocab.gate import fuzzed_texts, moved_ids
 from cpt_jax.vocab.segmentation import byte_alphabet
 from cpt_jax.vocab.selection import Selection
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -214,6 +214,24 @@ def test_no_piece_is_learnt_of_what_added_tokens_take(bases, tmp_path):
     counts, new = uses(extended, texts), range(before.size, extended.size)
     assert len(new) > 10
     assert min(counts[index] for index in new) >= 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "bpe"])
+def test_added_tokens_whose_ids_the_library_does_not_keep_are_extended_as_it_reads_them(bases, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    base = Tokenizer(bases[kind])
+    far = base.document["added_tokens"][-1] | {"content": "<|far|>", "id": base.size + 50, "special": True}
+    document = base.document | {"added_tokens": [*base.document["added_tokens"], far]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(document))
+    base = Tokenizer(tmp_path / "base")
+    extend(tmp_path / "base", ContinuedBPE(new_tokens=20), chinese(200), [], tmp_path / "out")
+    extended, read = Tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert moved_ids(base, extended) == []
+    assert base.document["added_tokens"] == extended.document["added_tokens"]
+    assert read.convert_tokens_to_ids("<|far|>") == extended.backend.token_to_id("<|far|>") == base.size - 1
+    assert extended.size == base.size + 20
 
 
 def test_union_pieces_are_those_of_the_domains_own_tokenizer(bases, tmp_path):
