@@ -29,7 +29,8 @@ def kind_of(path: Location) -> str:
       UserError: none is known, or what compresses by itself was compressed once more.
     """
     # Of notes.txt.jsonl the last one says what is in it.
-    kind = next((suffix for suffix in reversed(PurePosixPath(path).suffixes) if suffix in SUFFIXES), "")
+    endings = (suffix.lower() for suffix in reversed(PurePosixPath(path).suffixes))
+    kind = next((suffix for suffix in endings if suffix in SUFFIXES), "")
     if not kind:
         known = f"{', '.join(SUFFIXES)} ({', '.join(COMPRESSIONS)} of the first two)"
         raise UserError(f"{path} is of no known format; known: {known}")
@@ -41,7 +42,7 @@ def kind_of(path: Location) -> str:
 
 
 def _compressed(path: Location) -> bool:
-    return PurePosixPath(path).suffix in COMPRESSIONS
+    return PurePosixPath(path).suffix.lower() in COMPRESSIONS
 
 
 def file_records(
@@ -90,7 +91,7 @@ def _gathered(weights: list[int], size: int) -> list[tuple[Stretch, int]]:
 
 
 def _open(path: Location) -> IO[bytes]:
-    suffix = PurePosixPath(path).suffix
+    suffix = PurePosixPath(path).suffix.lower()
     if suffix == ".gz":
         return cast(IO[bytes], gzip.open(open_binary(path) if is_address(path) else path, "rb"))
     if suffix == ".zst":
@@ -151,6 +152,9 @@ def _raw_lines(path: Location, start: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _decoded(line: bytes) -> str | None:
+    # No text holds a NUL; UTF-16 does, and what it has of ASCII would be UTF-8 otherwise.
+    if b"\0" in line:
+        return None
     try:
         return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError:
@@ -184,25 +188,30 @@ def _json_lines(lines: Iterable[str], skipped: Counter) -> Iterator[dict]:
 
 
 def _paragraphs(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[str]:
-    """Documents between empty lines. One belongs to the stretch in which the empty line before it begins."""
+    """Documents between empty lines. One belongs to the stretch in which the empty line before it begins; one with a line
+    that is not UTF-8 is left out whole. Lines end with a line feed, also those of Windows."""
     start, stop = stretch
-    block: list[str] = []
+    block: list[str | None] = []
     inside = not start
     for position, line in _raw_lines(path, start):
         text = _decoded(line)
         if text is not None and not text.strip():
-            if block:
-                yield "".join(block).rstrip("\r\n")
-                block = []
+            yield from _document(block, skipped)
+            block = []
             inside = True
             if stop is not None and position >= stop:
                 return
-        elif inside and text is None:
-            skipped["not UTF-8"] += 1
         elif inside:
-            block.append(cast(str, text))
-    if block:
-        yield "".join(block).rstrip("\r\n")
+            block.append(None if text is None else text.removesuffix("\n").removesuffix("\r"))
+    yield from _document(block, skipped)
+
+
+def _document(lines: list[str | None], skipped: Counter) -> Iterator[str]:
+    """The document of these lines, if there are any; a line that is None was not UTF-8."""
+    if None in lines:
+        skipped["not UTF-8"] += 1
+    elif lines:
+        yield "\n".join(cast(list[str], lines))
 
 
 def _parquet_file(path: Location) -> Any:

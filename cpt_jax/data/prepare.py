@@ -69,6 +69,12 @@ class Manifest:
     shards: dict[str, Shard]
     source: str | None
 
+    def told(self) -> str:
+        """The counts in a line."""
+        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.items()) or "none"
+        learnt = f" ({self.trained_tokens:,} of them learnt)" if self.format == "chat" else ""
+        return f"{self.records:,} documents, {self.bytes:,} bytes, {self.tokens:,} tokens{learnt}; left out: {left_out}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:

@@ -15,7 +15,7 @@ from cpt_jax.core.stores import Location, glob_addresses, is_address, state_of
 from cpt_jax.data import conversations
 from cpt_jax.data.catalogues import is_catalogued, named_records, named_state
 from cpt_jax.data.conversations import Message, Unusable, holds_conversation
-from cpt_jax.data.files import WHOLE, Stretch, file_records, kind_of, parquet_columns
+from cpt_jax.data.files import SUFFIXES, WHOLE, Stretch, file_records, kind_of, parquet_columns
 
 SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
@@ -166,9 +166,13 @@ def files_of(corpus: Corpus) -> list[Location]:
         return list(addresses)
     paths = sorted(Path(name) for name in glob.glob(str(Path(corpus.spec).expanduser()), recursive=True))
     paths = [path for path in paths if path.is_file()]
-    if not paths and Path(corpus.spec).expanduser().is_dir():
+    if not paths and (directory := Path(corpus.spec).expanduser()).is_dir():
+        there = next(
+            (path.suffix for path in sorted(directory.rglob("*")) if path.suffix.lower() in SUFFIXES), ".jsonl"
+        )
         raise UserError(
-            f"corpus {corpus.name}={corpus.spec} is a directory: name its files, as in {corpus.name}='{corpus.spec}/*.jsonl'"
+            f"corpus {corpus.name}={corpus.spec} is a directory: name its files, as in "
+            f"{corpus.name}='{corpus.spec.rstrip('/')}/**/*{there}' (with its quotes)"
         )
     if not paths:
         raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")

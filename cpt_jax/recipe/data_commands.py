@@ -48,11 +48,7 @@ def prepare_data(
             from cpt_jax.data.beam import prepare_with_beam
 
             manifest = prepare_with_beam(task, runner, runner_options, workers)
-        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in manifest.skipped.items()) or "none"
-        learnt = f" ({manifest.trained_tokens:,} of them learnt)" if corpus.format == "chat" else ""
-        print(
-            f"{place}: {manifest.records:,} documents, {manifest.bytes:,} bytes, {manifest.tokens:,} tokens{learnt}; left out: {left_out}"
-        )
+        print(f"{place}: {manifest.told()}")
 
 
 def show_data(

@@ -140,7 +140,7 @@ class Pipeline(VocabularyStations, Stages):
 
         def tokenise() -> None:
             say(f"data: tokenising {domain.name}")
-            prepare_corpus(task)
+            say(f"data: {domain.name}: {prepare_corpus(task).told()}")
 
         heldout = [self.marks[f"hold-out-{each.name}"] for each in others]
         cleaning = [to_json(domain.cleaning), heldout, evaluation_state(domain.cleaning)]

@@ -80,7 +80,8 @@ class ContinuedLearning:
         what = repr(text) if text else "a part of a character"
         say(
             f"tokenizer: {len(self.kept_apart):,} pairs stay apart for the old text's sake, in which they are a hundred times rarer: "
-            f"above all {what}, {self.kept_apart[pair]:,} times in the new text and {old:,} times in the old; tolerance 0.01 merges them"
+            f"above all {what}, {self.kept_apart[pair]:,} x in the new text and {old:,} x in the old; --tolerance 0.01 (of a run "
+            "--vocabulary.extension.tolerance 0.01) merges them"
         )
 
     def _allowed(self, pair: Pair) -> bool:

@@ -168,7 +168,7 @@ def check(
                 f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer"
             )
         if corpus["name"] in old:
-            advice = "lower the number of new pieces"
+            advice = "lower the number of new pieces (--new-tokens)"
             what = f"of the old documents ({corpus['name']}) are tokenised differently"
             _within(corpus["documents_changed"], limits.old_documents_changed, "old_documents_changed", what, advice)
             what = f"more tokens are needed for the old documents ({corpus['name']})"
@@ -178,13 +178,17 @@ def check(
         limits.unreachable_pieces,
         "unreachable_pieces",
         "of the new pieces are never used in the text they were learnt from",
-        "drop them (--drop-unreachable), lower the number of new pieces",
+        "drop them (--drop-unreachable; of a run --vocabulary.drop_unreachable true), lower their number (--new-tokens)",
     )
 
 
 def _within(value: float, limit: float, name: str, what: str, advice: str) -> None:
     if value > limit:
-        raise UserError(f"{value:.1%} {what}, more than the limit of {limit:.1%}: {advice}, or raise the limit {name}")
+        flag = "--max-" + name.removesuffix("_pieces").replace("_", "-")
+        raise UserError(
+            f"{value:.1%} {what}, more than the limit of {limit:.1%}: {advice}, or raise the limit ({flag}; of a run "
+            f"--vocabulary.limits.{name})"
+        )
 
 
 def moved_ids(base: Tokenizer, extended: Tokenizer) -> list[str]:

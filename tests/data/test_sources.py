@@ -54,6 +54,34 @@ def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
     }
 
 
+def test_a_document_that_is_not_utf8_is_left_out_whole(tmp_path):
+    path = tmp_path / "old.TXT"
+    path.write_bytes("good\n\nplain\nschön\nplain\nschön\n\ngood too\n".encode("latin-1"))
+    skipped = SkipCounts()
+    assert [document.text for document in read(Corpus(name="c", spec=str(path)), skipped)] == ["good", "good too"]
+    assert skipped == {"not UTF-8": 1}
+
+
+def test_utf16_is_no_text(tmp_path):
+    path = tmp_path / "wide.txt"
+    path.write_bytes("Disks\n\nschön\n\nDisks\n".encode("utf-16"))
+    with pytest.raises(UserError, match="1 x not UTF-8"):
+        texts_of(path)
+
+
+def test_the_lines_of_windows_end_as_all_others(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
+    assert texts_of(path) == ["one\ntwo", "three"]
+
+
+def test_a_directory_is_told_with_what_is_in_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"\*\*/\*\.txt"):
+        texts_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
