@@ -55,12 +55,13 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     hashes: set[bytes] = set()
     # The first max_bytes by hash, without keeping the rest: a heap with the largest hash on top.
     chosen: list[tuple[float, str, Document]] = []
-    size = 0
+    size, shortest = 0, None
     for document in read(corpus, SkipCounts()):
         if not holdout.holds_out(document):
             continue
         digest = text_hash(document.text)
         length = len(document.text.encode())
+        shortest = length if shortest is None else min(shortest, length)
         if digest in hashes or length > holdout.max_document_bytes:
             hashes.add(digest)
             continue
@@ -70,10 +71,7 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
         while size > holdout.max_bytes and len(chosen) > 1:
             size -= len(heapq.heappop(chosen)[1].encode())
     if not chosen:
-        raise UserError(
-            f"corpus {corpus.name}: no document of at most {holdout.max_document_bytes} bytes fell into the held-out share of "
-            f"{holdout.share:g}: raise heldout.share (--heldout-share), or heldout.max_document_bytes"
-        )
+        raise _nothing_held_out(corpus, holdout, shortest)
     records = [
         {"messages": document.messages} if document.messages else {"text": text}
         for _, text, document in sorted(chosen, reverse=True)
@@ -82,6 +80,20 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     (directory / "heldout_hashes.bin").write_bytes(b"".join(sorted(hashes)))
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text_atomic(directory / "heldout.jsonl", "".join(lines))
+
+
+def _nothing_held_out(corpus: Corpus, holdout: Holdout, shortest: int | None) -> UserError:
+    """`shortest`: the bytes of the shortest document that the hash held out; None where it held out none."""
+    if shortest is None:
+        return UserError(
+            f"corpus {corpus.name}: no document fell into the held-out share of {holdout.share:g}: give more documents, or raise "
+            "the share (heldout.share of the domain, as in --domains.0.heldout.share 0.5; --heldout-share of a tokenizer)"
+        )
+    return UserError(
+        f"corpus {corpus.name}: of the documents that were held out, the shortest has {shortest:,} bytes, and what is measured has "
+        f"at most {holdout.max_document_bytes:,}: cut documents, or raise heldout.max_document_bytes of the domain, as in "
+        f"--domains.0.heldout.max_document_bytes {2 * shortest}"
+    )
 
 
 def heldout_documents(directory: Path) -> list[Document]:

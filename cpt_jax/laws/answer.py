@@ -15,6 +15,8 @@ LOW, HIGH = 0.05, 0.95
 # A budget in the loss's unit is some hundredths of the base's loss (Gu et al.: 0.05 nats of 2 to 3). From this share of it
 # on, "1" was rather meant as 1%, and that much can still be asked for in per cent.
 LARGEST_LOSS = 0.25
+# Of a law: below this R² most of what the runs differ in is something else.
+POOR = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,13 @@ def _first(enough: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _notes(laws: tuple[Law, Law], tokens: float, size: float | None) -> tuple[str, ...]:
-    notes = [f"{law.domain}: {line}" for law in laws for line in law.form.told]
+    notes = [
+        f"{law.domain}: the law tells next to nothing of what the runs differ in (R² {law.r_squared:.2f}): they differ by chance, or "
+        "not as more replay makes them; believe the runs, not the law"
+        for law in laws
+        if law.r_squared < POOR
+    ]
+    notes += [f"{law.domain}: {line}" for law in laws for line in law.form.told]
     runs = laws[0].points
     for what, value, seen in (
         ("tokens", tokens, [point.tokens for point in runs]),

@@ -179,6 +179,8 @@ def held_out_text(law: Law) -> str:
     if not law.held_out:
         return f"{law.domain}: no share can be left out, so how well the law predicts others is not known"
     worst = max(law.held_out, key=lambda each: abs(each.error))
+    if abs(worst.error) > 1:
+        return f"{law.domain}: the law does not predict a share that is left out ({100 * worst.share:.3g}%, to more than 100%)"
     return (
         f"{law.domain}: shares left out are predicted to {law.held_out_error:.1%} on average, the worst ({100 * worst.share:.3g}%) to "
         f"{abs(worst.error):.1%}; R² {law.held_out_r_squared:.3f} there, {law.r_squared:.3f} on all runs"

@@ -224,6 +224,16 @@ def test_held_out_documents_are_never_trained_on(tmp_path):
     assert not any(holdout.holds_out(Document("", book)) for book in learnt)
 
 
+def test_a_corpus_of_which_nothing_can_be_measured_says_which_setting_helps(tmp_path):
+    corpus = Corpus(name="c", spec=str(write_jsonl(tmp_path / "c.jsonl", [f"{n} " * 100 for n in range(100, 130)])))
+    with pytest.raises(UserError, match=r"the shortest has 400 bytes.*--domains\.0\.heldout\.max_document_bytes 800"):
+        write_heldout(corpus, Holdout(share=0.5, max_document_bytes=300), tmp_path)
+    with pytest.raises(
+        UserError, match=r"no document fell into the held-out share of 1e-09.*--domains\.0\.heldout\.share"
+    ):
+        write_heldout(corpus, Holdout(share=1e-9), tmp_path)
+
+
 def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):
     corpus = Corpus(name="c", spec=str(write_jsonl(tmp_path / "a.jsonl", english(300))))
     holdout = Holdout(share=0.2, max_bytes=10**6)

@@ -65,6 +65,29 @@ def test_the_answer_is_said_and_written(table, tmp_path, capsys):
     assert figures["critical_ratio"] is None
 
 
+@pytest.mark.parametrize(
+    "old",
+    [
+        # More replay makes it worse, which no law of replay says.
+        (3.0, 3.01, 3.02, 3.04, 3.1, 3.2),
+        # Chance. Without its first share, the law rises without end there.
+        (3.0022, 3.007, 2.9892, 3.0008, 3.0022, 2.9995),
+    ],
+)
+def test_a_law_that_tells_nothing_of_the_runs_says_so(old, tmp_path, capsys):
+    path = tmp_path / "runs.csv"
+    lines = [
+        f"61440,{share},{loss},{3 + share}" for share, loss in zip((0, 0.02, 0.05, 0.1, 0.25, 0.5), old, strict=True)
+    ]
+    path.write_text("\n".join(["tokens,share,en,zh", "0,0,3,5", *lines]) + "\n")
+    main(["law", str(path), "--old", "en", "--new", "zh", "--json", str(tmp_path / "law.json")])
+    said = capsys.readouterr().out
+    assert "note: en: the law tells next to nothing" in said
+    assert "note: zh: the law tells next to nothing" not in said
+    # The error of a share that is left out is no figure where the law has no bound there.
+    assert "000" not in said.partition("held out: en")[2].partition("held out: zh")[0]
+
+
 @pytest.mark.parametrize("table", ["csv"], indirect=True)
 def test_a_budget_may_be_loss(table, tmp_path, capsys):
     base = rows()[0]["en"]
