@@ -72,7 +72,7 @@ class Estimate:
 class Answer:
     """How much to replay. `measured`: the smallest and the largest share that was run; `old_without` and `old_with`: how much
     more loss than the base's the old domain has at these two; `cost`: how much more loss the new domain has at the
-    best share than at the smallest."""
+    best share than at the smallest; `doubts`: the domains whose law explains little, with its R²."""
 
     old: str
     new: str
@@ -85,11 +85,21 @@ class Answer:
     old_without: Estimate
     old_with: Estimate
     cost: Estimate
+    doubts: tuple[tuple[str, float], ...]
     notes: tuple[str, ...]
 
     @property
     def sentence(self) -> str:
         """The answer in words."""
+        doubts = "".join(
+            f" But the law tells little of what {domain} differs in from run to run (R² {r_squared:.2f}), which is chance, or goes "
+            "another way than replay does: believe the runs, not the law."
+            for domain, r_squared in self.doubts
+        )
+        return self._found + doubts
+
+    @property
+    def _found(self) -> str:
         start = f"With at most {self.budget.words(self.base)} on {self.old}, "
         low, high, best = self.replay.low, self.replay.high, self.replay.best
         smallest, largest = (percent(share) for share in self.measured)
@@ -105,6 +115,8 @@ class Answer:
                 f"{start}no share of replay that was run is enough: at {largest}, the most, {self.old} changes by "
                 f"{_change(self.old_with)}."
             )
+        if math.isinf(high) and low <= self.measured[0]:
+            return f"{start}the runs do not tell how much replay: {smallest} may be enough, and {largest}, the most, may not."
         if math.isinf(high):
             more = f"; whether that is enough, the runs do not tell: none had more than {largest}"
             return f"{start}replay {percent(low)} or more{more}."
@@ -189,6 +201,7 @@ def answer(
         old_without=without,
         old_with=at_most,
         cost=_estimate(drawn[:, 1] / drawn[:, 0] - 1, said[1] / said[0] - 1),
+        doubts=tuple((law.domain, law.r_squared) for law in laws if law.r_squared < POOR),
         notes=_notes(laws, tokens, size),
     )
 
@@ -215,13 +228,7 @@ def _first(enough: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _notes(laws: tuple[Law, Law], tokens: float, size: float | None) -> tuple[str, ...]:
-    notes = [
-        f"{law.domain}: the law tells next to nothing of what the runs differ in (R² {law.r_squared:.2f}): they differ by chance, or "
-        "not as more replay makes them; believe the runs, not the law"
-        for law in laws
-        if law.r_squared < POOR
-    ]
-    notes += [f"{law.domain}: {line}" for law in laws for line in law.form.told]
+    notes = [f"{law.domain}: {line}" for law in laws for line in law.form.told]
     runs = laws[0].points
     for what, value, seen in (
         ("tokens", tokens, [point.tokens for point in runs]),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,14 @@ def is_sweep(location: Location) -> bool:
 def _runs_of(sweep: Location) -> list[Location]:
     if is_address(sweep):
         names = {name.split("/")[1] for name in Store(str(sweep)).names("runs")}
-        return [f"{sweep}/runs/{name}" for name in sorted(names)]
-    return sorted(child for child in Path(sweep).glob("runs/*") if child.is_dir())
+        return [f"{sweep}/runs/{name}" for name in sorted(names, key=_in_order)]
+    names = {child.name for child in Path(sweep).glob("runs/*") if child.is_dir()}
+    return [Path(sweep) / "runs" / name for name in sorted(names, key=_in_order)]
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Sorts names with numbers in them by the numbers: replay-5% comes before replay-10%."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _parameters(directory: str) -> int | None:

@@ -43,6 +43,12 @@ def test_seeds_are_joined_and_the_front_is_found(sweep):
     assert 0.5 in front
 
 
+def test_runs_of_a_sweep_are_in_the_order_of_their_numbers(tmp_path):
+    for share in (0.0, 0.02, 0.1, 0.25):
+        write_run(tmp_path / "runs" / f"replay-{share:.0%}²", share, 0, noise=0.0)
+    assert [run.replay for run in find_runs([tmp_path])[0]] == [0.0, 0.02, 0.1, 0.25]
+
+
 def test_numbers_of_front_points_do_not_lie_on_each_other(tmp_path):
     for share in (0.05, 0.0505, 0.051, 0.25, 0.5):
         write_run(tmp_path / "runs" / f"replay-{share}", share)
