@@ -13,7 +13,7 @@ from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE, write_weights
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
-from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
@@ -235,7 +235,6 @@ def save(
     generation: Path | None = None,
     dtype: Any = np.float32,
     shard_bytes: int = SHARD_BYTES,
-    card: str | None = None,
 ) -> None:
     """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
 
@@ -244,7 +243,6 @@ def save(
     Args:
       tokenizer_directory: whose tokenizer files go along.
       generation: whose generation_config.json goes along (default: the tokenizer's directory).
-      card: the text of README.md.
 
     Raises:
       UserError: the disk is full (nothing is left behind then).
@@ -262,5 +260,3 @@ def save(
         for source in [*companions, Path(generation or tokenizer_directory) / "generation_config.json"]:
             if source.exists():
                 shutil.copyfile(source, out / source.name)
-        if card is not None:
-            write_text_atomic(out / "README.md", card)

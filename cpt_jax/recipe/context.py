@@ -16,6 +16,8 @@ from cpt_jax.core.progress import Plan
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate, read_template
 from cpt_jax.data.records import Unreadable
+from cpt_jax.models.generate import check_room
+from cpt_jax.recipe.copies import is_of_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.lineage import Lineage
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
@@ -79,6 +81,9 @@ class RunContext:
             raise UserError(
                 f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}: lower it in the stages and the evaluation"
             )
+        prompts = self.base_tokenizer.encode_marked(list(self.recipe.samples.prompts))
+        ids = [[self.base_tokenizer.start_id, *prompt.ids] for prompt in prompts]
+        check_room(model.config, ids, self.recipe.samples.new_tokens)
         for stage in self.recipe.stages:
             context = self.mesh_of(stage).shape["context"]
             model.attending(self.recipe.attention, stage.sequence_length, self.recipe.precision.dtype, context=context)
@@ -101,7 +106,8 @@ class RunContext:
             # By its name in the run: what runs have in common is known by it, and a run may be moved.
             return [[file.removeprefix(f"{self.path}/"), *rest] for file, *rest in identity(self.source)]
         # Made anew on each machine: other times, the same content.
-        return sorted(checksums(self.source, (path for path in self.source.iterdir() if path.name != MADE_OF)).items())
+        files = (path for path in self.source.iterdir() if is_of_model(path) and path.name != MADE_OF)
+        return sorted(checksums(self.source, files).items())
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -48,7 +48,7 @@ def text_logits(
 
 
 def export_model(
-    model: Model, tokenizer: Path, texts: Sequence[str], out: Path, export: Export, *, generation: Path, card: str
+    model: Model, tokenizer: Path, texts: Sequence[str], out: Path, export: Export, *, generation: Path
 ) -> float:
     """Writes the model, adapters merged, and reloads it: refused (nothing is left) unless its logits on `texts` are
     the trained model's.
@@ -71,7 +71,6 @@ def export_model(
         generation=generation,
         dtype=dtype,
         shard_bytes=int(export.shard_gb * 1e9),
-        card=card,
     )
     difference, tokens = logit_difference(merged, load_model(pending), Tokenizer(tokenizer), texts)
     _let_out(pending, out, difference)
@@ -87,8 +86,6 @@ def export_adapter(
     tokenizer: Path,
     texts: Sequence[str],
     out: Path,
-    *,
-    card: str,
 ) -> float:
     """Writes what the last stage trained as a PEFT adapter over the extended base, and reloads it, as `export_model`.
 
@@ -108,7 +105,6 @@ def export_adapter(
         base=str(base_directory.resolve()),
         trained=trained,
         tokenizer_directory=tokenizer,
-        card=card,
     )
     adapter = load_adapter(pending, base.config, base.hf_config)
     reloaded = dataclasses.replace(base, weights=adapter.over(base.config, base.weights), lora=adapter.lora)
@@ -132,6 +128,8 @@ def _let_out(pending: Path, out: Path, difference: float) -> None:
         raise UserError(
             f"export refused: its logits differ from the trained model's by {difference:.2g}, more than {GATE:g}"
         )
+    # There is one where a run was killed between this and the note that the station is done.
+    shutil.rmtree(out, ignore_errors=True)
     pending.replace(out)
 
 

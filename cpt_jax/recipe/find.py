@@ -74,7 +74,16 @@ def find_recipe(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         with fetched(location(name)) as path:
-            return _saved_recipe(path)
+            if not path.exists():
+                raise UserError(f"{path} does not exist: give the config.json of a run's directory")
+            return saved_recipe(path.read_text(encoding="utf-8"), name)
+    if (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"{name} is a directory: give its recipe, {name}/config.json, and --workdir {name} to go on there"
+        )
+    if name.endswith(".py"):
+        module = ".".join(Path(name).with_suffix("").parts)
+        raise UserError(f"{name} is a file: give its module and a function of it, as in {module}:FUNCTION")
     if "/" in name:
         experiment, _, run = name.partition("/")
         runs = find_experiment(experiment)
@@ -84,15 +93,21 @@ def find_recipe(name: str) -> Recipe:
     return find_function(name, "recipe", "configs", _returns_recipe)()
 
 
-def _saved_recipe(path: Path) -> Recipe:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the config.json of a run's directory")
+def saved_recipe(text: str, place: str) -> Recipe:
+    """The recipe that a run's config.json holds.
+
+    Raises:
+      UserError: the text is no JSON, or no recipe's.
+    """
     try:
-        return from_json(Recipe, json.loads(path.read_text()))
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is not JSON (line {error.lineno}): give the config.json of a run's directory"
+            f"{place} is not JSON (line {error.lineno}): give the config.json of a run's directory"
         ) from error
+    if not isinstance(document, dict) or "stages" not in document:
+        raise UserError(f"{place} holds no recipe (but a model's?): give the config.json of a run's directory")
+    return from_json(Recipe, document)
 
 
 def _returns_recipe(function: Callable) -> bool:

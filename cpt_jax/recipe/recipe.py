@@ -155,7 +155,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for field in ("sequence_length", "batch_size"):
             if getattr(self, field) < 1:
-                raise UserError(f"evaluation: {field} is {getattr(self, field)}: give a number of at least 1")
+                raise UserError(f"evaluation.{field} is {getattr(self, field)}: give a number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +164,12 @@ class Samples:
 
     prompts: tuple[str, ...] = ()
     new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise UserError(
+                f"samples.new_tokens is {self.new_tokens}: give at least 1; without prompts there is no text"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,7 @@ class Export:
     def __post_init__(self) -> None:
         if not 0 <= self.interpolate_base < 1:
             raise UserError(f"interpolate_base is {self.interpolate_base}: give a share of at least 0 and below 1")
-        if self.shard_gb <= 0:
+        if not 0 < self.shard_gb < math.inf:
             raise UserError(f"shard_gb is {self.shard_gb}: give more than 0")
         if self.adapter and (self.interpolate_base or self.dtype != "float32"):
             raise UserError("an adapter holds what was trained, in float32: export the whole model for anything else")
@@ -219,6 +225,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.pad_vocabulary_to < 1:
             raise UserError(f"pad_vocabulary_to is {self.pad_vocabulary_to}: give at least 1 (no padding)")
+        if not 0 <= self.seed < 2**32 - len(self.stages):
+            raise UserError(f"seed is {self.seed}: give 0 to {2**31}")
         names = [domain.name for domain in self.domains]
         for kind, given in (("domain", names), ("stage", [stage.name for stage in self.stages])):
             if len(set(given)) != len(given):

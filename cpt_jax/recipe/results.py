@@ -1,6 +1,7 @@
 """What comes of a run: evaluations, the export, samples, the report."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
 from cpt_jax.recipe.recipe import Domain, Export
 from cpt_jax.recipe.report import write_report
+from cpt_jax.recipe.samples_page import Sample, samples_page
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -97,27 +99,41 @@ class Results(RunContext):
 
     def export(self) -> None:
         out, export, stage = self.path / "export", self.recipe.export, self._last_stage
-        inputs = [to_json(export), self.marks.get(f"stage-{stage}", self.marks["base-model"])]
+        trained = self.marks.get(f"stage-{stage}", self.marks["base-model"])
+        # The stages do not follow from the chat template where nothing they read is written by it.
+        inputs = [to_json(export), trained, self.tokenizer.fingerprint, self.template_given()]
         # What leaves the house is none of the models evaluated so far, if the base is mixed into it.
         mixed = bool(export.interpolate_base)
         self._station("export", inputs, [out], lambda: self.write_export(export, out), everywhere=mixed)
         if mixed:
             self.evaluate("export", "last")
+        # The card tells of more than the weights follow from: what else was evaluated, the data, the recipe's name.
+        card = self.card(export) if processes.is_first() else ""
+        file = out / "README.md"
+        build = functools.partial(write_text_atomic, file, card)
+        self._station("model-card", [card, self.marks["export"]], [file], build, everywhere=False)
 
-    def write_export(self, export: Export, out: Path) -> None:
-        """The result, checked on a held-out text of each domain, with its card."""
-        texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
+    def card(self, export: Export) -> str:
+        """The model card of an export, by what has been evaluated so far."""
         manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
         tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
-        card = model_card(self.recipe, export, json.loads((self.path / "eval.json").read_text()), tokens)
+        entries = json.loads((self.path / "eval.json").read_text())
+        if export != self.recipe.export:
+            # What was evaluated as it left is another one.
+            entries = [entry for entry in entries if entry["stage"] != "export"]
+        return model_card(self.recipe, export, entries, tokens)
+
+    def write_export(self, export: Export, out: Path) -> None:
+        """The result, checked on a held-out text of each domain."""
+        texts = [read_heldout(self._data(domain))[0] for domain in self.recipe.domains]
         model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
         if export.adapter:
             base, paths = self.lineage.extended(), self.lineage.trained_paths()
-            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out, card=card)
+            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out)
             return
         if export.interpolate_base:
             model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
-        export_model(model, tokenizer, texts, out, export, generation=self.source, card=card)
+        export_model(model, tokenizer, texts, out, export, generation=self.source)
 
     def samples(self) -> None:
         out = self.path / "samples.md"
@@ -132,12 +148,7 @@ class Results(RunContext):
             )
             after = sample_page(result, self.tokenizer, settings)
             before = sample_page(self.lineage.after("base", "last"), self.base_tokenizer, settings)
-            parts = ["# The same prompts, before and after\n"]
-            for prompt, old, new in zip(settings.prompts, before, after, strict=True):
-                parts.append(
-                    f"\n## {prompt}\n\n**before**\n\n```text\n{old}\n```\n\n**after**\n\n```text\n{new}\n```\n"
-                )
-            write_text_atomic(out, "".join(parts))
+            write_text_atomic(out, samples_page(map(Sample, settings.prompts, before, after)))
 
         self._station("samples", [to_json(settings), self.marks["export"]], [out], write, everywhere=False)
 

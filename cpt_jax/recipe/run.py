@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from cpt_jax.core import processes
-from cpt_jax.core.config import from_json, to_json
+from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, quiet_libraries, say
+from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, refuse_existing, written_to
 from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
 from cpt_jax.data.holdout import read_heldout, write_heldout
@@ -22,6 +23,7 @@ from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import corpus_state, files_of
 from cpt_jax.data.steps import Task
 from cpt_jax.data.tfds_format import DATASET_INFO, FEATURES
+from cpt_jax.recipe.find import saved_recipe
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
 from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.shared import SharedStations
@@ -178,12 +180,18 @@ def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) 
     refuse_existing(out)
     if (config := Place(run_directory).read("config.json")) is None:
         raise UserError(f"{run_directory} is no run's directory (no config.json)")
-    recipe = from_json(Recipe, json.loads(config))
+    recipe = saved_recipe(config.decode(), f"{run_directory}/config.json")
     export = dataclasses.replace(recipe.export, **changes)
     recipe.check_export(export)
     with written_to(out) as local, Workdir(run_directory, recipe) as claimed:
         claimed.fetch_done()
+        for stage in recipe.stages:
+            if not claimed.is_done(f"stage-{stage.name}"):
+                raise UserError(
+                    f"stage {stage.name!r} of {run_directory} is not finished: run `cpt run {run_directory}/config.json --workdir {run_directory}` to its end first"
+                )
         pipeline = Pipeline(recipe, claimed)
         pipeline.resolve()
         pipeline.write_export(export, local)
+        write_text_atomic(local / "README.md", pipeline.card(export))
     print(out)

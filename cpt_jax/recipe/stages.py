@@ -1,12 +1,14 @@
 """The stations that train: what each stage follows from, and what it is trained with."""
 
 import contextlib
+import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from cpt_jax.core.config import to_json
+from cpt_jax.core.config import fingerprint, to_json
 from cpt_jax.core.progress import say
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.loader import Loader
@@ -33,13 +35,13 @@ class Stages(Watched):
                 trained = train(training, self.plan)
             self.lineage.remember(stage, trained)
 
-        name, inputs, outputs, changeable = self._stage_station(index, stage)
-        self._station(name, inputs, outputs, build, together=True, changeable=changeable)
+        name, inputs, outputs, may_change = self._stage_station(index, stage)
+        self._station(name, inputs, outputs, build, together=True, **may_change)
 
     def begin_stage(self, index: int, stage: Stage) -> Begun:
         """A stage that is trained together with other runs' (`training`, `makes_loader`); `end_stage` is to follow."""
-        name, inputs, outputs, changeable = self._stage_station(index, stage)
-        begun = self.workdir.begin(name, inputs, outputs, changeable=changeable)
+        name, inputs, outputs, may_change = self._stage_station(index, stage)
+        begun = self.workdir.begin(name, inputs, outputs, **may_change)
         self.marks[begun.name] = begun.fingerprint
         return begun
 
@@ -47,17 +49,23 @@ class Stages(Watched):
         self.workdir.end(begun)
         self.lineage.remember(stage, trained)
 
-    def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path], object]:
-        """(name, inputs, outputs, what may be changed while it is under way)."""
+    def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path], dict[str, Any]]:
+        """(name, inputs, outputs, what may be changed while it is under way: `changeable` and `sources` of a station)."""
         directory = self.lineage.directory(index, stage)
         upstream = self.marks[f"stage-{self.recipe.stages[index - 1].name}" if index else "base-model"]
-        data = [self.marks[f"data-{name}"] for name in domains_of(stage.mixture)]
+        # By their content: where a corpus has another time, and the same text, nothing is trained again.
+        directories = {domain.name: self._data(domain) for domain in self.recipe.domains}
+        data = {
+            name: fingerprint([dataclasses.asdict(shard) for shard in read_manifest(directories[name]).shards.values()])
+            for name in domains_of(stage.mixture)
+        }
         settings = to_json(stage)
         # A stage that is under way goes on with what is changed of these.
         changeable = [settings.pop(field) for field in ("mixture", "max_epochs", "watch")]
-        if stage.watch is not None and stage.watch.budget is None:
-            # It only measures.
-            changeable[-1] = None
+        if stage.watch is not None:
+            # Without a budget it only measures.
+            watched = [self.marks[f"hold-out-{domain.name}"] for domain in self.watched_domains(stage)]
+            changeable[-1] = None if stage.watch.budget is None else [changeable[-1], watched]
         # How often it is saved, what of that stays, and what is computed twice, does not change what is computed.
         for field in ("checkpoint_seconds", "keep", "remat"):
             settings.pop(field)
@@ -66,7 +74,7 @@ class Stages(Watched):
         last, _ = ended_early(directory) or (stage.steps, "")
         # Without its last checkpoint, which may have been damaged and removed, a stage is not done.
         outputs = [directory, directory / "checkpoints" / str(last)]
-        return f"stage-{stage.name}", inputs, outputs, [*changeable, data]
+        return f"stage-{stage.name}", inputs, outputs, {"changeable": changeable, "sources": data}
 
     def training(self, index: int, stage: Stage) -> Training:
         """All that a stage whose earlier ones are done is trained with; `makes_loader` makes its loader again."""

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -24,6 +24,7 @@ from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.stores import Location, is_address
+from cpt_jax.recipe.copies import is_of_model
 from cpt_jax.recipe.mirror import MARKS, Mirror
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.shared import SharedStations
@@ -33,8 +34,9 @@ FORMAT = 5
 
 
 def identity(path: Path) -> list:
-    """What tells whether a file, or a directory of files, is still the one that was read: names, sizes, times."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """What tells whether a file, or a model's directory, is still what was read: names, sizes, times. What else lies in
+    the directory (a model card, the hub's bookkeeping) is not the model."""
+    files = sorted(filter(is_of_model, path.iterdir())) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -159,6 +161,7 @@ class Workdir:
         everywhere: bool = True,
         common: bool = False,
         changeable: object = None,
+        sources: Mapping[str, str] | None = None,
     ) -> str:
         """Makes sure that a station is done, and returns its fingerprint (for the inputs of those that follow). Of several
         processes the first does it, and all others wait, or all do it `together`.
@@ -172,8 +175,10 @@ class Workdir:
           common: whether runs of a sweep may have it in common.
           changeable: JSON of what decides them too, of which another may be given while it is under way: it is
             continued then. Once it is done it is made anew.
+          sources: fingerprints of what it reads from, by name: while it is under way others may join, and one that is
+            not as it was begins it anew.
         """
-        begun = self.begin(name, inputs, outputs, everywhere=everywhere, changeable=changeable)
+        begun = self.begin(name, inputs, outputs, everywhere=everywhere, changeable=changeable, sources=sources)
         if begun.done:
             return begun.fingerprint
         shared = self.shared if common else None
@@ -188,20 +193,31 @@ class Workdir:
         return begun.fingerprint
 
     def begin(
-        self, name: str, inputs: object, outputs: Sequence[Path], *, everywhere: bool = True, changeable: object = None
+        self,
+        name: str,
+        inputs: object,
+        outputs: Sequence[Path],
+        *,
+        everywhere: bool = True,
+        changeable: object = None,
+        sources: Mapping[str, str] | None = None,
     ) -> "Begun":
         """The first half of `station`: whether it is done, and if not, it is begun, and `end` is to follow."""
         # Files have other times on other hosts: the first process's count.
-        content = {"inputs": inputs, "format": FORMAT}
-        expected = processes.told(fingerprint(content if changeable is None else content | {"changeable": changeable}))
+        content, sources = {"inputs": inputs, "format": FORMAT}, dict(sources or {})
+        changes = {"changeable": changeable, "sources": sources}
+        expected = processes.told(fingerprint(content if changeable is None else content | changes))
         fixed = processes.told(fingerprint(content))
         first = processes.is_first()
         found = self._mark(name) if first else {}
         same = found.get("fingerprint") == expected
-        if first and not same and found.get("fixed") == fixed and not found["done"]:
+        as_they_were = all(sources.get(each, mark) == mark for each, mark in found.get("sources", {}).items())
+        if first and not same and found.get("fixed") == fixed and not found["done"] and as_they_were:
             same = True
             say(f"{name}: goes on with what was changed of its mixture, limits or watch")
             self.journal.write("changed", station=name)
+        elif found and not same:
+            say(f"{name}: made anew, what it follows from is not as it was")
         before = found.get("seconds", 0.0) if same else 0.0
         if processes.told(first and same and found["done"] and self._has(found, outputs)):
             self._fetch_for_others(found, outputs, everywhere)
@@ -210,7 +226,8 @@ class Workdir:
             return Begun(name, expected, fixed, outputs, True, before, time.monotonic())
         if not processes.told(same):
             self._remove(outputs)
-        self._write_mark(name, {"fingerprint": expected, "fixed": fixed, "done": False, "seconds": before})
+        under_way = {"fingerprint": expected, "fixed": fixed, "sources": sources, "done": False, "seconds": before}
+        self._write_mark(name, under_way)
         processes.wait(f"{name} begins")
         self.journal.write("begin", station=name)
         return Begun(name, expected, fixed, outputs, False, before, time.monotonic())
@@ -273,6 +290,10 @@ class Workdir:
             self.mirror.fetch(content["files"], [])
             for stage in {Path(name).parent for name in content["files"] if name.startswith("stages/")}:
                 self.mirror.checkpoints(self.path / stage, Keep()).fetch(is_trained)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a station was finished at its last try, with whatever inputs."""
+        return self._mark(name).get("done", False)
 
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""

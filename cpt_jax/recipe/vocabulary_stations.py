@@ -11,6 +11,7 @@ from cpt_jax.recipe.copies import copy_tokenizer, link_directory
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
+from cpt_jax.vocab.init_rows import NEEDS_TEXT
 
 
 class VocabularyStations(Results):
@@ -56,9 +57,14 @@ class VocabularyStations(Results):
         outputs = [tokenizer, self.path / "fertility.json"]
         inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given()]
         self._station("tokenizer", inputs, outputs, extend, common=True)
+        # The tokenizer by its content: where other limits, or a domain that is measured only, lead to the same one, what
+        # was trained with it is kept.
+        grown = [self.tokenizer.fingerprint, self.template_given(), to_json(vocabulary.initial_rows), recipe.seed]
+        reads = isinstance(vocabulary.initial_rows, NEEDS_TEXT)
+        read = [self.marks[f"hold-out-{name}"] for name in recipe.named("new")] if reads else []
         self._station(
             "base-model",
-            [to_json(vocabulary), self.marks["tokenizer"], recipe.seed],
+            [self.marks["base"], grown, read],
             [base],
             lambda: grow_model(
                 self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")

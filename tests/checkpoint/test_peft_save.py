@@ -181,6 +181,5 @@ def test_the_tokenizer_goes_along(tmp_path):
     reference_model(config_json("llama", "linear"), tmp_path / "base")
     write_tokenizer(tmp_path / "tokenizer", english(50))
     model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
-    saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer", card="# Card\n")
+    saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer")
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("the city")["input_ids"]
-    assert (tmp_path / "a" / "README.md").read_text() == "# Card\n"

@@ -26,7 +26,7 @@ from cpt_jax.checkpoint.peft.modules import (
 )
 from cpt_jax.checkpoint.peft.norms import norm_places, norms_part
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import atomic_directory, write_json_atomic, write_text_atomic
+from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.decoder import DecoderConfig
 from cpt_jax.models.families.schema import Place
@@ -55,7 +55,6 @@ def save_adapter(
     trained: Iterable[str],
     tokenizer_directory: Path | None = None,
     dtype: Any = np.float32,
-    card: str | None = None,
 ) -> dict[str, Held]:
     """Writes what was trained as a PEFT adapter of its base, whose vocabulary is extended already.
 
@@ -64,7 +63,6 @@ def save_adapter(
       base: where PEFT finds the base: a directory or a hub id.
       trained: paths of all weights that are not the base's.
       tokenizer_directory: whose tokenizer goes along.
-      card: the text of README.md.
 
     Returns:
       How each trained vocabulary module is held: its new rows, or the whole table.
@@ -94,8 +92,6 @@ def save_adapter(
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (source := Path(tokenizer_directory) / name).exists():
                 shutil.copyfile(source, out / name)
-        if card is not None:
-            write_text_atomic(out / "README.md", card)
     names = vocabulary_modules(config, hf_config)
     return {_last(names[table]): held for table, held in tables.items()}
 
