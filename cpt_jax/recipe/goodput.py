@@ -30,6 +30,9 @@ def goodput(run: Path) -> dict[str, float]:
     under way when a process was killed, and the time until the next start, is "not running, or cut off".
     """
     events = read_journal(run / JOURNAL)
+    # Starts that found all done, as one that exports, are not the run's.
+    while len(events) > 1 and events[-1]["event"] == "run":
+        events.pop()
     if not events or events[0]["event"] != "run":
         return {}
     seconds = dict.fromkeys(CAUSES, 0.0)

@@ -72,7 +72,6 @@ def _facts(location: Location, path: Path) -> RunFacts:
     config, entries = load_run(path)
     labels, cells = grid(entries)
     final, names = final_label(config), [domain["corpus"]["name"] for domain in config["domains"]]
-    final = "export" if "export" in labels else final
     if any((final, name) not in cells for name in names):
         raise UserError(
             f"{path}: the run has not ended, its result ({final}) is not evaluated: run it again, it goes on"

@@ -14,6 +14,7 @@ from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals
 from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.recipe.page import html_table, page
 from cpt_jax.recipe.plots import curves_plot, fertility_plot, stages_plot
+from cpt_jax.recipe.samples_page import read_samples
 from cpt_jax.recipe.watch_report import endings, watch_section
 from cpt_jax.training.ending import ENDED
 
@@ -41,6 +42,8 @@ def stage_label(entry: dict) -> str:
 
 def final_label(config: dict) -> str:
     """How the run's result is labelled among its evaluations."""
+    if config.get("export", {}).get("interpolate_base"):
+        return "export"
     stages = config.get("stages") or []
     last = stages[-1]["name"] if stages else "extended"
     return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
@@ -165,11 +168,15 @@ def pieces_to_look_at(use: dict) -> str:
     return f"<p class=note>Most used new pieces</p><div class=pieces>{frequent}</div><p class=note>Longest</p><div class=pieces>{longest}</div>"
 
 
-def _training_section(run: Path, plots: Path) -> str:
-    stages = {}
-    for path in sorted((run / "stages").glob("*/metrics.jsonl"), key=lambda path: int(path.parent.name.split("-")[0])):
-        if lines := read_objects(path):
-            stages[path.parent.name.split("-", 1)[1]] = lines
+def _stages(run: Path, config: dict) -> dict[str, Path]:
+    """The directories of the recipe's stages that were begun; others may be left of an earlier recipe."""
+    places = {stage["name"]: run / "stages" / f"{n}-{stage['name']}" for n, stage in enumerate(config["stages"], 1)}
+    return {name: path for name, path in places.items() if path.is_dir()}
+
+
+def _training_section(directories: dict[str, Path], plots: Path) -> str:
+    files = {name: read_objects(path / "metrics.jsonl") for name, path in directories.items()}
+    stages = {name: lines for name, lines in files.items() if lines}
     if not stages:
         return ""
     rows = [
@@ -188,9 +195,10 @@ def _training_section(run: Path, plots: Path) -> str:
     return f"<h2>How it trained</h2>{table}{note}<figure>{curves_plot(stages, plots)}</figure>"
 
 
-def _data_section(run: Path) -> str:
+def _data_section(run: Path, domains: Sequence[str]) -> str:
     rows = []
-    for path in sorted((run / "data").glob("*/manifest.json")):
+    files = [run / "data" / name / "manifest.json" for name in domains]
+    for path in filter(Path.exists, files):
         m = json.loads(path.read_text())
         skipped = ", ".join(f"{count:,} {html.escape(reason)}" for reason, count in m["skipped"].items()) or "none"
         rows.append(
@@ -208,15 +216,12 @@ def _samples_section(run: Path) -> str:
     if not path.exists():
         return ""
     blocks = []
-    for part in path.read_text().split("\n## ")[1:]:
-        prompt = part.split("\n", 1)[0]
-        texts = [block.split("\n```", 1)[0] for block in part.split("```text\n")[1:]]
-        if len(texts) == 2:
-            sides = "".join(
-                f"<div><span class=note>{side}</span><pre>{html.escape(text)}</pre></div>"
-                for side, text in zip(("before", "after"), texts, strict=True)
-            )
-            blocks.append(f"<p><b>{html.escape(prompt)}</b></p><div class=pair>{sides}</div>")
+    for prompt, before, after in read_samples(path.read_text(encoding="utf-8")):
+        sides = "".join(
+            f"<div><span class=note>{side}</span><pre>{html.escape(text)}</pre></div>"
+            for side, text in (("before", before), ("after", after))
+        )
+        blocks.append(f"<p><b>{html.escape(prompt)}</b></p><div class=pair>{sides}</div>")
     return f"<h2>Samples, continued greedily</h2>{''.join(blocks)}" if blocks else ""
 
 
@@ -252,14 +257,15 @@ def _written(run: Path) -> Path:
     timings = json.loads((run / "timings.json").read_text()) if (run / "timings.json").exists() else {}
     timing_rows = [[html.escape(name), clock(seconds)] for name, seconds in timings.items() if seconds >= 0.5]
     total = f" in {clock(sum(timings.values()))}" if timings else ""
+    stages = _stages(run, config)
     sections = [
-        _answer(config, entries, fertility) + endings(run),
+        _answer(config, entries, fertility) + endings(stages),
         _domain_section(entries, domains, plots),
-        _training_section(run, plots),
-        watch_section(run, plots),
+        _training_section(stages, plots),
+        watch_section(run, stages, plots),
         _vocabulary_section(fertility, plots) if fertility else "",
         _samples_section(run),
-        _data_section(run),
+        _data_section(run, domains),
         goodput_section(run),
         f"<h2>Where the time went</h2>{html_table(['station', 'time'], timing_rows)}" if timing_rows else "",
         f"<h2>The recipe</h2><details><summary>config.json, which replays this run</summary><pre>{html.escape(json.dumps(config, ensure_ascii=False, indent=2))}</pre></details>",

@@ -10,14 +10,9 @@ from cpt_jax.training.ending import ended_early
 from cpt_jax.training.watch import read_watch
 
 
-def _stages(run: Path) -> dict[str, Path]:
-    found = sorted((run / "stages").glob("*-*"), key=lambda path: int(path.name.split("-")[0]))
-    return {path.name.split("-", 1)[1]: path for path in found if path.is_dir()}
-
-
-def endings(run: Path) -> str:
-    """A sentence for each stage that ended before its last step; "" where none did."""
-    found = {name: ended_early(path) for name, path in _stages(run).items()}
+def endings(directories: dict[str, Path]) -> str:
+    """A sentence for each stage, by name, that ended before its last step; "" where none did."""
+    found = {name: ended_early(path) for name, path in directories.items()}
     return "".join(
         f"<p><b>Stage {html.escape(name)} ended early</b>, after step {end[0]:,}: {html.escape(end[1])}.</p>"
         for name, end in found.items()
@@ -25,9 +20,9 @@ def endings(run: Path) -> str:
     )
 
 
-def watch_section(run: Path, plots: Path) -> str:
-    """The watch's curves and what it did; "" where nothing was watched."""
-    stages = {name: lines for name, path in _stages(run).items() if (lines := read_watch(path))}
+def watch_section(run: Path, directories: dict[str, Path], plots: Path) -> str:
+    """The watch's curves over the stages, and what it did; "" where nothing was watched."""
+    stages = {name: lines for name, path in directories.items() if (lines := read_watch(path))}
     if not stages:
         return ""
     files = {name: run / "evaluations" / f"watch-base-{name}.json" for name in stages}

@@ -78,5 +78,15 @@ def test_a_line_that_a_full_disk_has_cut_off_is_left_out(tmp_path):
     assert goodput(tmp_path)["training"] == 3
 
 
+def test_a_start_that_finds_all_done_is_not_the_run_s(tmp_path):
+    lines = [*map(json.dumps, EVENTS)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    before = goodput(tmp_path)
+    # Days later: `cpt export`, and the same command again.
+    later = [{"at": 200_003, "event": "run", "started": 200_000}, {"at": 300_003, "event": "run", "started": 300_000}]
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines, *map(json.dumps, later)]) + "\n")
+    assert goodput(tmp_path) == before
+
+
 def test_without_events_there_is_no_section(tmp_path):
     assert goodput_section(tmp_path) == ""
