@@ -56,7 +56,7 @@ def whole_number(text: str) -> int:
 
 def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     """What `tokenizer extend` and `tokenizer report --curve` learn from, and how."""
-    spec: dict[str, Any] = dict(nargs="+", metavar="SPEC")
+    spec: dict[str, Any] = dict(action="extend", nargs="+", metavar="SPEC")
     sub.add_argument("--base", required=True, help="a directory with tokenizer.json or tokenizer.model, or a hub id")
     sub.add_argument("--corpus", required=True, help="text of the new domain", **spec)
     sub.add_argument(
@@ -71,7 +71,12 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--ban", type=on_disk, metavar="FILE", help="pieces that are never learnt, one a line (UTF-8)")
     sub.add_argument(
-        "--scripts", nargs="+", default=[], metavar="SCRIPT", help="keep to these, as in Han Hiragana (default: any)"
+        "--scripts",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SCRIPT",
+        help="keep to these, as in Han Hiragana (default: any)",
     )
     sub.add_argument("--min-frequency", type=int, metavar="N", help="of a learnt piece in the text (default 2)")
     sub.add_argument(
@@ -95,6 +100,7 @@ def trackers_of(sub: argparse.ArgumentParser) -> None:
     """Where the figures of training go besides."""
     sub.add_argument(
         "--track",
+        action="extend",
         nargs="+",
         default=[],
         choices=("tensorboard", "wandb", "mlflow"),

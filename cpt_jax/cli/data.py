@@ -13,7 +13,12 @@ RUNNERS = ("local", "DirectRunner", "dataflow", "flink", "spark")
 def _texts(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
     sub.add_argument(
-        "--chat", nargs="+", default=[], metavar="NAME", help="corpora that hold conversations: answers are learnt"
+        "--chat",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="corpora that hold conversations: answers are learnt",
     )
 
 
@@ -21,6 +26,7 @@ def _cleaning(sub: argparse.ArgumentParser) -> None:
     """What is left out."""
     sub.add_argument(
         "--filter",
+        action="extend",
         nargs="+",
         default=[],
         metavar="FILTER",
@@ -34,7 +40,12 @@ def _cleaning(sub: argparse.ArgumentParser) -> None:
         help="of texts that have so much in common (0.8 is usual), keep the first",
     )
     sub.add_argument(
-        "--evaluation", nargs="+", default=[], metavar="SPEC", help="leave out documents that share text with these"
+        "--evaluation",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SPEC",
+        help="leave out documents that share text with these",
     )
     sub.add_argument(
         "--evaluation-words", type=int, default=13, metavar="N", help="that text is so many words in a row (default 13)"
@@ -44,7 +55,7 @@ def _cleaning(sub: argparse.ArgumentParser) -> None:
 
 def data_prepare_of(sub: argparse.ArgumentParser) -> None:
     """The flags of `data prepare`."""
-    spec: dict[str, Any] = dict(type=named_spec, nargs="+", metavar="NAME=SPEC")
+    spec: dict[str, Any] = dict(type=named_spec, action="extend", nargs="+", metavar="NAME=SPEC")
     sub.add_argument("--tokenizer", required=True, help="its directory, or a hub id")
     sub.add_argument("--input", required=True, **spec)
     sub.add_argument("--out", required=True, type=location, help="a directory, or an address as gs://BUCKET/DATA")

@@ -62,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
 
     def chat(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--chat", nargs="+", default=[], metavar="NAME", help="corpora that hold conversations: answers are learnt"
+            "--chat",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="corpora that hold conversations: answers are learnt",
         )
         sub.add_argument(
             "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
@@ -108,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
             help="prepared documents that cannot be read: stop and name them, or leave them out and count (default stop)",
         )
 
-    spec: dict[str, Any] = dict(type=named_spec, nargs="+", metavar="NAME=SPEC")
+    spec: dict[str, Any] = dict(type=named_spec, action="extend", nargs="+", metavar="NAME=SPEC")
     sub = command(
         commands,
         "adapt",
@@ -197,9 +202,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True)
     sub.add_argument("--tokenizer", required=True, help="its directory, or a hub id")
     sub.add_argument(
-        "--init", nargs="+", default=[], choices=ROWS, help="what the new rows start from; with --probe, several"
+        "--init",
+        action="extend",
+        nargs="+",
+        default=[],
+        choices=ROWS,
+        help="what the new rows start from; with --probe, several",
     )
-    sub.add_argument("--corpus", nargs="+", default=[], metavar="SPEC", help="text of the new domain")
+    sub.add_argument("--corpus", action="extend", nargs="+", default=[], metavar="SPEC", help="text of the new domain")
     sub.add_argument("--vectors", nargs=2, default=[], metavar="VEC", help="wechsel: aligned .vec files, old and new")
     sub.add_argument("--probe", type=int, metavar="STEPS", help="train each kind of rows so long, and take the best")
     sub.add_argument("--seed", type=int, default=0)
@@ -213,7 +223,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=("lora", "full", "embeddings", "all-embeddings"), help="show what it trains")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="whose state is counted")
     sub.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
-    sub.add_argument("--targets", nargs="+", default=[], metavar="LINEAR", help="of LoRA (default: all)")
+    sub.add_argument(
+        "--targets", action="extend", nargs="+", default=[], metavar="LINEAR", help="of LoRA (default: all)"
+    )
     sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")
     json_out(sub)
 
@@ -229,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
         "--choices",
         default=[],
         type=named_spec,
+        action="extend",
         nargs="+",
         metavar="NAME=FILE.jsonl",
         help='questions to answer, {"question": ..., "choices": [...], "answer": 0} each',
@@ -257,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, metavar="SHARE", help="draw from the fewest tokens that have this share")
     sub.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     sub.add_argument("--seed", type=int, default=0, help="the same seed draws the same text")
-    sub.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="end before any of these")
+    sub.add_argument("--stop", action="extend", nargs="+", default=[], metavar="STRING", help="end before any of these")
     sub.add_argument("--chat", action="store_true", help="prompts are a user's turns, by the tokenizer's chat template")
     json_out(sub)
 

@@ -1,8 +1,10 @@
 """What is typed: one line where it is wrong, and nothing of the user's is replaced."""
 
+import argparse
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,31 @@ def test_the_pages_name_flags_that_there_are(page, capsys):
             continue
         fields = [word for word in rest if word.startswith("--") and "." not in word]
         assert arguments.command == "lm-eval" or not fields, f"{page}: {line}: {fields}"
+
+
+def flags_of(commands: argparse.ArgumentParser, name: str = "cpt") -> Iterator[tuple[str, argparse.Action]]:
+    """All flags, of all commands, with the command."""
+    for action in commands._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, sub in action.choices.items():
+                yield from flags_of(sub, f"{name} {word}")
+        else:
+            yield name, action
+
+
+def test_a_flag_that_is_given_again_takes_nothing_away():
+    """What takes several words takes more of them when it is given again: no corpus is left out in silence."""
+    several = [(command, action) for command, action in flags_of(parser()) if action.nargs == "+"]
+    forgetful = {
+        (command, *a.option_strings)
+        for command, a in several
+        if a.option_strings and type(a).__name__ != "_ExtendAction"
+    }
+    # Its default would stay in front of what is given.
+    assert forgetful == {("cpt tokenizer report", "--sizes")}
+    given = ["adapt", "--base", "b", "--workdir", "w", "--new", "zh=a", "--new", "py=b", "--replay", "en=c", "d=e"]
+    arguments = parser().parse_args([*given, "--chat", "zh", "--chat", "en"])
+    assert arguments.new == [("zh", "a"), ("py", "b")]
+    assert arguments.replay == [("en", "c"), ("d", "e")]
+    assert arguments.chat == ["zh", "en"]
+    assert parser().parse_args(given).chat == []
