@@ -12,6 +12,7 @@ from cpt_jax.core.errors import UserError, nearest
 
 Config = TypeVar("Config")
 KIND = "kind"
+_ANOTHER_KIND = "another kind, or none, is for a recipe, or for a copy of a run's config.json: cpt run COPY.json"
 
 
 def to_json(config: Any) -> Any:
@@ -110,7 +111,7 @@ def override(config: Config, path: str, text: str) -> Config:
     current = node[key]
     if isinstance(current, dict):
         names = ", ".join(name for name in current if name != KIND)
-        raise UserError(f"override {path!r} names a group: give one of its fields ({names})")
+        raise UserError(f"override {path!r} names a group: give one of its fields ({names}); {_ANOTHER_KIND}")
     node[key] = text if isinstance(current, str) else _parse(text)
     return from_json(type(config), document, type(config).__name__.lower())
 
@@ -121,6 +122,8 @@ def _key(node: Any, name: str, walked: list[str]) -> Any:
         if not name.isdigit() or int(name) >= len(node):
             raise UserError(f"override: {where} has entries 0 to {len(node) - 1}, not {name!r}")
         return int(name)
+    if name == KIND and isinstance(node, dict) and KIND in node:
+        raise UserError(f"override: no flag changes the kind of {where}, {node[KIND]}; {_ANOTHER_KIND}")
     names = [key for key in node if key != KIND] if isinstance(node, dict) else []
     if name not in names:
         raise UserError(

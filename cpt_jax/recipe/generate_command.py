@@ -184,7 +184,8 @@ def read_prompts(path: Path) -> list[str]:
       UserError: the file cannot be read, holds no prompt, or a line that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only these end a line: a text may hold other separators of Unicode's.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts {path} cannot be read ({error}): give a UTF-8 text file") from error
     prompts = []

@@ -54,6 +54,8 @@ def test_overrides_reach_everywhere_and_keep_types():
         ("stages.0.tokens", "many", "'many'"),
         ("stages.0.tokens", "1.5", "1.5"),
         ("stages.0", "1", "names a group"),
+        ("stages.0", "null", "another kind, or none, is for a recipe, or for a copy of a run's config.json"),
+        ("stages.0.kind", "Other", "no flag changes the kind of stages.0"),
         ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
         ("precision.compute", "float16", "one of float32, bfloat16"),
         ("evaluation.sequence_length", "0", "evaluation.sequence_length is 0: give a number of at least 1"),

@@ -1,0 +1,84 @@
+"""Values that cannot be run with are told before anything is computed, with what to give instead."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from cpt_jax.adapt import Full
+from cpt_jax.core.errors import UserError
+from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.recipe.find import find_recipe
+from cpt_jax.recipe.generate_command import read_prompts
+from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
+from cpt_jax.recipe.run import Pipeline, export_run
+from cpt_jax.recipe.stations import Workdir
+
+
+@pytest.mark.parametrize(
+    ("made", "values", "message"),
+    [
+        (Evaluation, {"sequence_length": 1}, "evaluation.sequence_length is 1: give a number of at least 2"),
+        (Evaluation, {"batch_size": -3}, "evaluation.batch_size is -3: give a number of at least 1"),
+        (Samples, {"new_tokens": 0}, "samples.new_tokens is 0: give at least 1"),
+        (Export, {"shard_gb": math.nan}, "shard_gb is nan: give more than 0"),
+        (Export, {"shard_gb": math.inf}, "shard_gb is inf: give more than 0"),
+    ],
+)
+def test_a_value_is_told_where_it_is_made(made, values, message):
+    with pytest.raises(UserError, match=message):
+        made(**values)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model):
+    (tmp_path / "zh.txt").write_text("text")
+    stage = Stage(
+        name="full", method=Full(), mixture={"zh": 1.0}, tokens=64, batch_size=1, sequence_length=64,
+        optimizer=AdamW(learning_rate=1e-3),
+    )  # fmt: skip
+    domain = Domain(corpus=Corpus(name="zh", spec=str(tmp_path / "zh.txt")), role="new")
+    evaluation = Evaluation(sequence_length=64)
+    return Recipe(name="typed", base=str(tiny_model), domains=(domain,), stages=(stage,), evaluation=evaluation)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_a_seed_has_32_bits(recipe, seed):
+    with pytest.raises(UserError, match=f"seed is {seed}: give 0 to"):
+        dataclasses.replace(recipe, seed=seed)
+
+
+def test_samples_that_are_longer_than_the_model_reads_are_told_before_training(recipe, tmp_path):
+    long = dataclasses.replace(recipe, samples=Samples(prompts=("the city",), new_tokens=256))
+    with (
+        Workdir(tmp_path / "run", long) as claimed,
+        pytest.raises(UserError, match="do not fit in the model's context"),
+    ):
+        Pipeline(long, claimed).resolve()
+
+
+def test_what_is_no_recipe_is_told_with_the_way_to_it(tiny_model, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (tmp_path / "eval.json").write_text(json.dumps([{"stage": "base"}] * 100))
+    with pytest.raises(UserError, match=r"run is a directory: give its recipe, .*run/config.json, and --workdir"):
+        find_recipe(str(run))
+    with pytest.raises(UserError, match=r"as in my.recipes:FUNCTION"):
+        find_recipe("my/recipes.py")
+    for file in (tiny_model / "config.json", tmp_path / "eval.json"):
+        with pytest.raises(UserError, match=r"holds no recipe .*: give the config.json of a run's directory"):
+            find_recipe(str(file))
+    with pytest.raises(UserError, match="holds no recipe"):
+        export_run(tiny_model, tmp_path / "out", {})
+
+
+def test_a_prompt_may_hold_any_separator_but_the_line_s(tmp_path):
+    prompts = ["one\u2028two", "form\x0cfeed", "next\x85line"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\r\n".join(prompts), encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.jsonl") == prompts
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
