@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,14 @@ class StoredCheckpoints:
             log,
         )
         self._stage, self._metrics = store, directory / "metrics.jsonl"
+        # Of checkpoints that are listed, which do not change any more: not read again at each save.
+        self._losses: dict[int, float] = {}
         self._uploading: threading.Thread | None = None
         self._error: Exception | None = None
 
     def steps(self) -> Sequence[int]:
         """Of the checkpoints that are there, the newest first."""
-        found = [match[1] for name in self._store.names() if (match := _LISTED.fullmatch(name))]
-        return sorted(map(int, found), reverse=True)
+        return _listed(self._store.names())
 
     def _listing(self, step: int) -> dict:
         return json.loads(self._store.read(f"{step}.json") or b"{}")
@@ -133,13 +134,20 @@ class StoredCheckpoints:
 
     def _prune(self) -> None:
         """Removes what does not stay, and what a process that was killed left of an upload."""
-        losses = {step: self._listing(step)["loss"] for step in self.steps()}
-        kept = self._keep.kept(losses)
-        for step in losses.keys() - kept:
-            self._store.remove(f"{step}.json")
-        for part in {name.partition("/")[0] for name in self._store.names()}:
-            if int(part.partition(".")[0]) not in kept:
-                self._store.remove(part)
+        names = self._store.names()
+        self._losses = {
+            step: self._losses[step] if step in self._losses else self._listing(step)["loss"] for step in _listed(names)
+        }
+        kept = self._keep.kept(self._losses)
+        gone = {part for part in (name.partition("/")[0] for name in names) if int(part.partition(".")[0]) not in kept}
+        # The list goes before what it lists.
+        for part in sorted(gone, key=lambda part: not part.endswith(".json")):
+            self._store.remove(part)
+
+
+def _listed(names: Iterable[str]) -> list[int]:
+    """Steps that are listed among these names, the newest first."""
+    return sorted((int(match[1]) for name in names if (match := _LISTED.fullmatch(name))), reverse=True)
 
 
 def is_chunk(name: str) -> bool:

@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 from commands import environment
+from fsspec.config import conf
+
+from cpt_jax.checkpoint.keep import METRIC, Keep
+from cpt_jax.checkpoint.stored import StoredCheckpoints
+from cpt_jax.core.stores import Store
 
 PROCESS = """
 import asyncio, json, sys
@@ -76,6 +81,24 @@ stage, stored, _ = restored("again")
 stored.fetch(is_trained)
 np.testing.assert_array_equal(read_trained(stage / "checkpoints")["last"]["kernel"], whole + 2)
 """
+
+
+def test_what_stays_is_looked_at_once_however_many_stay(tmp_path, monkeypatch):
+    monkeypatch.setitem(conf, "file", {"auto_mkdir": True})
+    store, read = Store(f"file://{tmp_path}/store"), Store.read
+    looked_at: list[str] = []
+    monkeypatch.setattr(Store, "read", lambda store, name: looked_at.append(name) or read(store, name))
+    stored = StoredCheckpoints(store, tmp_path, Keep(last=3, best=1))
+    (tmp_path / "metrics.jsonl").touch()
+    for step, loss in enumerate((5.0, 1.0, 4.0, 3.0, 2.0, 6.0), start=1):
+        metrics = tmp_path / "checkpoints" / str(step) / "metrics" / "metrics"
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({METRIC: loss}))
+        stored.put(step)
+        stored.wait()
+    assert stored.steps() == [6, 5, 4, 2]
+    assert {name.partition("/")[0].partition(".")[0] for name in store.below("checkpoints").names()} == set("2456")
+    assert sorted(looked_at) == [f"{step}.json" for step in range(1, 7)]
 
 
 def test_each_writes_and_fetches_its_part_whole_though_one_is_slow(tmp_path):
