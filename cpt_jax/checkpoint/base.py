@@ -22,7 +22,7 @@ _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"
 def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     """A model directory: `base` itself, or in `cache` a .gguf file converted, a PEFT adapter merged into its base, or a
     view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id is fetched to the hub's
-    own cache. Without `weights`, that directory may be a tokenizer's alone.
+    own cache. Without `weights`, that directory may be a tokenizer's alone (of a .gguf file, one beside `cache`).
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
@@ -36,7 +36,10 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
         if not is_address(base) and not path.exists():
             raise UserError(f"base {base} does not exist")
         states = [state_of(base)] if is_address(base) else _states([path])
-        return _made(states, cache, lambda: _import_gguf(base if is_address(base) else path, cache))
+        if not weights and not _is_made(states, cache):
+            # Dequantised, weights are several times as large as the file.
+            cache = cache.with_name(cache.name + ".tokenizer")
+        return _made(states, cache, lambda: _import_gguf(base if is_address(base) else path, cache, weights))
     if is_address(base):
         return _view(base.rstrip("/"), cache, weights)
     if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
@@ -86,20 +89,24 @@ def _states(files: list[Path]) -> list:
     return [{"file": str(file), "bytes": s.st_size, "modified": s.st_mtime_ns} for file, s in found]
 
 
-def _import_gguf(file: Location, cache: Path) -> None:
+def _import_gguf(file: Location, cache: Path, weights: bool) -> None:
     from cpt_jax.checkpoint.gguf import import_gguf
 
     with fetched(file) as path:
-        import_gguf(path, cache)
+        import_gguf(path, cache, weights=weights)
 
 
 def _made(origin: list, cache: Path, make: Callable[[], None]) -> Path:
     """`cache`, made of files that are as `origin` says, unless it was made of these."""
-    mark = cache / MADE_OF
-    if not mark.exists() or json.loads(mark.read_text()) != origin:
+    if not _is_made(origin, cache):
         make()
-        write_json_atomic(mark, origin)
+        write_json_atomic(cache / MADE_OF, origin)
     return cache
+
+
+def _is_made(origin: list, cache: Path) -> bool:
+    mark = cache / MADE_OF
+    return mark.exists() and json.loads(mark.read_text()) == origin
 
 
 def _merge_adapter(path: Path, cache: Path) -> None:

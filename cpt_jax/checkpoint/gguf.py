@@ -60,8 +60,9 @@ class Metadata(dict[str, Any]):
         return value
 
 
-def import_gguf(file: Path, out: Path) -> None:
-    """Writes `out/` with config.json, weights as safetensors, the tokenizer's files and generation_config.json.
+def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
+    """Writes `out/` with config.json, weights (if they are wanted) as safetensors, the tokenizer's files and
+    generation_config.json.
 
     Weights are float32; those of a file that is float16 or bfloat16 throughout stay so. One piece of one tensor is in
     memory at a time.
@@ -72,10 +73,11 @@ def import_gguf(file: Path, out: Path) -> None:
     """
     metadata, tensors = _read(Path(file))
     config = _config(metadata, tensors)
-    weights = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
-    dtype = weight_dtype(weights)
+    found = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
+    dtype = weight_dtype(found)
     with atomic_directory(Path(out)) as directory:
-        write_weights(directory, weights, dtype, SHARD_BYTES)
+        if weights:
+            write_weights(directory, found, dtype, SHARD_BYTES)
         write_json_atomic(directory / "config.json", config | {"dtype": dtype.name})
         write_tokenizer(metadata, config["max_position_embeddings"], directory)
         write_json_atomic(

@@ -31,6 +31,7 @@ from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint import gguf as gguf_reading
 from cpt_jax.checkpoint import gguf_weights
+from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.gguf import import_gguf
 from cpt_jax.core.errors import UserError
 
@@ -201,6 +202,17 @@ def test_sentencepiece_pieces_that_cannot_be_are_refused(tmp_path, kind, last):
     pairs["tokenizer.ggml.tokens"][-4] = last or pairs["tokenizer.ggml.tokens"][-4]
     with pytest.raises(UserError, match="no SentencePiece vocabulary"):
         import_tokenizer(tmp_path, pairs)
+
+
+def test_for_a_tokenizer_no_weights_are_written(tmp_path):
+    file, cache = str(write_model(tmp_path, MODELS["llama"], Kind.Q8_0)), tmp_path / "cache"
+    alone = resolve_base(file, cache, weights=False)
+    assert not list(alone.glob("*.safetensors"))
+    whole = resolve_base(file, cache)
+    assert (whole / "model.safetensors").exists()
+    assert (alone / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
+    # What is there with its weights serves as well.
+    assert resolve_base(file, cache, weights=False) == whole
 
 
 def test_a_file_that_was_cut_anywhere_is_refused(tmp_path):
