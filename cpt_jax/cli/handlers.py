@@ -44,7 +44,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     )
     machine = _machine(arguments)
     given = _named(arguments, *names)
-    given["workdir"] = Path(cache_of(arguments.workdir) if is_address(arguments.workdir) else arguments.workdir)
+    given["workdir"] = cache_of(arguments.workdir) if is_address(arguments.workdir) else arguments.workdir
     recipe, reasons = adapt_recipe(**given)
     recipe = _overridden(recipe, overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
@@ -84,7 +84,7 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     from cpt_jax.training.profile import ProfiledSteps
 
     profiled = None if arguments.profile is None else ProfiledSteps.parse(arguments.profile)
-    if arguments.hang_seconds < 0:
+    if not arguments.hang_seconds >= 0:
         raise UserError(f"--hang-seconds is {arguments.hang_seconds:g}: give seconds, or 0 for no watchdog")
     processes = Processes(coordinator=arguments.coordinator, count=arguments.processes, index=arguments.process)
     if arguments.distributed or processes.coordinator is not None:

@@ -39,10 +39,17 @@ class Wanted:
     new_tokens: int | None = None
     ema: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("sequence", "batch", "accumulate", "tokens", "new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+
     def changes(self) -> dict[str, Any]:
         """The stage's fields that are given."""
         fields = {"sequence_length": self.sequence, "batch_size": self.batch, "accumulate": self.accumulate}
-        given: dict[str, Any] = {name: value for name, value in (fields | {"tokens": self.tokens}).items() if value}
+        given: dict[str, Any] = {
+            name: value for name, value in (fields | {"tokens": self.tokens}).items() if value is not None
+        }
         if self.remat is not None:
             given["remat"] = remat_named(self.remat)
         return given
@@ -68,6 +75,10 @@ def plan(
       UserError: wrong input; see also `planned_stages` and `compile_stage`.
     """
     quiet_libraries()
+    if price is not None and not price >= 0:
+        raise UserError(f"--price is {price:g}: give what a chip's hour costs")
+    if compiled < 1:
+        raise UserError(f"--compile is {compiled}: give at least 1")
     found, shape = hardware_named(hardware), None if mesh is None else MeshShape.parse(mesh)
     prepare(found)
     stages = _stages(recipe, model, overrides, wanted, found, shape or MeshShape())

@@ -37,6 +37,8 @@ def model_extend(
     """
     quiet_libraries()
     refuse_existing(out)
+    if seed < 0:
+        raise UserError(f"--seed is {seed}: give 0 or more")
     candidates = _candidates(init, vectors, probe_steps is not None)
     if needy := [name for name, rows in candidates.items() if isinstance(rows, NEEDS_TEXT) and not corpora]:
         raise UserError(f"rows {needy[0]!r} are made from text of the new domain: give --corpus SPEC")

@@ -168,6 +168,8 @@ def adapt_recipe(
     for name, given_share in (("--replay-until", replay_until), ("--forgetting-budget", forgetting_budget)):
         if given_share is not None and not 0 <= given_share < 1:
             raise UserError(f"{name} is {given_share}: give a share from 0 up to, not including, 1")
+    if replay_until is not None and not replay:
+        raise UserError(f"--replay-until {replay_until} needs something to replay: give --replay NAME=SPEC")
     if watch_every is not None and watch_every < 1:
         raise UserError(f"--watch-every is {watch_every}: give at least 1 step")
     if on_forgetting is not None and forgetting_budget is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cpt_jax.adapt import Embeddings, Full, LoRA, Method
 from cpt_jax.checkpoint.hf import INDEX, SINGLE, load, read_config
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
@@ -29,6 +30,8 @@ def model_inspect(
       optimizer: whose state is counted, by its name in `OPTIMIZERS`.
       new_tokens: rows that the vocabulary would gain.
     """
+    if new_tokens < 0:
+        raise UserError(f"--new-tokens is {new_tokens}: give 0 or more")
     hf_config = read_config(directory)
     config: DecoderConfig = family_for(hf_config).config_from_hf(hf_config)
     stored: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """`cpt law`: how much to replay, from runs or from a table of what others measured."""
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def law(
     html_path: Location | None,
 ) -> None:
     """Fits the laws of two domains on runs, sweeps and tables, and prints the answer."""
+    for name, value in (("tokens", tokens), ("size", size)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value:g}: give a number above 0, of the run to be planned")
     allowed, (points, unit, notes) = Budget.parse(budget), _points(sources)
     known = sorted({name for point in points for name in point.losses})
     for name in (old, new):

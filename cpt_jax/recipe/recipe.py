@@ -96,7 +96,7 @@ class Stage:
     keep: Keep = Keep()
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0:
+        if not self.z_loss >= 0:
             raise UserError(f"stage {self.name!r}: z_loss is {self.z_loss}: give 0 or more (1e-4 is usual)")
         check_retention(self.retention, domains_of(self.mixture), self.ema is not None)
         for field in ("tokens", "batch_size", "sequence_length", "accumulate"):
@@ -105,6 +105,10 @@ class Stage:
         if self.ema is not None and self.ema.every > self.steps:
             raise UserError(
                 f"stage {self.name!r}: the moving average moves after every {self.ema.every} steps, and the stage has {self.steps}: lower ema.every"
+            )
+        if not self.checkpoint_seconds >= 0:
+            raise UserError(
+                f"stage {self.name!r}: checkpoint_seconds is {self.checkpoint_seconds}: give 0 (after each step) or more"
             )
         check_mixture(self.mixture)
         for domain, epochs in (self.max_epochs or {}).items():
@@ -225,8 +229,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.pad_vocabulary_to < 1:
             raise UserError(f"pad_vocabulary_to is {self.pad_vocabulary_to}: give at least 1 (no padding)")
-        if not 0 <= self.seed < 2**32 - len(self.stages):
-            raise UserError(f"seed is {self.seed}: give 0 to {2**31}")
+        # Each stage has one of its own behind it, of 32 bits.
+        most = 2**32 - 1 - len(self.stages)
+        if not 0 <= self.seed <= most:
+            raise UserError(f"seed is {self.seed}: give 0 to {most}")
         names = [domain.name for domain in self.domains]
         for kind, given in (("domain", names), ("stage", [stage.name for stage in self.stages])):
             if len(set(given)) != len(given):

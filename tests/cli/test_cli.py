@@ -17,6 +17,8 @@ from cpt_jax.cli.parser import parser
 ADAPT = ("adapt", "--base", "{model}", "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "run")
 NEW = ("adapt", "--base", "{model}", "--workdir", "run", "--new")
 PREPARE = ("data", "prepare", "--tokenizer", "{model}", "--out", "data", "--input")
+LAW = ("law", "runs", "--old", "en", "--new", "zh")
+PLAN = ("plan", "--model", "{model}", "--hardware", "cpu-2")
 WRONG = {
     "no name": ((*NEW, "zh.jsonl"), "is not NAME=SPEC, as in zh=law.jsonl; see `cpt adapt --help`"),
     "no whole number": ((*ADAPT, "--tokens", "many"), "'many' is no whole number, as in 1000000 or 1e6"),
@@ -41,6 +43,35 @@ WRONG = {
     "all held out": ((*ADAPT, "--domains.1.heldout.share", "1.0"), "all is held out (heldout.share 1)"),
     "a watchdog of less than nothing": ((*ADAPT, "--hang-seconds", "-5"), "--hang-seconds is -5: give seconds, or 0"),
     "a sweep for a run": (("doctor", "sweep"), "sweep is a sweep: examine its runs, one by one (sweep/runs/NAME)"),
+    "replay of nothing": (
+        (*NEW, "zh=zh.jsonl", "--replay-until", "0.5"),
+        "--replay-until 0.5 needs something to replay",
+    ),
+    "a watchdog of no number": ((*ADAPT, "--hang-seconds", "nan"), "--hang-seconds is nan: give seconds, or 0"),
+    "a seed below 0": ((*ADAPT, "--seed", "-1"), "seed is -1: give 0 to 429496729"),
+    "a seed of more than 32 bits": ((*ADAPT, "--seed", str(2**32)), "seed is 4294967296: give 0 to 429496729"),
+    "never saved": ((*ADAPT, "--stages.0.checkpoint_seconds", "nan"), "checkpoint_seconds is nan: give 0"),
+    "a z-loss of no number": ((*ADAPT, "--stages.0.z_loss", "nan"), "z_loss is nan: give 0 or more"),
+    "evaluation of no tokens": ((*ADAPT, "--evaluation.sequence_length", "0"), "sequence_length is 0: give at least 1"),
+    "evaluation of no rows": ((*ADAPT, "--evaluation.batch_size", "0"), "batch_size is 0: give at least 1"),
+    "samples of nothing": ((*ADAPT, "--samples.new_tokens", "-1"), "new_tokens is -1: give at least 1"),
+    "files of no size": ((*ADAPT, "--export.shard_gb", "nan"), "shard_gb is nan: give more than 0"),
+    "a law of less than nothing": ((*LAW, "--tokens", "-5"), "--tokens is -5: give a number above 0"),
+    "a law of no number": ((*LAW, "--size", "nan"), "--size is nan: give a number above 0"),
+    "a plan of no tokens": ((*PLAN, "--sequence", "0"), "--sequence is 0: give at least 1"),
+    "a plan of no rows": ((*PLAN, "--batch", "0"), "--batch is 0: give at least 1"),
+    "a plan in no parts": ((*PLAN, "--accumulate", "0"), "--accumulate is 0: give at least 1"),
+    "a plan of rows less": ((*PLAN, "--new-tokens", "-1"), "--new-tokens is -1: give at least 1"),
+    "a plan that is paid for": ((*PLAN, "--price", "-1"), "--price is -1: give what a chip's hour costs"),
+    "a search that compiles nothing": ((*PLAN, "--search", "--compile", "0"), "--compile is 0: give at least 1"),
+    "rows less": (
+        ("model", "inspect", "--model", "{model}", "--new-tokens", "-5"),
+        "--new-tokens is -5: give 0 or more",
+    ),
+    "rows by no seed": (
+        ("model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--out", "grown", "--seed", "-1"),
+        "--seed is -1: give 0 or more",
+    ),
     "no room": (("generate", "--model", "{model}", "--prompt", "the", "--new-tokens", "999"), "shorten the prompt"),
 }
 

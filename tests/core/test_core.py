@@ -59,7 +59,7 @@ def test_overrides_reach_everywhere_and_keep_types():
         ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
         ("precision.compute", "float16", "one of float32, bfloat16"),
         ("evaluation.sequence_length", "0", "evaluation.sequence_length is 0: give a number of at least 1"),
-        ("evaluation.batch_size", "0", "evaluation: batch_size is 0"),
+        ("evaluation.batch_size", "0", "evaluation.batch_size is 0"),
         # An average that never moves is the base.
         ("stages.0.ema.every", "9", "moves after every 9 steps, and the stage has 8: lower ema.every"),
     ],
