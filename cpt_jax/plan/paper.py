@@ -50,6 +50,7 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
             planned.method.trains,
             stage.optimizer,
             ema=stage.ema,
+            retention=stage.retention,
             precision=planned.precision,
             rows=rows,
             sequence_length=length,

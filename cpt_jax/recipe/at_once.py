@@ -150,6 +150,7 @@ def _bytes_of(directory: SweepDirectory, recipe: Recipe) -> int:
             stage.method.trains,
             stage.optimizer,
             ema=stage.ema,
+            retention=stage.retention,
             precision=recipe.precision,
             rows=stage.batch_size // stage.accumulate,
             sequence_length=stage.sequence_length,

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +18,21 @@ from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.training.flops import first_to_train
+from cpt_jax.training.retention import Retention, start_of
 
 
 class StageMemory(NamedTuple):
     """Bytes, of all devices together.
 
-    weights: what trains in float32, the rest in the compute type; optimizer: its state; average: the EMA's; gradients:
-    of what trains, float32; activations: what the layers keep for the backward pass; logits: of one chunk of tokens,
-    with their gradient.
+    weights: what trains in float32, the rest in the compute type; optimizer: its state; average: the EMA's, unless it
+    lies in the host's memory; start: what retention keeps of the start; gradients: of what trains, float32;
+    activations: what the layers keep for the backward pass; logits: of one chunk of tokens, with their gradient.
     """
 
     weights: int
     optimizer: int
     average: int
+    start: int
     gradients: int
     activations: int
     logits: int
@@ -38,7 +40,7 @@ class StageMemory(NamedTuple):
     @property
     def held(self) -> int:
         """Between steps."""
-        return self.weights + self.optimizer + self.average
+        return self.weights + self.optimizer + self.average + self.start
 
     @property
     def temporary(self) -> int:
@@ -52,6 +54,7 @@ def stage_memory(
     optimizer: Optimizer,
     *,
     ema: EMA | None = None,
+    retention: Sequence[Retention] = (),
     precision: Precision,
     rows: int = 0,
     sequence_length: int = 0,
@@ -67,12 +70,14 @@ def stage_memory(
     weights += sum(precision.dtype_of(path).itemsize * leaf.size for path, leaf in flatten(frozen).items())
     size = sum(leaf.size for leaf in flatten(trainable).values())
     state = jax.eval_shape(optimizer.build(trainable).init, _in_float32(trainable))
+    start = jax.eval_shape(lambda weights: start_of(weights, retention), trainable)
     tokens, kept = rows * sequence_length, network.config.num_layers - first_to_train(network, trains)
     a_token = _layer_bytes(network, precision.dtype.itemsize, sequence_length if scores else 0)
     return StageMemory(
         weights=weights,
         optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        average=0 if ema is None else 4 * size,
+        average=0 if ema is None or ema.on_host else 4 * size,
+        start=sum(4 * leaf.size for leaf in jax.tree.leaves(start)),
         gradients=4 * size,
         activations=tokens * kept * a_token,
         logits=_logit_bytes(network.config, tokens, precision.dtype.itemsize),

@@ -109,6 +109,7 @@ class Training:
             self.trains,
             self.optimizer,
             ema=self.ema,
+            retention=self.retention,
             precision=self.precision,
             rows=self.loader.batch_size // self.accumulate,
             sequence_length=self.loader.sequence_length,

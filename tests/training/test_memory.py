@@ -23,7 +23,8 @@ from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.memory import stage_memory
-from cpt_jax.training.training import Training
+from cpt_jax.training.retention import Anchor, L2ToStart, start_of
+from cpt_jax.training.training import Training, place_weights
 
 ROWS, LENGTH = 2, 256
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
@@ -124,6 +125,18 @@ def test_a_run_that_goes_on_has_its_state_once(directories, tmp_path, monkeypatc
         before = sum(array.nbytes for array in jax.live_arrays())
         train(training(directories, tmp_path, Full()))
         assert held.pop() - before < 1.1 * weights
+
+
+@pytest.mark.parametrize("ema", [EMA(), EMA(on_host=True)], ids=["on the devices", "on the host"])
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=4, alpha=8)], ids=["full", "lora"])
+def test_what_retention_keeps_is_on_paper(directories, tmp_path, method, ema):
+    run = training(directories, tmp_path, method, ema=ema, retention=(Anchor(), L2ToStart(weight=0.1)))
+    program = run.program()
+    trainable, frozen = place_weights(run.weights, run.trains, run.precision, program.where)
+    state = program.begin(trainable)
+    held = state._replace(average=None) if ema.on_host else state
+    arrays = jax.tree.leaves((held, frozen, start_of(trainable, run.retention)))
+    assert run.memory().held == pytest.approx(sum(array.nbytes for array in arrays), abs=64)
 
 
 def test_what_is_held_between_steps():
