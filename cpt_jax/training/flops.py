@@ -40,7 +40,7 @@ def token_flops(
     (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
     Args:
-      teacher: "average" runs the same network once more, "start" the one without adapters.
+      teacher: "average" runs the same network once more, "start" the one without adapters, over the base's vocabulary.
     """
     config = network.config
     layers, head = _by_layer(network), _head_products(config)
@@ -61,7 +61,10 @@ def token_flops(
     taught = 0.0
     if teacher is not None:
         base = network if teacher == "average" else abstract_decoder(config)
-        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(attention) + sum(head.values())
+        parts = (
+            head if teacher == "average" else {path: flops for path, flops in head.items() if path.endswith("/base")}
+        )
+        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(attention) + sum(parts.values())
     return TokenFlops(forward, activations, weights, taught)
 
 

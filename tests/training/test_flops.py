@@ -17,6 +17,7 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.training.flops import token_flops
 from cpt_jax.training.loss import make_loss
+from cpt_jax.training.retention import Anchor, Held, MeanTeacher, start_of
 
 ROWS, LENGTH = 2, 96
 SIZES = dict(hidden_size=64, intermediate_size=96, num_layers=3, new_rows=10)
@@ -35,19 +36,20 @@ def products(jaxpr) -> float:
     return total
 
 
-def program_flops(config, method) -> float:
+def program_flops(config, method, retention=()) -> float:
     """Of a step's loss and gradient of what trains, what nothing depends on left out."""
     network = abstract_decoder(config, method.lora_config())
     trainable, frozen = partition(network.shapes, method.trains)
     rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     names = ("inputs", "targets", "positions", "segment_ids", "domains")
     batch = dict.fromkeys(names, rows) | {"weights": jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32)}
-    loss = make_loss(network, "float32", method.trains, ("text",))
+    loss = make_loss(network, "float32", method.trains, ("text",), retention=retention)
+    start = jax.eval_shape(lambda weights: start_of(weights, retention), trainable)
 
-    def objective(trainable, frozen, batch):
-        return loss(combine(trainable, frozen), batch)[0]
+    def objective(trainable, frozen, batch, average, start):
+        return loss(combine(trainable, frozen), batch, None, Held(np.float32(1), average, start))[0]
 
-    traced = jax.make_jaxpr(jax.value_and_grad(objective))(trainable, frozen, batch).jaxpr
+    traced = jax.make_jaxpr(jax.value_and_grad(objective))(trainable, frozen, batch, trainable, start).jaxpr
     return products(dce_jaxpr(traced, [True] * len(traced.outvars))[0])
 
 
@@ -69,6 +71,14 @@ def test_the_program_does_what_is_counted_and_the_other_half_of_attention(method
     counted = token_flops(abstract_decoder(config, method.lora_config()), method.trains, LENGTH).total
     unseen = 4 * config.num_heads * config.head_dim * (LENGTH - (LENGTH + 1) / 2) * (config.num_layers + 2 * backward)
     assert program_flops(config, method) == pytest.approx((counted + unseen) * ROWS * LENGTH, rel=0.01)
+
+
+@pytest.mark.parametrize(("part", "teacher"), [(Anchor(), "start"), (MeanTeacher(), "average")])
+def test_a_teacher_is_counted_with_its_own_vocabulary(part, teacher):
+    method, config = LoRA(rank=4, alpha=8), tiny_config(**SIZES | {"new_rows": 500})
+    counted = token_flops(abstract_decoder(config, method.lora_config()), method.trains, LENGTH, teacher=teacher).total
+    unseen = 4 * config.num_heads * config.head_dim * (LENGTH - (LENGTH + 1) / 2) * 4 * config.num_layers
+    assert program_flops(config, method, (part,)) == pytest.approx((counted + unseen) * ROWS * LENGTH, rel=0.01)
 
 
 def test_parts_of_a_known_model():
