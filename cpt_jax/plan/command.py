@@ -46,10 +46,13 @@ class Wanted:
 
     def changes(self) -> dict[str, Any]:
         """The stage's fields that are given."""
-        fields = {"sequence_length": self.sequence, "batch_size": self.batch, "accumulate": self.accumulate}
-        given: dict[str, Any] = {
-            name: value for name, value in (fields | {"tokens": self.tokens}).items() if value is not None
+        fields: dict[str, Any] = {
+            "sequence_length": self.sequence,
+            "batch_size": self.batch,
+            "accumulate": self.accumulate,
+            "tokens": self.tokens,
         }
+        given = {name: value for name, value in fields.items() if value is not None}
         if self.remat is not None:
             given["remat"] = remat_named(self.remat)
         return given
@@ -164,8 +167,8 @@ def hf_config_of(model: str) -> dict:
                 raise UserError(f"{model} does not exist: give a model's config.json or directory")
             try:
                 return json.loads(file.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{model} is not JSON (line {error.lineno}): give a model's config.json") from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{model} is not JSON ({error}): give a model's config.json") from error
     if path.is_dir() or "://" in model or path.suffix == ".gguf" or model.count("/") != 1:
         return read_config(find_model(model))
     import huggingface_hub

@@ -85,6 +85,16 @@ WRONG = {
         lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),
         "RoPE of type 'proportional'",
     ),
+    "no object": (lambda d: (d / "config.json").write_text("[]"), "holds a list, not an object"),
+    "a text for a number": (
+        lambda d: edit_config(d, hidden_size="32"),
+        "no llama config .* 'hidden_size' expected int",
+    ),
+    "rope without a number": (
+        lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": None}),
+        "RoPE of type 'linear' has a field that is no number",
+    ),
+    "no theta": (lambda d: edit_config(d, rope_theta=None), "RoPE of type 'default' has a field that is no number"),
     "a part of each head turned": (
         lambda d: edit_config(d, partial_rotary_factor=0.5),
         "partial_rotary_factor=0.5, which is not supported for model_type llama",

@@ -231,6 +231,9 @@ def test_a_model_alone_makes_a_stage():
     assert (stage.batch_size, stage.sequence_length) == (4, 64)
     with pytest.raises(UserError, match="--new-tokens"):
         stage_of_model(config, Wanted(method="new-rows"), hardware, MeshShape())
+    for name in ("sequence", "batch", "accumulate", "tokens", "new_tokens"):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0: give at least 1"):
+            Wanted(**{name: 0})
 
 
 def test_the_command(tmp_path):

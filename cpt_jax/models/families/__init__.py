@@ -26,8 +26,10 @@ def family_for(hf_config: dict) -> ModuleType:
     """The family of a HF config.json.
 
     Raises:
-      UserError: its model_type is none of ours.
+      UserError: its model_type is none of ours, or it is no object.
     """
+    if not isinstance(hf_config, dict):
+        raise UserError(f"config.json holds a {type(hf_config).__name__}, not an object: fetch the model again")
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         code = " (its own code, auto_map, is never executed)" if "auto_map" in hf_config else ""

@@ -61,7 +61,8 @@ def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
             )
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    # Of wrong types transformers' classes raise huggingface_hub's StrictDataclassError, an Exception alone.
+    except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
             f"config.json is no {raw['model_type']} config that transformers understands: {said}"
@@ -69,7 +70,11 @@ def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
-    """The rotation that `rope_parameters` describe (of the whole model, or of one type of layer)."""
+    """The rotation that `rope_parameters` describe (of the whole model, or of one type of layer).
+
+    Raises:
+      UserError: a type that is not supported, a field that is missing or no number.
+    """
     kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")
     original = int(parameters.get("original_max_position_embeddings") or context)
     scaling: Scaling | None = None
@@ -110,10 +115,12 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
                 raise UserError(
                     f"config.json asks for RoPE of type {kind!r}, which is not supported (linear, dynamic, llama3, yarn, longrope are)"
                 )
+        dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+        return Rope(theta=float(parameters["rope_theta"]), dim=dim, scaling=scaling)
     except KeyError as error:
         raise UserError(f"config.json asks for RoPE of type {kind!r} without {error.args[0]!r}") from error
-    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
-    return Rope(theta=float(parameters["rope_theta"]), dim=dim, scaling=scaling)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json's RoPE of type {kind!r} has a field that is no number: {error}") from error
 
 
 def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float:
