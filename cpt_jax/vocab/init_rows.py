@@ -2,7 +2,7 @@
 touched."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,9 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.distil import FrozenModel, distilled_rows
 from cpt_jax.vocab.static import static_vectors, word_vectors
 from cpt_jax.vocab.tokenizer import Tokenizer
+
+# New rows compared with old ones at once: 16,000 of them with 100,000 would be 13 GB, several times over.
+ROWS_AT_ONCE = 256
 
 Rows = Float[np.ndarray, "N D"]
 Tables = dict[str, Float[np.ndarray, "V D"]]
@@ -118,10 +121,11 @@ class Focus:
         if not len(shared) or not new:
             return rows
         old = np.stack([vectors[index] for index in shared])
-        similarity = np.stack([vectors[first + index] for index in new]) @ old.T
-        weights = sparsemax(similarity)
-        for name, table in tables.items():
-            rows[name][new] = (weights @ table[shared].astype(np.float64)).astype(np.float32)
+        known = {name: table[shared].astype(np.float64) for name, table in tables.items()}
+        for some in _in_parts(new):
+            weights = sparsemax(np.stack([vectors[first + index] for index in some]) @ old.T)
+            for name, table in known.items():
+                rows[name][some] = (weights @ table).astype(np.float32)
         return rows
 
 
@@ -155,14 +159,15 @@ class Wechsel:
                 f"{self.source} has vectors of {keys.shape[1]}, {self.target} of {queries.shape[1]} numbers"
             )
         rows = SubwordMean().build(tables, context)
-        similarity = queries @ keys.T
-        nearest = np.argsort(-similarity, axis=1)[:, : self.neighbours]
-        scores = np.take_along_axis(similarity, nearest, 1) / self.temperature
-        weights = np.exp(scores - scores.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
-        for name, table in tables.items():
-            near = table[known[nearest]].astype(np.float64)
-            rows[name][wanted] = np.einsum("nk,nkd->nd", weights, near).astype(np.float32)
+        for some in _in_parts(range(len(wanted))):
+            similarity = queries[some] @ keys.T
+            nearest = np.argsort(-similarity, axis=1)[:, : self.neighbours]
+            scores = np.take_along_axis(similarity, nearest, 1) / self.temperature
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            for name, table in tables.items():
+                near = table[known[nearest]].astype(np.float64)
+                rows[name][[wanted[each] for each in some]] = np.einsum("nk,nkd->nd", weights, near)
         return rows
 
 
@@ -201,6 +206,11 @@ NAMED_ROWS: dict[str, InitRows] = {
 }
 # Made from a corpus as well as from the old rows.
 NEEDS_TEXT = (Focus, Wechsel, Distilled)
+
+
+def _in_parts(rows: Sequence[int]) -> Iterator[list[int]]:
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield list(rows[start : start + ROWS_AT_ONCE])
 
 
 def sparsemax(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:

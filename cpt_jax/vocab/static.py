@@ -63,7 +63,8 @@ def word_vectors(path: Path, tokenizer: Tokenizer) -> dict[int, np.ndarray]:
     if not path.exists():
         raise UserError(f"word vectors {path} do not exist")
     words, vectors = [], []
-    with path.open(encoding="utf-8") as file:
+    # fastText's own files hold words that are no UTF-8, and carriage returns within words.
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             word, *numbers = line.rstrip("\n").split(" ")
             if number == 1 and len(numbers) == 1:

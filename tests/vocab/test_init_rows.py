@@ -1,6 +1,7 @@
 """New rows against plain formulas, and what a grown model keeps."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from cpt_jax.models.decoder import apply
 from cpt_jax.recipe.rows import Growth, grow_model
 from cpt_jax.vocab.extend import ContinuedBPE, extend
 from cpt_jax.vocab.init_rows import Distilled, Focus, Mean, Random, RowContext, SubwordMean, Wechsel, sparsemax
+from cpt_jax.vocab.static import word_vectors
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 TEXTS = chinese(200, seed=2)
@@ -173,6 +175,20 @@ def test_focus_without_enough_text_is_the_pieces_mean(grown, texts):
     )
 
 
+def test_focus_compares_some_rows_at_a_time(grown, monkeypatch):
+    generator, count = np.random.default_rng(0), 20_000
+    context = context_of(*grown, pieces=[[0]] * count)
+    vectors = {index: generator.normal(size=4) for index in range(context.base.size + count)}
+    monkeypatch.setattr("cpt_jax.vocab.init_rows.static_vectors", lambda *_: vectors)
+    tracemalloc.start()
+    rows = Focus().build({"embed": table(320)}, context)["embed"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    similarities = 8 * count * context.base.size
+    assert peak < 0.3 * similarities
+    assert len(np.unique(rows, axis=0)) > 0.5 * count
+
+
 def write_vectors(path: Path, vectors: dict[str, list[float]], header: bool = True) -> str:
     width = len(next(iter(vectors.values())))
     lines = [f"{len(vectors)} {width}"] * header
@@ -182,7 +198,8 @@ def write_vectors(path: Path, vectors: dict[str, list[float]], header: bool = Tr
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_wechsel_weighs_the_nearest_old_pieces(twins, tmp_path, header):
+def test_wechsel_weighs_the_nearest_old_pieces(twins, tmp_path, monkeypatch, header):
+    monkeypatch.setattr("cpt_jax.vocab.init_rows.ROWS_AT_ONCE", 1)
     base, extended, _ = twins
     source = write_vectors(tmp_path / "en.vec", {"river": [2, 0, 0], "city": [0, 3, 0], "school": [0.0, 1, 1]}, header)
     target = write_vectors(tmp_path / "zh.vec", {"国务院": [1, 0.1, 0], "公民": [0, 1, 0.8]}, header)
@@ -206,6 +223,14 @@ def test_wechsel_weighs_the_nearest_old_pieces(twins, tmp_path, header):
     absent = new_id(context.extended, "违反") - 320
     mean = SubwordMean().build({"embed": np.eye(320, dtype=np.float32)}, context)["embed"]
     np.testing.assert_array_equal(rows[absent], mean[absent])
+
+
+def test_words_that_are_no_utf8_or_hold_a_carriage_return_are_words(twins, tmp_path):
+    path = tmp_path / "cc.vec"
+    path.write_bytes(b"3 2\r\nriver 1 0\r\n\xff\xfe 0 1\r\na\rb 0 1\n")
+    tokenizer = Tokenizer(twins[0])
+    (river,) = tokenizer.encode(" river")
+    np.testing.assert_array_equal(word_vectors(path, tokenizer)[river], [1, 0])
 
 
 def test_word_vectors_that_cannot_be_used_are_refused(twins, tmp_path):
