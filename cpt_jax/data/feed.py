@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.data.loader import Batch, Loader
 
 # A loader makes some millions of tokens a second on one core; fewer than so many need no other processes.
@@ -132,7 +133,13 @@ class _Elsewhere:
         theirs.close()
 
     def round(self) -> list[Made]:
-        made = self._connection.recv()
+        try:
+            made = self._connection.recv()
+        except EOFError as error:
+            raise UserError(
+                "a process that makes batches ended too early (killed by the kernel, if memory ran out): run it again, "
+                "which goes on from the newest checkpoints, with fewer runs at once"
+            ) from error
         if isinstance(made, Exception):
             raise made
         return made

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import signal
 
@@ -209,5 +210,19 @@ def test_a_feed_gives_what_its_loaders_give(directories, processes):
                 for name, array in expected.items():
                     np.testing.assert_array_equal(made.batch[name], array)
                 assert made.state == loader.state()
+    finally:
+        feed.close()
+
+
+def test_a_process_of_the_feed_that_was_killed_is_told(directories):
+    feed = Feed([maker(directories, {"zh": 1.0}, 0)], [None], lambda made: made, 1)
+    try:
+        next(feed)
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        with pytest.raises(UserError, match="a process that makes batches ended too early"):
+            # What it had sent is used first.
+            for _ in range(10):
+                next(feed)
     finally:
         feed.close()
