@@ -34,6 +34,9 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 NewRows = dict[str, Rows]
 
+# Of a larger corpus, whole documents chosen by hash, as many as pieces are learnt from by default: they are held in memory.
+ROWS_BYTES = 200_000_000
+
 
 class Growth:
     """A base model about to get a row for every piece of an extended tokenizer; the old rows stay bit for bit.
@@ -76,7 +79,7 @@ class Growth:
             pieces=self.pieces,
             base=self.base,
             extended=self.extended,
-            texts=self.texts,
+            texts=lambda: sampled(self.texts(), ROWS_BYTES)[0],
             model=self._frozen,
             seed=self.seed if seed is None else seed,
         )

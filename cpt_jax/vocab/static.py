@@ -1,5 +1,6 @@
 """Static vectors of tokens: from co-occurrence in a corpus, and from word vectors in a file."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +18,14 @@ def static_vectors(
     import scipy.sparse
     import scipy.sparse.linalg
 
-    documents = tokenizer.encode_documents(list(texts))
-    if not any(documents):
+    iterator, documents = iter(texts), [np.zeros(0, np.int32)]
+    # Arrays hold a token in 4 bytes, lists of Python's numbers in 36.
+    while batch := list(itertools.islice(iterator, 1024)):
+        documents += [np.asarray(ids, np.int32) for ids in tokenizer.encode_documents(batch)]
+    flat = np.concatenate(documents)
+    if not len(flat):
         return {}
-    flat = np.concatenate([np.asarray(ids, np.int64) for ids in documents if ids])
-    document = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
+    document = np.repeat(np.arange(len(documents)), list(map(len, documents)))
     counts = np.bincount(flat, minlength=tokenizer.size)
     kept = np.flatnonzero(counts >= min_count)
     if len(kept) <= 2:

@@ -175,6 +175,21 @@ def test_focus_without_enough_text_is_the_pieces_mean(grown, texts):
     )
 
 
+def test_rows_are_made_from_a_bounded_sample_of_the_corpus(bases, grown, tmp_path, monkeypatch):
+    class Seen:
+        def build(self, tables, context):
+            self.texts = list(context.texts())
+            return {name: np.zeros((len(context.pieces), table.shape[1])) for name, table in tables.items()}
+
+    texts, seen = chinese(500), Seen()
+    growth = Growth(write_model(tmp_path, grown[0]), grown[1], texts=lambda: iter(texts))
+    growth.rows(seen)
+    assert seen.texts == texts
+    monkeypatch.setattr("cpt_jax.recipe.rows.ROWS_BYTES", 2000)
+    growth.rows(seen)
+    assert 1000 < sum(len(text.encode()) for text in seen.texts) <= 2000
+
+
 def test_focus_compares_some_rows_at_a_time(grown, monkeypatch):
     generator, count = np.random.default_rng(0), 20_000
     context = context_of(*grown, pieces=[[0]] * count)
