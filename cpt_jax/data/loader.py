@@ -130,7 +130,7 @@ class Loader:
         return dict(zip(self.names, shares[0].tolist(), strict=True))
 
     def epochs(self) -> dict[str, float]:
-        """How often each domain has been read, up to what is packed."""
+        """How often each domain had been read where the rows at hand began: up to 64 are packed at a time."""
         state = _rows_state(self.state()["rows"])
         positions = state.get("positions") or {name: group["position"] for name, group in state["groups"].items()}
         return {name: positions[name][0] / max(self.records[name], 1) for name in self.names if name in positions}

@@ -91,8 +91,8 @@ class Random:
         generator = np.random.default_rng(context.seed)
         rows = {}
         for name, table in tables.items():
-            wide = table.astype(np.float64)
-            mean, covariance = wide.mean(0), np.cov(wide, rowvar=False)
+            mean = table.mean(0, dtype=np.float64)
+            covariance = _covariance(table, mean)
             drawn = generator.multivariate_normal(mean, covariance, size=len(context.pieces), method="cholesky")
             rows[name] = drawn.astype(np.float32)
         return rows
@@ -206,6 +206,15 @@ NAMED_ROWS: dict[str, InitRows] = {
 }
 # Made from a corpus as well as from the old rows.
 NEEDS_TEXT = (Focus, Wechsel, Distilled)
+
+
+def _covariance(table: np.ndarray, mean: np.ndarray) -> Float[np.ndarray, "D D"]:
+    """In parts: numpy's would hold the table in float64 twice, 10 GB for 150,000 rows of 4,096."""
+    products = np.zeros((len(mean), len(mean)))
+    for start in range(0, len(table), 4096):
+        apart = table[start : start + 4096] - mean
+        products += apart.T @ apart
+    return products / (len(table) - 1)
 
 
 def _in_parts(rows: Sequence[int]) -> Iterator[list[int]]:

@@ -102,7 +102,7 @@ def test_the_mean_is_that_of_the_whole_table(grown):
 
 
 def test_random_rows_have_the_tables_mean_and_covariance(grown):
-    old = {"embed": table(320)}
+    old = {"embed": table(5000)}
     old["embed"][:, 1] += 2 * old["embed"][:, 0]
     context = context_of(*grown, pieces=[[0]] * 40_000)
     rows = Random().build(old, context)["embed"]
