@@ -33,8 +33,7 @@ def named_records(spec: str, stretch: Stretch = WHOLE) -> Iterator[dict]:
     source: Any = _source(spec)
     if spec.startswith("tfds:"):
         for index in range(stretch[0], len(source) if stretch[1] is None else stretch[1]):
-            record = source[index]
-            yield {key: value.decode() if isinstance(value, bytes) else value for key, value in record.items()}
+            yield {key: _text(value) for key, value in source[index].items()}
         return
     if stretch == WHOLE:
         yield from source
@@ -43,6 +42,14 @@ def named_records(spec: str, stretch: Stretch = WHOLE) -> Iterator[dict]:
     else:
         for shard in range(stretch[0], stretch[1] or source.num_shards):
             yield from source.shard(source.num_shards, shard)
+
+
+def _text(value: Any) -> Any:
+    """TFDS gives text as bytes; what is no text (an image beside it) stays as it is."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def named_stretches(spec: str) -> list[Stretch]:

@@ -88,6 +88,15 @@ def test_another_split(place, spec):
     assert texts(spec.format(place)) == ["measured"]
 
 
+def test_bytes_beside_the_text_of_tfds_are_left(monkeypatch):
+    records = [{"text": "good", "image": b"\x89PNG\xff"}, {"text": b"\xff", "image": b""}, {"text": "国".encode()}]
+    monkeypatch.setattr(catalogues, "_tfds_source", lambda spec: records)
+    skipped = SkipCounts()
+    found = [document.text for document in read(Corpus(name="c", spec="tfds:pictures"), skipped)]
+    assert found == ["good", "国"]
+    assert skipped == {"no text field 'text'": 1}
+
+
 def test_a_part_of_a_tfds_split(place):
     assert len(texts(f"tfds:{place}/tfds/small/1.0.0:train[:4]+test")) == 5
 
