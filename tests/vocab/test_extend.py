@@ -12,9 +12,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.extend import ContinuedBPE, Union, extend, old_segmentation
 from cpt_jax.vocab.fertility import compare
 from cpt_jax.vocab.gate import fuzzed_texts, moved_ids
-from cpt_jax.vocab.segmentation import byte_alphabet
 from cpt_jax.vocab.selection import Selection
-from cpt_jax.vocab.tokenizer import Tokenizer
+from cpt_jax.vocab.tokenizer import Tokenizer, byte_alphabet
 
 KINDS = ("gpt2", "qwen", "llama3")
 METHODS = {"continued-bpe": ContinuedBPE(new_tokens=60), "union": Union(new_tokens=60)}

@@ -6,8 +6,8 @@ from inputs import chinese, english
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.gate import fuzzed_texts
-from cpt_jax.vocab.segmentation import ByteLevel, CharacterBPE, byte_alphabet, kind_of, segmentation_of
-from cpt_jax.vocab.tokenizer import Tokenizer
+from cpt_jax.vocab.segmentation import ByteLevel, CharacterBPE, kind_of, segmentation_of
+from cpt_jax.vocab.tokenizer import Tokenizer, byte_alphabet
 
 TEXTS = chinese(30) + english(30) + ["  two  spaces 国 12", ""] + fuzzed_texts(200)
 
