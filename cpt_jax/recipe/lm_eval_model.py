@@ -27,7 +27,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress
 from cpt_jax.evaluate.token_scores import Score, TokenPair, score_continuations
-from cpt_jax.models.generate import generate
+from cpt_jax.models.generate import Generation
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
@@ -161,11 +161,12 @@ class HarnessModel(TemplateLM):
             )
         stop = handle_stop_sequences(settings["until"], self.tokenizer.decode([self.eot_token_id]))
         prompt = self.tok_encode(context)[-room:]
-        text = self.tokenizer.decode(self._continuation(prompt, new_tokens), skip_special_tokens=True)
+        text = self.tokenizer.decode(self._continuation(prompt, new_tokens, stop), skip_special_tokens=True)
         return postprocess_generated_text(text, stop, think_end_token=None)
 
-    def _continuation(self, prompt: list[int], new_tokens: int) -> list[int]:
-        [produced] = generate(
+    def _continuation(self, prompt: list[int], new_tokens: int, stop: Sequence[str]) -> list[int]:
+        """Tokens up to the first that completes a stop sequence, or `new_tokens`."""
+        generation = Generation(
             self._network,
             self._weights,
             [prompt],
@@ -173,4 +174,12 @@ class HarnessModel(TemplateLM):
             end_ids=(self.eot_token_id,),
             compute_dtype=self._precision.compute,
         )
+        # A character may be four tokens, of a byte each.
+        reach = 4 * max(map(len, stop), default=0) + 4
+        produced: list[int] = []
+        for _, token in generation:
+            produced.append(token)
+            end = self.tokenizer.decode(produced[-reach:], skip_special_tokens=True)
+            if any(each in end for each in stop):
+                generation.stop(0)
         return produced

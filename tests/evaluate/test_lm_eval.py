@@ -176,6 +176,26 @@ def test_the_harness_s_own_command_knows_the_model(tiny_model, tasks, capsys):
     assert "acc_norm" in capsys.readouterr().out
 
 
+def test_nothing_is_generated_behind_a_stop_sequence(tiny_model):
+    from types import SimpleNamespace
+
+    from cpt_jax.recipe.lm_eval_model import HarnessModel
+
+    def answer(*until: str) -> str:
+        request = SimpleNamespace(args=("the city", {"until": list(until), "max_gen_toks": 40}))
+        return model.generate_until([request])[0]  # type: ignore[list-item]
+
+    model = HarnessModel(str(tiny_model))
+    whole, prompt = answer(), model.tok_encode("the city")
+    stop = whole[8:10]
+    before = whole[: whole.index(stop)]
+    assert answer(stop) == before
+    produced = model._continuation(prompt, 40, [stop])
+    assert len(produced) < len(model._continuation(prompt, 40, [])) == 40
+    assert stop in model.tokenizer.decode(produced)
+    assert stop not in model.tokenizer.decode(produced[:-1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
