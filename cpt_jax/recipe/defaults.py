@@ -191,7 +191,9 @@ def adapt_recipe(
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
     if total < MIN_TOKENS:
-        raise UserError(f"there are {total} tokens to train on ({total_reason}): give more text, or --tokens")
+        raise UserError(
+            f"there are {total} tokens to train on ({total_reason}): give more text, or --tokens {MIN_TOKENS} or more"
+        )
     mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
     context = network.config.max_position_embeddings
     shape: dict[str, Any] = (

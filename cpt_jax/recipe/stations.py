@@ -146,7 +146,7 @@ class Workdir:
         shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
         return (
             f"work directory {self.location} belongs to another recipe ({shown}): choose another --workdir, "
-            "or pass --update to go on with the new one"
+            f"pass --update to go on with the new one, or go on with its own: cpt run {self.location}/config.json --workdir {self.location}"
         )
 
     def station(
