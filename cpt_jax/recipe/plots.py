@@ -1,6 +1,7 @@
 """The report's pictures, as SVG text and PNG files."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,13 +58,15 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
         rows = [entry for entry in entries if entry["domain"] == domain]
         labels = [entry["stage"] + (" EMA" if entry["weights"] == "ema" else "") for entry in rows]
         values = [entry["bits_per_byte"] for entry in rows]
-        best = values.index(min(values))
-        axis.bar(range(len(rows)), values, color=[ACCENT if i == best else PALE for i in range(len(rows))], width=0.66)
-        axis.axhline(values[0], color=GREY, linestyle="--", linewidth=1, zorder=1)
-        for index, value in enumerate(values):
+        # A model that has diverged has no bar.
+        heights = [value if math.isfinite(value) else 0.0 for value in values]
+        lowest = min((height for height in heights if height), default=0.0)
+        axis.bar(range(len(rows)), heights, color=[ACCENT if h == lowest else PALE for h in heights], width=0.66)
+        axis.axhline(heights[0], color=GREY, linestyle="--", linewidth=1, zorder=1)
+        for index, (value, height) in enumerate(zip(values, heights, strict=True)):
             axis.annotate(
                 f"{value:.3f}",
-                (index, value),
+                (index, height),
                 ha="center",
                 va="bottom",
                 fontsize=8,
@@ -72,7 +75,7 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
                 textcoords="offset points",
             )
         axis.set_xticks(range(len(rows)), labels, rotation=35, ha="right")
-        axis.set_ylim(0, max(values) * 1.14)
+        axis.set_ylim(0, max(heights) * 1.14 or 1.0)
         axis.set_title(domain, loc="left", fontweight="bold")
         axis.set_ylabel("bits per byte")
     return saved(figure, directory, "stages")

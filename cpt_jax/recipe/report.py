@@ -3,6 +3,7 @@ terminal."""
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -55,12 +56,18 @@ def grid(entries: Sequence[dict]) -> tuple[list[str], dict[tuple[str, str], dict
     return labels, {(stage_label(entry), entry["domain"]): entry for entry in entries}
 
 
+def lowest_of(entries: Sequence[dict], domains: Sequence[str]) -> dict[str, float]:
+    """By domain, the lowest bits per byte; those of a model that has diverged are none."""
+    found = {name: [entry["bits_per_byte"] for entry in entries if entry["domain"] == name] for name in domains}
+    return {name: min(filter(math.isfinite, values), default=math.nan) for name, values in found.items()}
+
+
 def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
     """Bits per byte by stage and domain, with the change from the base, as aligned text; the lowest is marked with
     *."""
     labels, cells = grid(entries)
     rows = [["bits per byte", *domains]]
-    lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
+    lowest = lowest_of(entries, domains)
     for label in labels:
         row = [label]
         for name in domains:
@@ -104,7 +111,7 @@ def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> st
 
 def _domain_section(entries: Sequence[dict], domains: Sequence[str], plots: Path) -> str:
     labels, cells = grid(entries)
-    lowest = {name: min(e["bits_per_byte"] for e in entries if e["domain"] == name) for name in domains}
+    lowest = lowest_of(entries, domains)
     rows = []
     for label in labels:
         row = [html.escape(label)]

@@ -1,6 +1,7 @@
 """A run's report: of the recipe's own stages and domains, of what was exported, and with every sample."""
 
 import json
+import math
 
 import pytest
 
@@ -74,3 +75,16 @@ def test_samples_come_back_whatever_they_hold(run):
     path, _ = run
     (path / "samples.md").write_text(samples_page(samples))
     assert write_report(path).read_text().count("<span class=note>after</span>") == len(texts)
+
+
+def test_a_model_that_has_diverged_has_a_report_too(run):
+    path, _ = run
+    entries = json.loads((path / "eval.json").read_text())
+    for entry in entries:
+        if entry["stage"] == "lora":
+            entry["bits_per_byte"] = {"zh": math.nan, "en": math.inf}[entry["domain"]]
+    (path / "eval.json").write_text(json.dumps(entries))
+    page = write_report(path).read_text()
+    assert "from 2.000 to <b>nan bits per byte" in page
+    assert "nothing was forgotten" not in page
+    assert "2.000 ★" in page
