@@ -165,7 +165,7 @@ def model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
-    from cpt_jax.recipe.commands import model_extend
+    from cpt_jax.recipe.extend_command import model_extend
 
     model_extend(
         corpora=arguments.corpus,

@@ -1,4 +1,4 @@
-"""The parts of the pipeline as commands of their own."""
+"""`cpt model extend`: a row for each new piece, of one kind or of the kind that learns best."""
 
 import dataclasses
 import tempfile
