@@ -119,12 +119,15 @@ def _point(row: Mapping[str, Any], where: str) -> Point:
     if share is None and tokens > 0:
         raise UserError(f"{where} has no share of replay: add the column 'share' (0 to 1)")
     losses = {str(name): _number(row, name, where) for name in _domains(row)}
+    seed = _number(row, "seed", where) or 0.0
+    if not seed.is_integer():
+        raise UserError(f"{where}: seed is {seed:g}: give a whole number, or leave it out")
     return Point(
         losses={name: loss for name, loss in losses.items() if loss is not None},
         tokens=tokens,
         share=share or 0.0,
         size=_number(row, "size", where),
-        seed=int(_number(row, "seed", where) or 0),
+        seed=int(seed),
         name=str(row.get("name") or where),
     )
 

@@ -150,6 +150,7 @@ def test_what_cannot_be_answered_is_told(table, arguments, told, capsys):
         ("runs.csv", "tokens,share,en\n1e9,25,1.2\n", "the share of replay is 25: give 0 to 1"),
         ("runs.csv", "tokens,share,en\n1e9,0.1,-1\n", "the loss on 'en' is -1.0"),
         ("runs.csv", "tokens,share,size,en\n1e9,0.1,0,1.2\n", "size is 0: give the number of parameters"),
+        ("runs.csv", "tokens,share,seed,en\n1e9,0.1,nan,1.2\n", "row 1: seed is nan: give a whole number"),
         ("runs.jsonl", '{"tokens": 1e9, "share": 0.1\n', "line 1 is no JSON"),
         ("runs.jsonl", "\n[1, 2]\n", "line 2 is no object"),
         ("runs.txt", "", "give a .csv or .jsonl table"),

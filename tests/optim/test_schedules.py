@@ -41,6 +41,17 @@ def test_characteristic_steps(schedule, expected):
     assert {step: pytest.approx(found[step], rel=1e-5, abs=1e-7) for step in expected} == expected
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 100])
+def test_however_few_the_steps_the_last_one_has_decayed(steps):
+    assert rates(WarmupStableDecay(warmup=0, decay=0.3, final=0.1), steps)[-1] == pytest.approx(0.1 * PEAK)
+    assert rates(WarmupStableDecay(warmup=0, decay=0, final=0.1), steps)[-1] == PEAK
+
+
+def test_shares_that_make_up_the_whole_run_are_taken():
+    Infinite(warmup=0.33, cooldown=0.56, annealing=0.11)
+    WarmupStableDecay(warmup=0.7, decay=0.30000000000000004)
+
+
 @pytest.mark.parametrize("schedule", ALL)
 @pytest.mark.parametrize("steps", [1, 2, 7, 400])
 def test_no_step_is_wasted_and_none_is_above_the_peak(schedule, steps):
