@@ -15,7 +15,7 @@ from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.rope import DynamicNTK, LongRoPE
+from cpt_jax.models.rope import DynamicNTK, LongRoPE, Yarn
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
 
 SHORTEST = 64
@@ -72,9 +72,10 @@ def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
 
 
 def context_length(config: DecoderConfig) -> int:
-    """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text."""
+    """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text, and
+    with YaRN, whose factor may be set beside it."""
     scalings = [kind.rope.scaling for kind in config.layer_kinds]
-    stretched = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK)]
+    stretched = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
     return max(config.max_position_embeddings, *stretched, 0)
 
 

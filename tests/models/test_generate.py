@@ -17,6 +17,7 @@ from cpt_jax.cli import main
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.models.attention import Cache
+from cpt_jax.models.families import llama
 from cpt_jax.models.generate import Generation, _functions, context_length, generate
 from cpt_jax.models.sampling import Sampling, choose, filtered, row_keys
 from cpt_jax.recipe.find import find_model
@@ -91,10 +92,18 @@ def test_greedy_of_every_kind_of_layer_is_that_of_transformers(model_type, name,
     assert generate(model.network, model.on_device(FLOAT32), prompts, new_tokens=new_tokens) == expected
 
 
-def test_the_longer_texts_of_dynamic_scaling_fit(tmp_path):
-    raw = config_json("llama", "dynamic")
-    reference_model(raw, tmp_path)
-    assert context_length(load_model(tmp_path).config) == 2 * raw["max_position_embeddings"] == 48
+@pytest.mark.parametrize(
+    ("name", "changes", "length"),
+    [
+        ("dynamic", {}, 48),
+        ("yarn", dict(max_position_embeddings=16), 64),
+        # Stretched already.
+        ("yarn", {}, 64),
+        ("one key head, llama3", {}, 64),
+    ],
+)
+def test_the_longer_texts_of_a_stretched_rotation_fit(name, changes, length):
+    assert context_length(llama.config_from_hf(config_json("llama", name) | changes)) == length
 
 
 def test_the_cache_is_in_the_computations_type_and_its_memory_is_used_again(tiny):
