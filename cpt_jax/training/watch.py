@@ -166,7 +166,7 @@ class Watcher:
         if budget is None or not (over := processes.told(over)):
             return None, False
         name = max(over, key=lambda each: over[each])
-        reason = f"{name} is {over[name]:.1%} worse than the base, the limit is {budget.limit:.1%}"
+        reason = f"{name} is {over[name]:.2%} worse than the base, the limit is {budget.limit:.2%}"
         if isinstance(budget, Stop):
             return f"stop: {reason}", True
         shares = loader.shares_now()
