@@ -116,6 +116,7 @@ def test_it_stops_the_stage_with_a_last_checkpoint_and_a_start_more_changes_noth
     step, why = ended_early(tmp_path) or (0, "")
     assert step == 4 == len(losses(tmp_path))
     assert why.startswith("stop: en is ")
+    assert why.endswith("% worse than the base, the limit is 2.00%")
     assert "ends after step 4 of 8" in capsys.readouterr().err
     again = train(watched(training(directories, tmp_path, Full()), Stop(limit=0.02)))
     jax.tree.map(np.testing.assert_array_equal, trained, again)
