@@ -20,7 +20,7 @@ from cpt_jax.recipe.stations import Workdir
 @pytest.mark.parametrize(
     ("made", "values", "message"),
     [
-        (Evaluation, {"sequence_length": 1}, "evaluation.sequence_length is 1: give a number of at least 2"),
+        (Evaluation, {"sequence_length": 0}, "evaluation.sequence_length is 0: give a number of at least 1"),
         (Evaluation, {"batch_size": -3}, "evaluation.batch_size is -3: give a number of at least 1"),
         (Samples, {"new_tokens": 0}, "samples.new_tokens is 0: give at least 1"),
         (Export, {"shard_gb": math.nan}, "shard_gb is nan: give more than 0"),
