@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cpt_jax.core.storage import disk_full_is_told
 
@@ -20,8 +20,17 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         if self._path is None:
             return
-        with disk_full_is_told(self._path), self._path.open("a") as file:
-            file.write(json.dumps({"at": round(time.time(), 3), "event": event, **fields}) + "\n")
+        line = json.dumps({"at": round(time.time(), 3), "event": event, **fields}) + "\n"
+        with disk_full_is_told(self._path), self._path.open("ab+") as file:
+            # A line that was cut off takes no other with it.
+            file.write((line if _ends_a_line(file) else "\n" + line).encode())
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -151,7 +151,8 @@ def _raw_lines(path: Location, start: int) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path} is truncated or not compressed as its name says ({error})") from error
 
 
-def _decoded(line: bytes) -> str | None:
+def decoded(line: bytes) -> str | None:
+    """Its text; None if it is not UTF-8."""
     # No text holds a NUL; UTF-16 does, and what it has of ASCII would be UTF-8 otherwise.
     if b"\0" in line:
         return None
@@ -165,7 +166,7 @@ def _lines(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[str]:
     for position, line in _raw_lines(path, stretch[0]):
         if stretch[1] is not None and position >= stretch[1]:
             return
-        if (text := _decoded(line)) is None:
+        if (text := decoded(line)) is None:
             skipped["not UTF-8"] += 1
         else:
             yield text
@@ -194,7 +195,7 @@ def _paragraphs(path: Location, skipped: Counter, stretch: Stretch) -> Iterator[
     block: list[str | None] = []
     inside = not start
     for position, line in _raw_lines(path, start):
-        text = _decoded(line)
+        text = decoded(line)
         if text is not None and not text.strip():
             yield from _document(block, skipped)
             block = []
@@ -287,7 +288,7 @@ def _array_records(path: Location, skipped: Counter, stretch: Stretch) -> Iterat
     for index in range(stretch[0], stop):
         with _damage_is_told(path, "ArrayRecord"):
             record = reader.read([index])[0]
-        if (text := _decoded(record)) is None:
+        if (text := decoded(record)) is None:
             skipped["not UTF-8"] += 1
         else:
             yield text

@@ -15,7 +15,7 @@ from cpt_jax.core.stores import Location, glob_addresses, is_address, state_of
 from cpt_jax.data import conversations
 from cpt_jax.data.catalogues import is_catalogued, named_records, named_state
 from cpt_jax.data.conversations import Message, Unusable, holds_conversation
-from cpt_jax.data.files import SUFFIXES, WHOLE, Stretch, file_records, kind_of, parquet_columns
+from cpt_jax.data.files import SUFFIXES, WHOLE, Stretch, decoded, file_records, kind_of, parquet_columns
 
 SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
@@ -88,6 +88,10 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
             skipped[str(reason)] += 1
             return None
     text = conversations.plain_text(messages) if messages else record.get(corpus.text_field)
+    if isinstance(text, bytes) and (text := decoded(text)) is None:
+        # A column of Parquet that is not said to be text.
+        skipped["not UTF-8"] += 1
+        return None
     if not isinstance(text, str):
         skipped[f"no text field {corpus.text_field!r}{_chat_hint(corpus, record)}"] += 1
         return None

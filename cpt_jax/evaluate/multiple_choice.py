@@ -182,7 +182,7 @@ def answer_questions(
         network,
         weights,
         token_pairs(tokenizer, texts),
-        max_length=network.config.max_position_embeddings,
+        max_length=network.config.context_length,
         batch_tokens=batch_tokens,
         precision=precision,
         on_progress=on_progress,

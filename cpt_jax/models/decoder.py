@@ -25,7 +25,7 @@ from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import Remat
-from cpt_jax.models.rope import Rope, rotation
+from cpt_jax.models.rope import DynamicNTK, Rope, Yarn, rotation
 from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
@@ -117,6 +117,14 @@ class DecoderConfig:
     def total_rows(self) -> int:
         """Tokens of both tables."""
         return self.vocab_size + self.new_rows
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text,
+        and with YaRN, whose factor may be set beside it."""
+        scalings = [kind.rope.scaling for kind in self.layer_kinds]
+        found = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
+        return max(self.max_position_embeddings, *found, 0)
 
     def padded(self, rows: int) -> int:
         """Rows that a table of so many tokens has."""

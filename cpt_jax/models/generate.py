@@ -15,7 +15,7 @@ from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.decoder import DecoderConfig, Network
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.rope import DynamicNTK, LongRoPE, Yarn
+from cpt_jax.models.rope import LongRoPE
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
 
 SHORTEST = 64
@@ -71,19 +71,11 @@ def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
     return _Functions(read_prompts, read_tokens)
 
 
-def context_length(config: DecoderConfig) -> int:
-    """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text, and
-    with YaRN, whose factor may be set beside it."""
-    scalings = [kind.rope.scaling for kind in config.layer_kinds]
-    stretched = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
-    return max(config.max_position_embeddings, *stretched, 0)
-
-
 def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
     """Raises UserError when a prompt is empty, or leaves no room in the model's context."""
     if new_tokens < 1:
         raise UserError(f"new tokens are {new_tokens}: give at least 1")
-    limit = context_length(config)
+    limit = config.context_length
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(f"prompt {number} is empty: give at least one token")

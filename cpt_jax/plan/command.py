@@ -143,7 +143,7 @@ def stage_of_model(hf_config: dict, wanted: Wanted, hardware: Hardware, shape: M
     if isinstance(method, Embeddings) and not new_tokens:
         raise UserError("--method new-rows trains rows that --new-tokens adds: give their number")
     shape = shape.over(hardware.chips)
-    sequence = wanted.sequence or min(8192, config.max_position_embeddings)
+    sequence = wanted.sequence or min(8192, config.context_length)
     settings: dict[str, Any] = {
         "name": wanted.method or "full",
         "method": method,

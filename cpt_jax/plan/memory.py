@@ -47,6 +47,7 @@ def chip_memory(compiled: CompiledStage, program: Program | None) -> ChipMemory:
         rows=local_rows(planned.stage, dict(mesh.shape)),
         sequence_length=planned.stage.sequence_length // mesh.shape["context"],
         scores=compiled.network.config.attention == "xla",
+        tensor=mesh.shape["tensor"],
     )
     looped = compiled.network.config.layer_loop == "scan"
     kept = kept_by_layers(compiled, program) if program is not None and looped else None
@@ -57,7 +58,7 @@ def chip_memory(compiled: CompiledStage, program: Program | None) -> ChipMemory:
         batch=held["batch"],
         padding=max(0, compiled.arguments - sum(held.values())),
         temporaries=compiled.temporaries,
-        activations=paper.activations // mesh.shape["tensor"] if kept is None else kept,
+        activations=paper.activations if kept is None else kept,
         gradients=compiled.trained,
         logits=paper.logits // mesh.shape["tensor"],
         limit=None if chip is None else int(chip.memory),

@@ -9,13 +9,12 @@ import math
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import Network, head_path
-from cpt_jax.models.remat import Remat
 from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.recipe.recipe import Stage
 from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.sharding.rules import RULES
-from cpt_jax.training.flops import first_to_train, token_flops
+from cpt_jax.training.flops import token_flops
 from cpt_jax.training.memory import stage_memory
 
 
@@ -55,14 +54,9 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
             rows=rows,
             sequence_length=length,
             scores=network.config.attention == "xla",
+            tensor=shape.tensor,
         )
     tokens, item, cut = rows * length, planned.precision.dtype.itemsize, shape.tensor * (shape.fsdp or 1)
-    # The residual stream, float32, is whole on each device of `tensor`.
-    layers = network.config.num_layers - first_to_train(network, planned.method.trains)
-    residual = tokens * layers * 4 * network.config.hidden_size * (1 if network.config.parallel_residual else 2)
-    activations = residual + (memory.activations - residual) / shape.tensor
-    if stage.remat is not None:
-        activations = _recomputed(network, stage.remat, planned, tokens, activations, shape.tensor)
     # Whole while they are used: one layer's weights and the head's, in the compute type; a head that trains has its
     # gradient whole, in float32, before the devices' are added. The loops are given all trained weights rounded.
     head = max(
@@ -74,7 +68,7 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
     rounded = item * memory.gradients / 4 / cut
     # In parts, a part's gradients are added to the sum of those before.
     gradients = memory.gradients / cut * (1 if stage.accumulate == 1 else 2)
-    temporary = activations + gradients + rounded + memory.logits / shape.tensor + whole
+    temporary = memory.activations + gradients + rounded + memory.logits / shape.tensor + whole
     flops = token_flops(network, planned.method.trains, stage.sequence_length).total
     devices = math.prod(sizes.values())
     return PaperStep(
@@ -87,27 +81,6 @@ def on_paper(planned: PlannedStage, shape: MeshShape, platform: str) -> PaperSte
 
 def _layers(network: Network) -> int:
     return sum(leaf.size for path, leaf in flatten(network.shapes).items() if path.startswith("layers/"))
-
-
-def _recomputed(
-    network: Network, remat: Remat, planned: PlannedStage, tokens: int, activations: float, tensor: int
-) -> float:
-    """Bytes of activations with rematerialisation: each layer's input and what is named, and one layer's whole."""
-    config, item = network.config, planned.precision.dtype.itemsize
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    named = {
-        "queries": queries,
-        "keys": keys,
-        "values": keys,
-        "attention_out": queries,
-        "mlp_gate": config.intermediate_size,
-        "mlp_up": config.intermediate_size,
-    }
-    layers = config.num_layers - first_to_train(network, planned.method.trains)
-    whole = 4 * config.hidden_size + (2 * item * config.hidden_size if remat.products else 0)
-    inner = sum(named.values()) if remat.products else 0
-    kept = whole + item * (inner + sum(named[name] for name in remat.keep)) / tensor
-    return tokens * layers * kept + activations / max(1, layers)
 
 
 def _sent(planned: PlannedStage, network: Network, shape: MeshShape, tokens: int) -> dict[str, float]:

@@ -145,8 +145,9 @@ def _bytes_of(directory: SweepDirectory, recipe: Recipe) -> int:
     hf_config = read_config(directory.shared.source(recipe.base))
     config, sizes = family_for(hf_config).config_from_hf(hf_config), [0]
     for stage in recipe.stages:
+        layout = dataclasses.replace(stage.method.layout(config), remat=stage.remat)
         memory = stage_memory(
-            abstract_decoder(stage.method.layout(config), stage.method.lora_config()),
+            abstract_decoder(layout, stage.method.lora_config()),
             stage.method.trains,
             stage.optimizer,
             ema=stage.ema,

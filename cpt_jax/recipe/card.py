@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
@@ -33,10 +34,23 @@ def model_card(recipe: Recipe, export: Export, entries: Sequence[dict], tokens: 
         "## Data\n\n" + _data(recipe.domains, tokens),
         "## Training\n\n" + _training(recipe.stages),
         "<details><summary>The whole recipe</summary>\n\n```json\n"
-        + json.dumps(to_json(recipe), ensure_ascii=False, indent=1)
+        + json.dumps(_without_places(to_json(recipe)), ensure_ascii=False, indent=1)
         + "\n```\n\n</details>",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _without_places(value: Any) -> Any:
+    """Settings with local files by their names alone: where they lie is nobody else's business."""
+    if isinstance(value, dict):
+        return {key: each if key == "samples" else _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return _file_name(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _file_name(place: str) -> str:
+    return place.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _is_hub_id(base: str) -> bool:
@@ -44,7 +58,7 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _summary(recipe: Recipe, export: Export) -> str:
-    base = recipe.base if _is_hub_id(recipe.base) else recipe.base.rstrip("/").rsplit("/", 1)[-1]
+    base = recipe.base if _is_hub_id(recipe.base) else _file_name(recipe.base)
     learnt, kept = (", ".join(recipe.named(role)) for role in ("new", "replay"))
     lines = [f"`{base}`, continued in pre-training on {learnt}" + (f", with {kept} replayed." if kept else ".")]
     if recipe.vocabulary is not None:
@@ -78,7 +92,7 @@ def _data(domains: Sequence[Domain], tokens: dict[str, int]) -> str:
         [
             domain.name,
             ROLES[domain.role],
-            f"`{domain.corpus.spec.rstrip('/').rsplit('/', 1)[-1] if '://' not in domain.corpus.spec else domain.corpus.spec}`",
+            f"`{domain.corpus.spec if '://' in domain.corpus.spec else _file_name(domain.corpus.spec)}`",
             f"{tokens[domain.name]:,}" if domain.name in tokens else "-",
         ]
         for domain in domains

@@ -77,9 +77,9 @@ class RunContext:
         longest = max(
             [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
         )
-        if longest > model.config.max_position_embeddings:
+        if longest > model.config.context_length:
             raise UserError(
-                f"sequence_length {longest} is longer than the model's context of {model.config.max_position_embeddings}: lower it in the stages and the evaluation"
+                f"sequence_length {longest} is longer than the model's context of {model.config.context_length}: lower it in the stages and the evaluation"
             )
         prompts = self.base_tokenizer.encode_marked(list(self.recipe.samples.prompts))
         ids = [[self.base_tokenizer.start_id, *prompt.ids] for prompt in prompts]

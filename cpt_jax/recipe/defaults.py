@@ -195,7 +195,7 @@ def adapt_recipe(
             f"there are {total} tokens to train on ({total_reason}): give more text, or --tokens {MIN_TOKENS} or more"
         )
     mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
-    context = network.config.max_position_embeddings
+    context = network.config.context_length
     shape: dict[str, Any] = (
         dict(batch_size=2, sequence_length=min(256, context))
         if on_cpu

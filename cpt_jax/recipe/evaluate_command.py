@@ -61,7 +61,7 @@ def _evaluate(model: str, domains: dict[str, _Domain], questions: dict[str, list
     directory = find_model(model)
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
-    length = min(SEQUENCE_LENGTH, loaded.config.max_position_embeddings)
+    length = min(SEQUENCE_LENGTH, loaded.config.context_length)
     packed = {name: domain.packed(tokenizer, length) for name, domain in domains.items()}
     network, weights = loaded.network, loaded.on_device(FLOAT32)
     bits, choices = {}, {}

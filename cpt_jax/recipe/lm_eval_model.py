@@ -66,7 +66,7 @@ class HarnessModel(TemplateLM):
         directory = find_model(pretrained)
         model = load_model(directory)
         check_fits(Tokenizer(directory), model.config.total_rows, directory)
-        context = model.config.max_position_embeddings
+        context = model.config.context_length
         if max_length is not None and not 1 <= max_length <= context:
             raise UserError(f"max_length is {max_length}: give 1 to {context}, the model's context")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)

@@ -204,6 +204,18 @@ def test_groups_that_are_none_or_no_text_are_counted(tmp_path):
         assert skipped == counts, name
 
 
+def test_a_parquet_column_that_is_not_said_to_be_text_is_read_as_text(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = ["wörter".encode(), b"caf\xe9", b"plain"]
+    pyarrow.parquet.write_table(pa.table({"text": pa.array(rows, pa.binary())}), tmp_path / "a.parquet")
+    skipped = SkipCounts()
+    found = read(Corpus(name="c", spec=str(tmp_path / "a.parquet")), skipped)
+    assert [document.text for document in found] == ["wörter", "plain"]
+    assert skipped == {"not UTF-8": 1}
+
+
 def test_held_out_documents_are_never_trained_on(tmp_path):
     texts = english(400)
     records = [{"text": text, "book": f"book {index // 8}"} for index, text in enumerate(texts)]

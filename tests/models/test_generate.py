@@ -18,7 +18,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.models.attention import Cache
 from cpt_jax.models.families import llama
-from cpt_jax.models.generate import Generation, _functions, context_length, generate
+from cpt_jax.models.generate import Generation, _functions, generate
 from cpt_jax.models.sampling import Sampling, choose, filtered, row_keys
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.generate_command import TextStream, read_prompts
@@ -87,7 +87,7 @@ def test_greedy_of_every_kind_of_layer_is_that_of_transformers(model_type, name,
     reference = reference_model(raw, tmp_path)
     model = load_model(tmp_path)
     prompts = some_prompts((2, 9, 16, 18), raw["vocab_size"])
-    new_tokens = min(40, context_length(model.config) - 18)
+    new_tokens = min(40, model.config.context_length - 18)
     expected = greedy_of_transformers(reference, prompts, new_tokens)
     assert generate(model.network, model.on_device(FLOAT32), prompts, new_tokens=new_tokens) == expected
 
@@ -103,7 +103,7 @@ def test_greedy_of_every_kind_of_layer_is_that_of_transformers(model_type, name,
     ],
 )
 def test_the_longer_texts_of_a_stretched_rotation_fit(name, changes, length):
-    assert context_length(llama.config_from_hf(config_json("llama", name) | changes)) == length
+    assert llama.config_from_hf(config_json("llama", name) | changes).context_length == length
 
 
 def test_the_cache_is_in_the_computations_type_and_its_memory_is_used_again(tiny):

@@ -87,6 +87,8 @@ def test_what_leads_to_the_same_tokenizer_trains_nothing_again(recipe, copy):
     assert {"hold-out-other", "evaluate-lora-last", "model-card"} <= {*begun}
     card = (copy / "export" / "README.md").read_text()
     assert "| other | measured only |" in card
+    assert str(Path(recipe.base).parent) not in card, "where local files lie is told to nobody"
+    assert '"spec": "other.jsonl"' in card
 
 
 def test_what_is_no_part_of_the_base_or_of_its_text_changes_nothing(recipe, copy):

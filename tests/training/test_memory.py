@@ -74,6 +74,30 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
     assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    "remat",
+    [Remat(), Remat(products=True), Remat(keep=("mlp_up", "attention_out"))],
+    ids=["whole", "products", "by name"],
+)
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=4, alpha=8)], ids=["full", "lora"])
+def test_with_rematerialisation_layers_keep_what_is_on_paper_too(method, remat):
+    def paper(remat) -> int:
+        config = method.layout(tiny_config(**SIZES, attention="blocks", remat=remat))
+        return stage_memory(
+            abstract_decoder(config, method.lora_config()),
+            method.trains,
+            AdamW(learning_rate=1.0),
+            precision=Precision(compute="bfloat16"),
+            rows=ROWS,
+            sequence_length=LENGTH,
+        ).activations
+
+    config = method.layout(tiny_config(**SIZES, attention="blocks", remat=remat))
+    # And one layer's whole, while its gradient is computed.
+    a_layer = paper(None) / SIZES["num_layers"]
+    assert paper(remat) - a_layer == pytest.approx(kept_by_layers(config, method, "bfloat16"), rel=0.2)
+
+
 def test_where_products_are_kept_adapters_own_are_computed_again():
     """But for A's, whatever the rank: 64 is more than most of these layers' outputs are wide."""
 
