@@ -80,9 +80,10 @@ def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_toke
         if not prompt:
             raise UserError(f"prompt {number} is empty: give at least one token")
         if len(prompt) + new_tokens > limit:
+            room = limit - len(prompt)
             raise UserError(
                 f"the {len(prompt)} tokens of prompt {number} and {new_tokens} new ones do not fit in the model's context of {limit}: "
-                f"shorten the prompt, or ask for {max(limit - len(prompt), 0)} new tokens at most"
+                f"shorten the prompt{f', or ask for {room} new tokens at most' if room > 0 else ''}"
             )
 
 

@@ -13,6 +13,7 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 class Limits:
     """Beyond these the extension is refused: shares between 0 and 1.
 
+    `old_documents_changed`: of the old documents, cut into other tokens than before; one alone passes, unless this is 0.
     `old_tokens_added`: how many more tokens old text may take. `slow_fast_differences`: documents on which
     SentencePiece and tokenizer.json may differ.
     """
@@ -170,7 +171,11 @@ def check(
         if corpus["name"] in old:
             advice = "lower the number of new pieces (--new-tokens)"
             what = f"of the old documents ({corpus['name']}) are tokenised differently"
-            _within(corpus["documents_changed"], limits.old_documents_changed, "old_documents_changed", what, advice)
+            limit = limits.old_documents_changed
+            if limit:
+                # Of 17 documents one is 5.9%: that is chance.
+                limit = max(limit, 1 / len(corpora[corpus["name"]]))
+            _within(corpus["documents_changed"], limit, "old_documents_changed", what, advice)
             what = f"more tokens are needed for the old documents ({corpus['name']})"
             _within(corpus["tokens_change"], limits.old_tokens_added, "old_tokens_added", what, advice)
     _within(

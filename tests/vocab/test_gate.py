@@ -145,6 +145,15 @@ def test_old_text_that_changed_is_refused_with_the_share(bases, good):
     pass_gate(bases["gpt2"], good["gpt2"], old=OLD[:45] + chinese(15), old_documents_changed=0.25)
 
 
+def test_a_single_old_document_that_changed_is_chance(bases, good):
+    """Of few documents it is more than the limit of 5%."""
+    pass_gate(bases["gpt2"], good["gpt2"], old=OLD[:11] + chinese(1), old_tokens_added=1)
+    with pytest.raises(UserError, match=r"^15\.4% of the old documents"):
+        pass_gate(bases["gpt2"], good["gpt2"], old=OLD[:11] + chinese(2))
+    with pytest.raises(UserError, match=r"^8\.3% of the old documents .* limit of 0\.0%"):
+        pass_gate(bases["gpt2"], good["gpt2"], old=OLD[:11] + chinese(1), old_documents_changed=0)
+
+
 def test_more_tokens_for_old_text_are_refused_with_the_share(bases, tmp_path):
     """Scores of zero cut old words at the new pieces' borders."""
     extend(bases["bpe"], Union(new_tokens=60, scores="zero"), compounds(400), [], tmp_path / "out")
