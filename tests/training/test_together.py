@@ -221,8 +221,8 @@ def test_a_process_of_the_feed_that_was_killed_is_told(directories):
         (child,) = multiprocessing.active_children()
         child.kill()
         with pytest.raises(UserError, match="a process that makes batches ended too early"):
-            # What it had sent is used first.
-            for _ in range(10):
+            # What it had sent, as much as a pipe holds, is used first.
+            for _ in range(10_000):
                 next(feed)
     finally:
         feed.close()
