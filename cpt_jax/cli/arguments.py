@@ -54,6 +54,27 @@ def whole_number(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number, as in 1000000 or 1e6")
 
 
+def text_field_of(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+
+
+def chat_of(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--chat",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="corpora that hold conversations: answers are learnt",
+    )
+
+
+def chat_template_of(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
+    )
+
+
 def texts_and_learning(sub: argparse.ArgumentParser) -> None:
     """What `tokenizer extend` and `tokenizer report --curve` learn from, and how."""
     spec: dict[str, Any] = dict(action="extend", nargs="+", metavar="SPEC")
@@ -93,7 +114,7 @@ def texts_and_learning(sub: argparse.ArgumentParser) -> None:
         help="of more text than this, documents chosen by hash (default 200,000,000; to compare, 20,000,000 a corpus)",
     )
     sub.add_argument("--heldout-share", type=float, default=0.1, help="of documents, by hash (default 0.1)")
-    sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
+    text_field_of(sub)
 
 
 def trackers_of(sub: argparse.ArgumentParser) -> None:

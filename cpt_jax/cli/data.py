@@ -3,23 +3,11 @@
 import argparse
 from typing import Any
 
-from cpt_jax.cli.arguments import named_spec, on_disk
+from cpt_jax.cli.arguments import chat_of, chat_template_of, named_spec, text_field_of
 from cpt_jax.core.stores import location
 
 # Where the steps run: by processes of this machine, or by a runner of Apache Beam.
 RUNNERS = ("local", "DirectRunner", "dataflow", "flink", "spark")
-
-
-def _texts(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
-    sub.add_argument(
-        "--chat",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="corpora that hold conversations: answers are learnt",
-    )
 
 
 def _cleaning(sub: argparse.ArgumentParser) -> None:
@@ -59,10 +47,9 @@ def data_prepare_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokenizer", required=True, help="its directory, or a hub id")
     sub.add_argument("--input", required=True, **spec)
     sub.add_argument("--out", required=True, type=location, help="a directory, or an address as gs://BUCKET/DATA")
-    _texts(sub)
-    sub.add_argument(
-        "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
-    )
+    text_field_of(sub)
+    chat_of(sub)
+    chat_template_of(sub)
     _cleaning(sub)
     sub.add_argument("--runner", choices=RUNNERS, default="local", help="of Apache Beam, but the first (default local)")
     sub.add_argument(
@@ -76,7 +63,8 @@ def data_prepare_of(sub: argparse.ArgumentParser) -> None:
 def data_stats_of(sub: argparse.ArgumentParser) -> None:
     """The flags of `data stats`."""
     sub.add_argument("data", nargs="+", metavar="DIR|NAME=SPEC", help="prepared directories, or corpora as they are")
-    _texts(sub)
+    text_field_of(sub)
+    chat_of(sub)
     _cleaning(sub)
     sub.add_argument("--html", type=location, help="also write a self-contained page to this file")
     sub.add_argument("--json", type=location, help="also write the figures to this file")

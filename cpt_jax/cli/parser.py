@@ -6,10 +6,13 @@ from typing import Any
 from cpt_jax.cli import handlers
 from cpt_jax.cli.arguments import (
     Commands,
+    chat_of,
+    chat_template_of,
     named_spec,
     on_disk,
     plan_of,
     replay_and_forgetting,
+    text_field_of,
     tokenizer_extend_of,
     tokenizer_report_of,
     trackers_of,
@@ -56,22 +59,6 @@ def parser() -> argparse.ArgumentParser:
 
     def group(name: str, help: str):
         return commands.add_parser(name, help=help).add_subparsers(required=True, metavar="COMMAND")
-
-    def text_field(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--text-field", default="text", help="the field that holds a record's text")
-
-    def chat(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--chat",
-            action="extend",
-            nargs="+",
-            default=[],
-            metavar="NAME",
-            help="corpora that hold conversations: answers are learnt",
-        )
-        sub.add_argument(
-            "--chat-template", type=on_disk, metavar="FILE", help="Jinja (default: the tokenizer's own chat template)"
-        )
 
     def json_out(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", type=location, help="also write the figures to this file")
@@ -141,8 +128,9 @@ def parser() -> argparse.ArgumentParser:
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
     machine(sub)
-    text_field(sub)
-    chat(sub)
+    text_field_of(sub)
+    chat_of(sub)
+    chat_template_of(sub)
 
     sub = command(
         commands, "run", handlers.run, "Runs a recipe; called again, it continues where it stopped.", overrides=True
@@ -214,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--probe", type=int, metavar="STEPS", help="train each kind of rows so long, and take the best")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", required=True, type=location)
-    text_field(sub)
+    text_field_of(sub)
     json_out(sub)
     sub = command(
         model, "inspect", handlers.model_inspect, "Family, sizes, the table of parameters, and what would train."
@@ -247,8 +235,9 @@ def parser() -> argparse.ArgumentParser:
         help='questions to answer, {"question": ..., "choices": [...], "answer": 0} each',
     )
     sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
-    text_field(sub)
-    chat(sub)
+    text_field_of(sub)
+    chat_of(sub)
+    chat_template_of(sub)
     json_out(sub)
 
     command(
