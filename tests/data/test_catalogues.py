@@ -94,7 +94,7 @@ def test_bytes_beside_the_text_of_tfds_are_left(monkeypatch):
     skipped = SkipCounts()
     found = [document.text for document in read(Corpus(name="c", spec="tfds:pictures"), skipped)]
     assert found == ["good", "国"]
-    assert skipped == {"no text field 'text'": 1}
+    assert skipped == {"not UTF-8": 1}
 
 
 def test_a_part_of_a_tfds_split(place):

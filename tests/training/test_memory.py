@@ -48,8 +48,10 @@ def kept_by_layers(config, method, compute) -> int:
     for loop in loops:
         of_layers = loop.params["length"] in (config.num_layers, *dict(config.layer_groups).values())
         if of_layers and not loop.params["reverse"]:
-            stacked = loop.outvars[loop.params["num_carry"] :]
-            kept += sum(each.aval.size * each.aval.dtype.itemsize for each in stacked)
+            # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
+            inner = loop.params["jaxpr"].out_avals
+            avals = [each.aval for each, one in zip(loop.outvars, inner, strict=True) if each.aval.ndim > one.ndim]
+            kept += sum(aval.size * aval.dtype.itemsize for aval in avals)
     return kept
 
 
