@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cpt_jax.checkpoint import intact
 from cpt_jax.core.errors import TRY_AGAIN
-from cpt_jax.core.journal import JOURNAL, read_journal
+from cpt_jax.core.journal import JOURNAL
+from cpt_jax.core.storage import read_objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Fire:
 
     def begun(self) -> list[int]:
         """The first step of each session."""
-        return [event["first"] for event in read_journal(self.directory / JOURNAL) if event["event"] == "training"]
+        return [event["first"] for event in read_objects(self.directory / JOURNAL) if event["event"] == "training"]
 
     def stepped(self, sessions: int) -> bool:
         """Whether the session after so many has done a step."""

@@ -31,8 +31,6 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     if (path / ADAPTER).exists() and not (path / "config.json").exists():
         return _made(_states([*_files(path), *_files_of_base(path)]), cache, lambda: _merge_adapter(path, cache))
     if path.is_dir():
-        if (path / "stages").is_dir() and (path / "eval.json").exists():
-            raise UserError(f"{base} is a run's directory: its model is in {path / 'export'}")
         return path
     if base.endswith(".gguf"):
         if not is_address(base) and not path.exists():

@@ -33,17 +33,6 @@ def _ends_a_line(file: IO[bytes]) -> bool:
     return file.read(1) == b"\n"
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The events in order; lines that were cut off are left out."""
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
-
-
 # Importing what a command needs takes seconds; an older process (a notebook) was not started for this run.
 _OLD = 120.0
 

@@ -60,10 +60,12 @@ def write_json_atomic(path: Path, value: object) -> None:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that holds one a line, as far as they are written: [] without a file, and without a last line
-    that was cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The objects of a file that holds one a line, in order: [] without a file, and without lines that were cut off."""
+    objects = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            objects.append(json.loads(line))
+    return objects
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
+from cpt_jax.recipe.find import model_named
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
@@ -181,6 +182,7 @@ def adapt_recipe(
     corpora = named_corpora([*new, *replay, *watch], text_field, chat)
     roles: list[Role] = [role for role, specs in given.items() for _ in specs]
     domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
+    base = model_named(base)
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))

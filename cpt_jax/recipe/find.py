@@ -24,8 +24,18 @@ def find_model(name: str) -> Path:
     Raises:
       UserError: there is none, or the run has no export yet.
     """
+    name = model_named(name)
+    return resolve_base(name, _cache_of(name))
+
+
+def model_named(name: str) -> str:
+    """A model's name as it is, and that of a run's export for the run.
+
+    Raises:
+      UserError: the run has no export yet.
+    """
     if is_address(name):
-        name = _stored_model(name.rstrip("/"))
+        return _stored_model(name.rstrip("/"))
     path = Path(name).expanduser()
     config = path / "config.json"
     # A run's config.json is its recipe.
@@ -34,9 +44,8 @@ def find_model(name: str) -> Path:
             raise UserError(
                 f"{name} is a run without an export: finish it with `cpt run {config} --workdir {path}`, or give a model's directory"
             )
-        path = path / "export"
-        name = str(path)
-    return resolve_base(name, _cache_of(name))
+        return str(path / "export")
+    return name
 
 
 def find_tokenizer(name: str) -> Path:

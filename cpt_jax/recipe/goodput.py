@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from cpt_jax.core.journal import JOURNAL, read_journal
+from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
 from cpt_jax.core.storage import read_objects
 
@@ -29,7 +29,7 @@ def goodput(run: Path) -> dict[str, float]:
     checkpoints: the loop waits for them. steps computed again: after a restart, those behind the checkpoint. What was
     under way when a process was killed, and the time until the next start, is "not running, or cut off".
     """
-    events = read_journal(run / JOURNAL)
+    events = read_objects(run / JOURNAL)
     # Starts that found all done, as one that exports, are not the run's.
     while len(events) > 1 and events[-1]["event"] == "run":
         events.pop()

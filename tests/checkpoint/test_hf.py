@@ -215,14 +215,6 @@ def test_a_base_that_is_nowhere_is_told(tmp_path, monkeypatch, name):
         resolve_base(name, tmp_path / "cache")
 
 
-def test_a_run_given_as_a_base_says_where_its_model_is(tmp_path):
-    (tmp_path / "run" / "stages").mkdir(parents=True)
-    for name in ("config.json", "eval.json"):
-        (tmp_path / "run" / name).write_text("{}")
-    with pytest.raises(UserError, match=f"is a run's directory: its model is in {tmp_path}/run/export"):
-        resolve_base(str(tmp_path / "run"), tmp_path / "cache")
-
-
 def hub(monkeypatch, directory: Path) -> list[tuple[str, list[str]]]:
     """Every hub id is in this directory; what was asked for: ids, and which of the files that hubs have."""
     import huggingface_hub

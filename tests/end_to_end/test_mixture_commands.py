@@ -7,8 +7,9 @@ import pytest
 from inputs import chinese, english, write_jsonl
 
 from cpt_jax.adapt import Full
-from cpt_jax.core.journal import JOURNAL, read_journal
+from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.precision import Precision
+from cpt_jax.core.storage import read_objects
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.sources import Corpus
@@ -101,12 +102,12 @@ def test_another_mixture_goes_on_from_the_checkpoint_and_one_given_too_late_begi
     ramp = Ramp(start={"zh": 0.5, "en": 0.5}, end={"zh": 0.9, "en": 0.1})
     changed = dataclasses.replace(first, stages=(dataclasses.replace(first.stages[0], mixture=ramp),))
     run(changed, workdir, only="train", update=True)
-    lines, events = metrics(workdir), read_journal(workdir / JOURNAL)
+    lines, events = metrics(workdir), read_objects(workdir / JOURNAL)
     assert [line["loss"] for line in lines[:4]] == [line["loss"] for line in begun[:4]]
     assert len(lines) == 16
     assert [event["station"] for event in events if event["event"] == "changed"] == ["stage-all"]
     assert [event["first"] > 1 for event in events if event["event"] == "training"] == [False, True]
     # It is done: what it learnt from another mixture would be another model.
     run(first, workdir, only="train", update=True)
-    events = read_journal(workdir / JOURNAL)
+    events = read_objects(workdir / JOURNAL)
     assert [event["first"] > 1 for event in events if event["event"] == "training"] == [False, True, False]

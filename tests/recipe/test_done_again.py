@@ -11,8 +11,9 @@ from inputs import chinese, english, write_jsonl
 
 from cpt_jax.adapt import LoRA
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.journal import JOURNAL, read_journal
+from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.precision import Precision
+from cpt_jax.core.storage import read_objects
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
@@ -63,9 +64,9 @@ def copy(finished, tmp_path) -> Path:
 
 def begun_by(recipe: Recipe, workdir: Path) -> list[str]:
     """The stations that another start begins."""
-    before = len(read_journal(workdir / JOURNAL))
+    before = len(read_objects(workdir / JOURNAL))
     run(recipe, workdir, update=True)
-    return [event["station"] for event in read_journal(workdir / JOURNAL)[before:] if event["event"] == "begin"]
+    return [event["station"] for event in read_objects(workdir / JOURNAL)[before:] if event["event"] == "begin"]
 
 
 @pytest.mark.parametrize("station", ["tokenizer", "stage-lora", "export", "model-card"])

@@ -1,16 +1,21 @@
 """Values that cannot be run with are told before anything is computed, with what to give instead."""
 
 import dataclasses
+import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
+from inputs import chinese
 
 from cpt_jax.adapt import Full
+from cpt_jax.cli.parser import parser
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
-from cpt_jax.recipe.find import find_recipe
+from cpt_jax.recipe.defaults import adapt_recipe
+from cpt_jax.recipe.find import find_recipe, model_named
 from cpt_jax.recipe.generate_command import read_prompts
 from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
 from cpt_jax.recipe.run import Pipeline, export_run
@@ -82,3 +87,18 @@ def test_a_prompt_may_hold_any_separator_but_the_line_s(tmp_path):
     (tmp_path / "prompts.txt").write_text("\r\n".join(prompts), encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.jsonl") == prompts
     assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+def test_a_run_as_a_base_of_cpt_adapt_is_its_export(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"name": "run", "stages": []}))
+    with pytest.raises(UserError, match="is a run without an export"):
+        model_named(str(tmp_path))
+    (tmp_path / "export").symlink_to(tiny_model)
+    texts = tmp_path / "zh.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
+    words = ["adapt", "--base", str(tmp_path), "--new", f"zh={texts}", "--workdir", str(tmp_path / "new")]
+    arguments, _ = parser().parse_known_args([*words, "--tokens", "1000"])
+    given = inspect.signature(adapt_recipe).parameters
+    values = {name: getattr(arguments, name) for name in given} | {"workdir": Path(arguments.workdir)}
+    recipe, _ = adapt_recipe(**values)
+    assert recipe.base == str(tmp_path / "export")

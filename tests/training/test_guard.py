@@ -15,7 +15,8 @@ from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.intact import steps
 from cpt_jax.checkpoint.train_state import Checkpoints, read_trained
 from cpt_jax.core.errors import TRY_AGAIN, Preempted, UserError
-from cpt_jax.core.journal import Journal, read_journal
+from cpt_jax.core.journal import Journal
+from cpt_jax.core.storage import read_objects
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.guard import Preemption, ends_when_asked
 from cpt_jax.training.loop import train
@@ -46,7 +47,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(directorie
     again = train(training(directories, cut, method, journal=journal))
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert losses(cut) == losses(tmp_path / "whole")
-    events = [(event["event"], event.get("first")) for event in read_journal(tmp_path / "events.jsonl")]
+    events = [(event["event"], event.get("first")) for event in read_objects(tmp_path / "events.jsonl")]
     assert events == [("training", 1), ("preempted", None), ("training", 5), ("trained", None)]
 
 
