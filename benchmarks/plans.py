@@ -175,7 +175,7 @@ def _point(chips: int, plan: dict) -> dict:
 
 
 def draw(points: list[dict]) -> None:
-    from cpt_jax.recipe.plots import new_figure
+    from cpt_jax.report.plots import new_figure
 
     figure, (memory, sent, mfu) = new_figure(3, 12, 3.6)
     chips, compiled = [point["chips"] for point in points], [point for point in points if "total" in point]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cpt_jax.core.storage import write_json_atomic
-from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
 from experiments.replay_share import SHARES
 
 RESULTS, PLOTS = Path("experiments/results"), Path("experiments/plots")

@@ -22,8 +22,8 @@ from cpt_jax.laws.answer import HIGH, LOW, Budget, answer, fit_both
 from cpt_jax.laws.critical import fit_power
 from cpt_jax.laws.fit import Law, fit_law
 from cpt_jax.laws.points import Point
-from cpt_jax.recipe.many_plots import BAND, tokens_text
-from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+from cpt_jax.report.many_plots import BAND, tokens_text
+from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
 from experiments.published_figures import (
     CHEMISTRY,
     CHEMISTRY_SHARE,

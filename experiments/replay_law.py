@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cpt_jax.laws.answer import Budget, answer, fit_both
 from cpt_jax.laws.points import read_points
-from cpt_jax.recipe.law_page import formula
-from cpt_jax.recipe.many_plots import held_out_text
+from cpt_jax.report.law_page import formula
+from cpt_jax.report.many_plots import held_out_text
 
 RESULTS = Path("experiments/results")
 TOKENS = 2e6

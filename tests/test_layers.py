@@ -17,7 +17,9 @@ ORDER = [
     "evaluate",
     "laws",
     "training",
+    "report",
     "recipe",
+    "sweep",
     "plan",
     "cli",
 ]

@@ -218,9 +218,9 @@ def doctor(arguments: argparse.Namespace, _: list[str]) -> None:
 def report(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.core.errors import UserError
     from cpt_jax.core.stores import location
-    from cpt_jax.recipe.many import is_sweep
-    from cpt_jax.recipe.many_report import write_runs_report
-    from cpt_jax.recipe.report import write_report
+    from cpt_jax.report.many import is_sweep
+    from cpt_jax.report.many_report import write_runs_report
+    from cpt_jax.report.run_report import write_report
 
     runs = arguments.run
     several = is_sweep(runs[0]) or len(runs) > 1

@@ -56,7 +56,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
 def sweep(arguments: argparse.Namespace, _: list[str]) -> None:
     import shlex
 
-    from cpt_jax.recipe.sweep import Manner, sweep
+    from cpt_jax.sweep.sweep import Manner, sweep
 
     names = ("together", "at_once", "queue", "exports", "update")
     manner = Manner(

@@ -19,7 +19,7 @@ from cpt_jax.plan.search import Candidate, candidates, remat_name, remat_named, 
 from cpt_jax.plan.stage import PlannedStage, planned_stages
 from cpt_jax.recipe.find import apply_overrides, find_model, find_recipe
 from cpt_jax.recipe.recipe import Stage
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.tables import text_table
 from cpt_jax.sharding.mesh import MeshShape
 
 METHODS: dict[str, Method] = {"full": Full(), "lora": LoRA(rank=16, alpha=32), "new-rows": Embeddings(rows="new")}

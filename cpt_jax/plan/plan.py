@@ -9,7 +9,7 @@ from cpt_jax.plan.memory import ChipMemory, chip_memory
 from cpt_jax.plan.paper import PaperStep, on_paper
 from cpt_jax.plan.roofline import Roofline, roofline
 from cpt_jax.plan.stage import CompiledStage, PlannedStage, compile_stage
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.tables import text_table
 from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.sharding.mesh import AXES, MeshShape
 

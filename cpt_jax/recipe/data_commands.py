@@ -14,8 +14,8 @@ from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import MANIFEST, STATISTICS, Manifest, read_manifest
 from cpt_jax.data.sources import named_corpora
 from cpt_jax.data.steps import Task
-from cpt_jax.recipe.data_page import data_page, figures_of, summary
 from cpt_jax.recipe.find import find_tokenizer
+from cpt_jax.report.data_page import data_page, figures_of, summary
 
 
 def prepare_data(

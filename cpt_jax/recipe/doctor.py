@@ -25,10 +25,10 @@ from cpt_jax.data.prepare import MANIFEST, read_manifest
 from cpt_jax.data.records import shard_fault
 from cpt_jax.recipe.export import GATE, logit_difference, numpy_type
 from cpt_jax.recipe.lineage import Lineage
-from cpt_jax.recipe.many import is_sweep
 from cpt_jax.recipe.mirror import examined
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
+from cpt_jax.report.many import is_sweep
 from cpt_jax.training.ending import ended_early
 from cpt_jax.vocab.tokenizer import Tokenizer
 

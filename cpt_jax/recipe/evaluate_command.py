@@ -17,7 +17,7 @@ from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_question
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.tables import text_table
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Text is read in rows of so many tokens, four at a time; questions, in batches of as many tokens.

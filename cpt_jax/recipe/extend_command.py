@@ -12,8 +12,8 @@ from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import corpora_of, texts_of
 from cpt_jax.recipe.find import find_model, find_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
-from cpt_jax.recipe.report import text_table
 from cpt_jax.recipe.rows import Growth, Probe, best_rows
+from cpt_jax.report.tables import text_table
 from cpt_jax.vocab.init_rows import NAMED_ROWS, NEEDS_TEXT, InitRows, Wechsel
 
 

@@ -14,7 +14,7 @@ from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.linear import LINEARS
 from cpt_jax.optim.optimizer import OPTIMIZERS
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.tables import text_table
 from cpt_jax.training.memory import stage_memory
 
 HEADER = ("weight", "shape", "type in files", "axes", "parameters", "MB")

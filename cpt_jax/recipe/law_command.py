@@ -10,11 +10,11 @@ from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, fetched, is_address, write_json, written_beside
 from cpt_jax.laws.answer import Budget, fit_both
 from cpt_jax.laws.points import Point, read_points
-from cpt_jax.recipe.law_page import Study, study_section, study_text
-from cpt_jax.recipe.many import find_runs
-from cpt_jax.recipe.many_report import STYLE
-from cpt_jax.recipe.page import page
-from cpt_jax.recipe.side_by_side import alike, points_of
+from cpt_jax.report.law_page import Study, study_section, study_text
+from cpt_jax.report.many import find_runs
+from cpt_jax.report.many_report import STYLE
+from cpt_jax.report.page import page
+from cpt_jax.report.side_by_side import alike, points_of
 
 
 def law(

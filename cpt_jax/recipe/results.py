@@ -17,8 +17,8 @@ from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
 from cpt_jax.recipe.recipe import Domain, Export
-from cpt_jax.recipe.report import write_report
-from cpt_jax.recipe.samples_page import Sample, samples_page
+from cpt_jax.report.run_report import write_report
+from cpt_jax.report.samples_page import Sample, samples_page
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.vocab.tokenizer import Tokenizer
 

@@ -25,11 +25,11 @@ from cpt_jax.data.steps import Task
 from cpt_jax.data.tfds_format import DATASET_INFO, FEATURES
 from cpt_jax.recipe.find import saved_recipe
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage
-from cpt_jax.recipe.report import domain_table
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stages import Stages
 from cpt_jax.recipe.stations import Workdir
 from cpt_jax.recipe.vocabulary_stations import VocabularyStations
+from cpt_jax.report.run_report import domain_table
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.profile import ProfiledSteps

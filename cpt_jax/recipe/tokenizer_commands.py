@@ -19,8 +19,8 @@ from cpt_jax.models.families import family_for
 from cpt_jax.recipe.find import find_tokenizer
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
-from cpt_jax.recipe.tokenizer_curve import curve_text, write_curve_picture
-from cpt_jax.recipe.tokenizer_report import report_text, write_page
+from cpt_jax.report.tokenizer_curve import curve_text, write_curve_picture
+from cpt_jax.report.tokenizer_report import report_text, write_page
 from cpt_jax.vocab.extend import TOKENIZER_PREFIXES, ContinuedBPE, Extension, Union
 from cpt_jax.vocab.fertility import ModelSizes, compare, curve, speed
 from cpt_jax.vocab.gate import Limits, moved_ids, piece_use, slow_fast_differences

@@ -17,12 +17,12 @@ from inputs import chinese, english, write_jsonl
 from tensorboard.backend.event_processing import event_accumulator
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.recipe import groups, queues
 from cpt_jax.recipe.experiment import named_runs
 from cpt_jax.recipe.find import find_recipe
-from cpt_jax.recipe.groups import groups_of
 from cpt_jax.recipe.run import run
-from cpt_jax.recipe.sweep import Manner, Pace, sweep
+from cpt_jax.sweep import groups, queues
+from cpt_jax.sweep.groups import groups_of
+from cpt_jax.sweep.sweep import Manner, Pace, sweep
 
 pytestmark = pytest.mark.slow
 EXPERIMENT = """

@@ -6,8 +6,8 @@ import pytest
 from inputs import chinese, english, hf_config, tiny_config, write_jsonl, write_tokenizer
 
 from cpt_jax.cli import main
-from cpt_jax.recipe.tokenizer_curve import curve_sentences
-from cpt_jax.recipe.tokenizer_report import spans
+from cpt_jax.report.tokenizer_curve import curve_sentences
+from cpt_jax.report.tokenizer_report import spans
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 
 from cpt_jax.cli import main
 from cpt_jax.core.stores import Store
-from cpt_jax.recipe.many import find_runs
-from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.report.many import find_runs
+from cpt_jax.sweep.directory import SweepDirectory
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus
-from cpt_jax.recipe import at_once
-from cpt_jax.recipe.many import find_runs, mean_shares, read_run
-from cpt_jax.recipe.many_plots import points_plot
-from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.mirror import MARKS
-from cpt_jax.recipe.plots import curves_plot, new_figure, saved
 from cpt_jax.recipe.recipe import Domain, Recipe
-from cpt_jax.recipe.side_by_side import columns_of, pareto_front, settings_of_runs
-from cpt_jax.recipe.sweep import Manner, planned
-from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.report.many import find_runs, mean_shares, read_run
+from cpt_jax.report.many_plots import points_plot
+from cpt_jax.report.many_report import write_runs_report
+from cpt_jax.report.plots import curves_plot, new_figure, saved
+from cpt_jax.report.side_by_side import columns_of, pareto_front, settings_of_runs
+from cpt_jax.sweep import at_once
+from cpt_jax.sweep.directory import SweepDirectory
+from cpt_jax.sweep.sweep import Manner, planned
 from cpt_jax.training.ending import end_early
 
 

@@ -12,8 +12,8 @@ from typing import IO
 from cpt_jax.core.errors import TRY_AGAIN
 from cpt_jax.core.progress import say
 from cpt_jax.recipe.recipe import Recipe
-from cpt_jax.recipe.sweep import Manner, Pace, command_of
-from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.sweep.directory import SweepDirectory
+from cpt_jax.sweep.sweep import Manner, Pace, command_of
 
 # What a process takes beside its arrays: JAX, the tokenizer, what it compiles.
 OVERHEAD = 1_500_000_000

@@ -15,9 +15,8 @@ from cpt_jax.laws.critical import CriticalLaw, critical_law
 from cpt_jax.laws.fit import Law
 from cpt_jax.laws.form import PARAMETERS
 from cpt_jax.laws.points import Point
-from cpt_jax.recipe.many_plots import held_out_text, law_plot, tokens_text
-from cpt_jax.recipe.page import html_table
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.many_plots import held_out_text, law_plot, tokens_text
+from cpt_jax.report.tables import html_table, text_table
 
 BUDGETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 

@@ -14,12 +14,12 @@ from cpt_jax.core.progress import clock, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, location, state_of
 from cpt_jax.data.sources import files_of
-from cpt_jax.recipe.many_report import write_runs_report
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Recipe
-from cpt_jax.recipe.report import text_table
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
+from cpt_jax.report.many_report import write_runs_report
+from cpt_jax.report.tables import text_table
 
 SWEEP = "sweep.json"
 

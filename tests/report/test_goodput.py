@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cpt_jax.recipe.goodput import CAUSES, goodput, goodput_section
+from cpt_jax.report.goodput import CAUSES, goodput, goodput_section
 
 EVENTS = [
     {"at": 102, "event": "run", "started": 100},

@@ -4,8 +4,8 @@ import html
 import json
 from pathlib import Path
 
-from cpt_jax.recipe.page import html_table
-from cpt_jax.recipe.plots import watch_plot
+from cpt_jax.report.plots import watch_plot
+from cpt_jax.report.tables import html_table
 from cpt_jax.training.ending import ended_early
 from cpt_jax.training.watch import read_watch
 

@@ -15,7 +15,7 @@ from cpt_jax.core.stores import Location, Store, glob_addresses, is_address, rea
 from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
-from cpt_jax.recipe.report import final_label, grid, is_reported, load_run
+from cpt_jax.report.run_report import final_label, grid, is_reported, load_run
 from cpt_jax.training.ending import ended_early
 
 Curve = list[tuple[int, float]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.laws.points import Point
-from cpt_jax.recipe.many import RunFacts
+from cpt_jax.report.many import RunFacts
 
 # The share of replay, the tokens and the size stand for these where runs are set side by side.
 _STOOD_FOR = re.compile(r"name|seed|stages\.\d+\.(tokens|mixture(\..*)?)")

@@ -11,8 +11,8 @@ from pathlib import Path
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
 from cpt_jax.recipe.recipe import Recipe
-from cpt_jax.recipe.sweep import Manner, command_of
-from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.sweep.directory import SweepDirectory
+from cpt_jax.sweep.sweep import Manner, command_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.storage import write_text_atomic
-from cpt_jax.recipe.page import html_table, page
-from cpt_jax.recipe.report import pieces_to_look_at, text_table, visible
-from cpt_jax.recipe.tokenizer_curve import curve_section
+from cpt_jax.report.page import page
+from cpt_jax.report.run_report import pieces_to_look_at, visible
+from cpt_jax.report.tables import html_table, text_table
+from cpt_jax.report.tokenizer_curve import curve_section
 from cpt_jax.vocab.tokenizer import BYTE, Tokenizer
 
 STYLE = """

@@ -10,11 +10,11 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, written_beside
 from cpt_jax.laws.answer import Budget, fit_both
-from cpt_jax.recipe.law_page import Study, study_section
-from cpt_jax.recipe.many import RunFacts, common_domains, find_runs
-from cpt_jax.recipe.many_plots import curve_plot, points_plot
-from cpt_jax.recipe.page import page
-from cpt_jax.recipe.side_by_side import Setting, alike, columns_of, pareto_front, points_of, settings_of_runs
+from cpt_jax.report.law_page import Study, study_section
+from cpt_jax.report.many import RunFacts, common_domains, find_runs
+from cpt_jax.report.many_plots import curve_plot, points_plot
+from cpt_jax.report.page import page
+from cpt_jax.report.side_by_side import Setting, alike, columns_of, pareto_front, points_of, settings_of_runs
 
 BUDGET = Budget(amount=0.01)
 STYLE = """

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from cpt_jax.data.filters import language_of
 from cpt_jax.data.prepare import Manifest
-from cpt_jax.recipe.page import html_table, page
-from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, PALE, new_figure, svg_text
+from cpt_jax.report.page import page
+from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, PALE, new_figure, svg_text
+from cpt_jax.report.tables import html_table
 
 # Of each reason, and of what stays: texts on the page.
 SHOWN_TEXTS = 5

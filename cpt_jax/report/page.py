@@ -1,6 +1,4 @@
-"""A self-contained HTML page, and tables in it."""
-
-from collections.abc import Sequence
+"""A self-contained HTML page."""
 
 STYLE = """
 :root { --ink: #1c2127; --soft: #5f6670; --line: #e2e5ea; --paper: #ffffff; --band: #f5f7f9; --accent: #1f6f8b; }
@@ -26,15 +24,6 @@ var(--band); border-radius: 4px; padding: .05rem .5rem; margin: .15rem; } .pair 
 grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
 @media print { body { max-width: none; } pre { white-space: pre-wrap; } }
 """
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def page(title: str, subtitle: str, body: str, style: str = "") -> str:

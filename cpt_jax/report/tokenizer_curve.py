@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.storage import write_bytes_atomic
-from cpt_jax.recipe.page import html_table
-from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, svg_text
-from cpt_jax.recipe.report import text_table
+from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, svg_text
+from cpt_jax.report.tables import html_table, text_table
 
 
 def curve_text(curve: dict) -> str:

@@ -12,11 +12,12 @@ from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
 from cpt_jax.core.storage import read_objects, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
-from cpt_jax.recipe.goodput import GOODPUT_STYLE, goodput_section
-from cpt_jax.recipe.page import html_table, page
-from cpt_jax.recipe.plots import curves_plot, fertility_plot, stages_plot
-from cpt_jax.recipe.samples_page import read_samples
-from cpt_jax.recipe.watch_report import endings, watch_section
+from cpt_jax.report.goodput import GOODPUT_STYLE, goodput_section
+from cpt_jax.report.page import page
+from cpt_jax.report.plots import curves_plot, fertility_plot, stages_plot
+from cpt_jax.report.samples_page import read_samples
+from cpt_jax.report.tables import html_table, text_table
+from cpt_jax.report.watch_report import endings, watch_section
 from cpt_jax.training.ending import ENDED
 
 # What reports are made of.
@@ -76,16 +77,6 @@ def domain_table(entries: Sequence[dict], domains: Sequence[str]) -> str:
             row.append(f"{value:.3f}{change}{'*' if value == lowest[name] else ' '}")
         rows.append(row)
     return f"{text_table(rows)}\n* the lowest"
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as aligned text."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _answer(config: dict, entries: Sequence[dict], fertility: dict | None) -> str:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from cpt_jax.recipe.report import write_report
-from cpt_jax.recipe.samples_page import Sample, read_samples, samples_page
+from cpt_jax.report.run_report import write_report
+from cpt_jax.report.samples_page import Sample, read_samples, samples_page
 
 STEP = {"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3, "seconds": 1.0}
 

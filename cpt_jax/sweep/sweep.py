@@ -11,7 +11,7 @@ from cpt_jax.core.progress import clock, quiet_libraries, say
 from cpt_jax.core.stores import Location, is_address, write_json
 from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
-from cpt_jax.recipe.sweep_directory import SweepDirectory
+from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.training.trackers import TrackerName, check_packages
 
 Together = Literal["auto", "never"] | int
@@ -111,11 +111,11 @@ def _bring_through(directory: SweepDirectory, left: dict[str, Recipe], manner: M
     if not left and manner.queue is None:
         return
     if manner.queue is not None:
-        from cpt_jax.recipe.queues import submit
+        from cpt_jax.sweep.queues import submit
 
         submit(directory, left, manner)
     elif manner.at_once != 1:
-        from cpt_jax.recipe.at_once import run_at_once
+        from cpt_jax.sweep.at_once import run_at_once
 
         run_at_once(directory, left, manner)
     else:
@@ -124,7 +124,7 @@ def _bring_through(directory: SweepDirectory, left: dict[str, Recipe], manner: M
 
 def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -> None:
     """In this process: one after the other, or several as one program."""
-    from cpt_jax.recipe.groups import groups_of, run_group
+    from cpt_jax.sweep.groups import groups_of, run_group
     from cpt_jax.training.guard import ends_when_asked
 
     pace = Pace(list(left.values()))
@@ -193,7 +193,7 @@ def _tokens(recipe: Recipe) -> int:
 
 def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manner) -> list[str]:
     """What a sweep would do, a line a run."""
-    from cpt_jax.recipe.groups import groups_of
+    from cpt_jax.sweep.groups import groups_of
 
     done = {name for name in recipes if directory.is_done(name, manner.exports)}
     left = {name: recipe for name, recipe in recipes.items() if name not in done}

@@ -8,9 +8,9 @@ import numpy as np
 
 from cpt_jax.laws.answer import HIGH, LOW, Answer
 from cpt_jax.laws.fit import Law
-from cpt_jax.recipe.many import Curve
-from cpt_jax.recipe.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
-from cpt_jax.recipe.side_by_side import Setting
+from cpt_jax.report.many import Curve
+from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+from cpt_jax.report.side_by_side import Setting
 
 WIDTH, HEIGHT = 5.4, 3.7
 BAND = "#cfe3ea"
