@@ -192,7 +192,12 @@ def state_of(address: str) -> list:
     with refusals_are_told(address):
         found = files.info(path)
     mark = next(
-        (found[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in found), None
+        (
+            found[key]
+            for key in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")
+            if key in found
+        ),
+        None,
     )
     return [address, found["size"], str(mark)]
 

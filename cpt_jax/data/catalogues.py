@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ RECORDS_A_SPLIT = 100_000
 
 
 def is_catalogued(spec: str) -> bool:
-    return spec.startswith(PREFIXES)
+    """hf:// is an address of files, as s3:// is."""
+    return spec.startswith(PREFIXES) and "://" not in spec
 
 
 def name_and_split(spec: str) -> tuple[str, str | None]:
-    """Of `tfds:NAME[:SPLIT]` and `hf:NAME_OR_DIR[:SPLIT]`."""
+    """Of `tfds:NAME[:SPLIT]` and `hf:NAME_OR_DIR[:SPLIT]`; a config is part of the name."""
     name, _, split = spec.partition(":")[2].partition(":")
     return name, split or None
 
@@ -53,9 +55,12 @@ def _text(value: Any) -> Any:
 
 
 def named_stretches(spec: str) -> list[Stretch]:
-    """A named data set cut into stretches: of a fixed number of records, or, where it is streamed, of one of its files."""
+    """A named data set cut into stretches: of a fixed number of records, or, where it is streamed, of one of its files;
+    a part of what is streamed is one stretch, since where its records are is known only by reading those before."""
     source = _source(spec)
     if not _counted(source):
+        if "[" in (name_and_split(spec)[1] or ""):
+            return [WHOLE]
         return [(shard, shard + 1) for shard in range(source.num_shards)]
     count = len(source)
     return [(start, min(start + RECORDS_A_SPLIT, count)) for start in range(0, max(1, count), RECORDS_A_SPLIT)]
@@ -133,19 +138,52 @@ def _hf_source(spec: str) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"{spec} needs the package datasets: pip install datasets") from error
     name, split = name_and_split(spec)
+    split, first, end = _part(spec, split)
     path = Path(name).expanduser()
     with _opened(spec):
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             source = datasets.load_from_disk(str(path))
             if not isinstance(source, dict):
                 if split is not None:
-                    raise UserError(f"{spec}: {path} was saved without splits: leave out {':' + split!r}")
+                    raise UserError(f"{spec}: {path} was saved without splits: leave out ':{split}'")
                 return source
-            _check_split(spec, split or "train", list(map(str, source)))
-            return source[split or "train"]
-        source = datasets.load_dataset(str(path) if path.exists() else name, streaming=True)
+        else:
+            source = _streamed(spec, str(path) if path.exists() else name)
         _check_split(spec, split or "train", list(map(str, source)))
-        return source[split or "train"]
+        source = source[split or "train"]
+        if (first, end) == WHOLE:
+            return source
+        if _counted(source):
+            return source.select(range(first, len(source) if end is None else min(end, len(source))))
+        source = source.skip(first)
+        return source if end is None else source.take(max(0, end - first))
+
+
+def _part(spec: str, split: str | None) -> tuple[str | None, int, int | None]:
+    """A split's name, and which of its records: SPLIT, SPLIT[:1000], SPLIT[1000:2000]."""
+    if split is None:
+        return (None, *WHOLE)
+    found = re.fullmatch(r"([^\[+]+)(?:\[(\d*):(\d*)\])?", split)
+    if found is None:
+        raise UserError(f"{spec}: {split!r} is not a split, nor a part of one by records, as in train[:100000]")
+    name, first, end = found.groups()
+    return name, int(first or 0), int(end) if end else None
+
+
+def _streamed(spec: str, name: str) -> Any:
+    """The splits of a directory of files or of a data set of the hub, ORG/NAME or ORG/NAME/CONFIG."""
+    import datasets  # type: ignore[import-not-found]
+
+    hub_id, config = (name.rpartition("/")[::2]) if not Path(name).exists() and name.count("/") == 2 else (name, None)
+    try:
+        return datasets.load_dataset(hub_id, config, streaming=True)
+    except ValueError as error:
+        configs = datasets.get_dataset_config_names(hub_id)
+        if config in configs or configs == ["default"]:
+            raise
+        some = ", ".join(configs[:20]) + (f" and {len(configs) - 20} more" if len(configs) > 20 else "")
+        wrong = "needs a config" if config is None else f"has no config {nearest(config, configs)}"
+        raise UserError(f"{spec} {wrong}, as in hf:{hub_id}/{configs[0]}: it has {some}") from error
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
     """A named corpus. `spec`: a path or glob (.jsonl, .txt, .parquet, .arrayrecord, the first two also .gz or .zst), also
-    in a store (s3://, gs://; no .arrayrecord), `tfds:NAME_OR_DIR[/config][:split]`, or `hf:NAME_OR_DIR[:split]` (the
-    split is `train` unless told otherwise).
+    in a store (s3://, gs://, hf://; no .arrayrecord), `tfds:NAME_OR_DIR[/config][:split]`, `hf:ORG/NAME[/config][:split]`,
+    or `hf:DIR[:split]` (the split is `train` unless told otherwise; of `hf:`, `train[:1000]` is a part of it).
 
     A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
     held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a

@@ -1,6 +1,7 @@
 """The recipe of `cpt adapt`: defaults from the model, the text and the hardware, each with its reason."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import jax
 from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
+from cpt_jax.core import processes
+from cpt_jax.core.config import fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
+from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.mixture import Mixture, Ramp, domains_of
-from cpt_jax.data.sources import Corpus, SkipCounts, named_corpora, read
+from cpt_jax.data.sources import Corpus, SkipCounts, corpus_state, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
@@ -22,6 +26,7 @@ from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import model_named
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
+from cpt_jax.recipe.stations import TEXT_SAMPLE, holds_nothing_else
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
@@ -70,6 +75,18 @@ def sample_text(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> TextSample:
     return TextSample(
         bytes=size, tokens=max(1, probe_tokens * size // max(1, probe_bytes)), whole=whole, first=texts[0]
     )
+
+
+def _kept_sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, workdir: Path) -> TextSample:
+    """What a look at the new text finds, or found when the run began: it goes on while its corpora are out of reach."""
+    kept = workdir / TEXT_SAMPLE
+    of = fingerprint([[to_json(corpus), corpus_state(corpus)] for corpus in corpora] + [tokenizer.fingerprint])
+    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
+        return TextSample(**found["sample"])
+    sample = sample_text(corpora, tokenizer)
+    if processes.is_first() and ((workdir / "config.json").exists() or holds_nothing_else(workdir)):
+        write_json_atomic(kept, {"of": of, "sample": dataclasses.asdict(sample)})
+    return sample
 
 
 def _new_pieces(sample: TextSample, given: int | None) -> tuple[int, str]:
@@ -188,7 +205,7 @@ def adapt_recipe(
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
     size = sum(leaf.size for leaf in flatten(network.shapes).values())
     tokenizer = Tokenizer(directory)
-    sample = sample_text([domain.corpus for domain in domains if domain.role == "new"], tokenizer)
+    sample = _kept_sample([domain.corpus for domain in domains if domain.role == "new"], tokenizer, workdir)
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)

@@ -31,6 +31,8 @@ from cpt_jax.recipe.shared import SharedStations
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
 FORMAT = 5
+# What a look at the new text found, for the defaults of `cpt adapt`.
+TEXT_SAMPLE = "text_sample.json"
 
 
 def identity(path: Path) -> list:
@@ -38,6 +40,11 @@ def identity(path: Path) -> list:
     the directory (a model card, the hub's bookkeeping) is not the model."""
     files = sorted(filter(is_of_model, path.iterdir())) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def holds_nothing_else(path: Path) -> bool:
+    """Whether nothing is in a work directory but what is written there before its run begins."""
+    return not path.exists() or (path.is_dir() and set(os.listdir(path)) <= {".lock", "source", TEXT_SAMPLE})
 
 
 class Begun(NamedTuple):
@@ -109,7 +116,7 @@ class Workdir:
                 )
             if (refusal := self._owned_by_another(saved, config, update)) is not None:
                 return refusal
-        elif path.exists() and any(name for name in os.listdir(path) if name not in (".lock", "source")):
+        elif not holds_nothing_else(path):
             return f"work directory {path} is not empty and holds no run (no config.json): choose another --workdir"
         path.mkdir(parents=True, exist_ok=True)
         self._lock = (path / ".lock").open("w")

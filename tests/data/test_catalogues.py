@@ -65,6 +65,8 @@ def texts(spec: str) -> list[str]:
         ("hf:{}/parquet", 1),
         ("hf:{}/saved", 4),
         ("hf:{}/saved_splits:train", 4),
+        ("hf:{}/saved_splits:train[:11]", 4),
+        ("hf:{}/files:train[:11]", 1),
         ("tfds:{}/tfds/small/1.0.0", 4),
         ("tfds:{}/tfds/small/1.0.0:train", 4),
     ],
@@ -86,6 +88,13 @@ def test_a_named_data_set_is_read_whole_or_in_splits(place, monkeypatch, spec, s
 @pytest.mark.parametrize("spec", ["hf:{}/files:test", "hf:{}/saved_splits:test", "tfds:{}/tfds/small/1.0.0:test"])
 def test_another_split(place, spec):
     assert texts(spec.format(place)) == ["measured"]
+
+
+@pytest.mark.parametrize("place_of", ["hf:{}/files", "hf:{}/saved_splits"])
+def test_a_part_of_a_split_of_hf(place, place_of):
+    assert texts(f"{place_of.format(place)}:train[3:6]") == TEXTS[3:6]
+    with pytest.raises(UserError, match="holds no"):
+        texts(f"{place_of.format(place)}:train[6:3]")
 
 
 def test_bytes_beside_the_text_of_tfds_are_left(monkeypatch):
