@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 # /api/models/a/b[/what[/revision[/path]]] and /[datasets/]a/b/resolve/revision/path.
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)(?:/([^/]+)(?:/(.*))?)?)?$")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
@@ -28,15 +27,21 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
             path = unquote(url.path)
             sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             if found := API.match(path):
-                kind, name, what, _, below = found.groups()
+                kind, name, what, revision, below = found.groups()
                 if (root / kind / name).is_dir():
+                    if revision not in (None, "main", _revision(root / kind / name)):
+                        return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
                     return self._json(self._answer(root / kind / name, name, what, below or "", sent))
             elif found := FILE.match(path):
                 kind, name, _, file = found.groups()
                 if (file_path := root / (kind or "models") / name / file).is_file():
-                    return self._file(file_path.read_bytes())
+                    return self._file(file_path.read_bytes(), _revision(root / (kind or "models") / name))
                 if (root / (kind or "models") / name).is_dir():
-                    return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": REVISION})
+                    return self._send(
+                        404,
+                        b"",
+                        {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _revision(root / (kind or "models") / name)},
+                    )
             self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
 
         do_HEAD = do_POST = do_GET
@@ -49,13 +54,20 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
                 wanted = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent)["paths"]
                 return [_entry(directory, path) for path in paths if path in wanted]
             files = [{"rfilename": path} for path in paths if (directory / path).is_file()]
-            return {"id": name, "sha": REVISION, "siblings": files, "private": False, "tags": [], "downloads": 0}
+            return {
+                "id": name,
+                "sha": _revision(directory),
+                "siblings": files,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
 
         def _json(self, found: object) -> None:
             self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
-        def _file(self, content: bytes) -> None:
-            about = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+        def _file(self, content: bytes, revision: str) -> None:
+            about = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": revision}
             if part := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
                 start, end = int(part[1]), int(part[2]) if part[2] else len(content) - 1
                 about["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
@@ -71,6 +83,12 @@ def _handler(root: Path) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
     return Handler
+
+
+def _revision(directory: Path) -> str:
+    """There is one at a time; another when any file changes."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return hashlib.sha1(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
 
 def _entry(directory: Path, path: str) -> dict:

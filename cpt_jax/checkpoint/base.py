@@ -21,8 +21,8 @@ _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"
 
 def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     """A model directory: `base` itself, or in `cache` a .gguf file converted, a PEFT adapter merged into its base, or a
-    view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id is fetched to the hub's
-    own cache. Without `weights`, that directory may be a tokenizer's alone (of a .gguf file, one beside `cache`).
+    view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id, ORG/NAME or
+    ORG/NAME@REVISION, is fetched to the hub's own cache. Without `weights`, that directory may be a tokenizer's alone (of a .gguf file, one beside `cache`).
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
@@ -42,7 +42,7 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
         return _made(states, cache, lambda: _import_gguf(base if is_address(base) else path, cache, weights))
     if is_address(base):
         return _view(base.rstrip("/"), cache, weights)
-    if path.exists() or base.count("/") != 1 or base.startswith((".", "/", "~")):
+    if not is_hub_id(base):
         raise UserError(
             f"base {base!r} is neither a model directory, nor a .gguf file, nor a hub id like HuggingFaceTB/SmolLM2-135M, nor a URL like gs://bucket/model"
         )
@@ -52,19 +52,30 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     return resolve_base(str(directory if weights else _snapshot(base, weights=True)), cache)
 
 
-def _snapshot(hub_id: str, weights: bool) -> Path:
+def is_hub_id(base: str) -> bool:
+    """Whether a base's name is ORG/NAME or ORG/NAME@REVISION of the hub, and not that of a file or directory."""
+    if Path(base).expanduser().exists() or base.startswith((".", "/", "~")) or base.endswith(".gguf"):
+        return False
+    return base.partition("@")[0].count("/") == 1 and "://" not in base
+
+
+def _snapshot(base: str, weights: bool) -> Path:
     """What is fetched of a hub id. Weights as safetensors only: pickles can run code when they are opened."""
     import huggingface_hub
 
+    hub_id, _, revision = base.partition("@")
     wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
         # The same weights a second time, as their makers' own code reads them, are as large as the first.
         found = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*.safetensors"]
+            hub_id,
+            revision=revision or None,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*.safetensors"],
         )
     except Exception as error:
         raise UserError(
-            f"hub id {hub_id!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
+            f"hub id {base!r} could not be fetched ({type(error).__name__}): check the name, the network and your token, or give a directory"
         ) from error
     return Path(found)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.adapt import Embeddings, Full, LoRA, Method
+from cpt_jax.checkpoint.base import is_hub_id
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
@@ -169,12 +170,14 @@ def hf_config_of(model: str) -> dict:
                 return json.loads(file.read_text())
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise UserError(f"{model} is not JSON ({error}): give a model's config.json") from error
-    if path.is_dir() or "://" in model or path.suffix == ".gguf" or model.count("/") != 1:
+    if not is_hub_id(model):
         return read_config(find_model(model))
     import huggingface_hub
 
+    hub_id, _, revision = model.partition("@")
     try:
-        return json.loads(Path(huggingface_hub.hf_hub_download(model, "config.json")).read_text())
+        found = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision or None)
+        return json.loads(Path(found).read_text())
     except Exception as error:
         raise UserError(
             f"hub id {model!r}: its config.json could not be fetched ({type(error).__name__}): give a directory or a config.json as --model"

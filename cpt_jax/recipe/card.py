@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cpt_jax.checkpoint.base import is_hub_id
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
@@ -20,7 +21,7 @@ def model_card(recipe: Recipe, export: Export, entries: Sequence[dict], tokens: 
     """
     head = {
         # A hub id; a local path would mean nothing to others.
-        **({"base_model": recipe.base} if _is_hub_id(recipe.base) else {}),
+        **({"base_model": recipe.base.partition("@")[0]} if is_hub_id(recipe.base) else {}),
         "library_name": "peft" if export.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["continued-pretraining", "cpt_jax"],
@@ -53,12 +54,8 @@ def _file_name(place: str) -> str:
     return place.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _is_hub_id(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not base.endswith(".gguf")
-
-
 def _summary(recipe: Recipe, export: Export) -> str:
-    base = recipe.base if _is_hub_id(recipe.base) else _file_name(recipe.base)
+    base = recipe.base if is_hub_id(recipe.base) else _file_name(recipe.base)
     learnt, kept = (", ".join(recipe.named(role)) for role in ("new", "replay"))
     lines = [f"`{base}`, continued in pre-training on {learnt}" + (f", with {kept} replayed." if kept else ".")]
     if recipe.vocabulary is not None:

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from cpt_jax.checkpoint.base import MADE_OF, resolve_base
 from cpt_jax.core import processes
 from cpt_jax.core.checksums import checksums
+from cpt_jax.core.config import fingerprint
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan
+from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate, read_template
 from cpt_jax.data.records import Unreadable
@@ -66,7 +68,7 @@ class RunContext:
         processes.wait("the base is there")
         self.source = resolve_base(self.recipe.base, self.path / "source")
         self.base_tokenizer = Tokenizer(self.source)
-        self.marks["base"] = json.dumps(self._source_identity())
+        self.marks["base"] = fingerprint(self._content_of_base())
         self.lineage = Lineage(self.recipe, self.path, self.source, self.base_tokenizer.size)
         model = self.lineage.after("base", "last")
         if self.recipe.vocabulary is None:
@@ -99,15 +101,19 @@ class RunContext:
         stage.check_mesh(MeshShape(**mesh.shape))
         return mesh
 
-    def _source_identity(self) -> list:
-        if not self.source.is_relative_to(self.path):
-            return identity(self.source)
-        if self.workdir.mirror is None:
-            # By its name in the run: what runs have in common is known by it, and a run may be moved.
-            return [[file.removeprefix(f"{self.path}/"), *rest] for file, *rest in identity(self.source)]
-        # Made anew on each machine: other times, the same content.
-        files = (path for path in self.source.iterdir() if is_of_model(path) and path.name != MADE_OF)
-        return sorted(checksums(self.source, files).items())
+    def _content_of_base(self) -> dict[str, str]:
+        """SHA-256 of the files that the base is read from, of which the first process's count. A hub or a copy gives the
+        same files other times, and another place; they are read again only where these are not as they were."""
+        if not processes.is_first():
+            return {}
+        kept, seen = self.path / ".base.json", identity(self.source)
+        if kept.exists() and (found := json.loads(kept.read_text()))["seen"] == seen:
+            return found["content"]
+        # A base that was made of another file says when that was.
+        files = [path for path in self.source.iterdir() if is_of_model(path) and path.name != MADE_OF]
+        content = checksums(self.source, files)
+        write_json_atomic(kept, {"seen": seen, "content": content})
+        return content
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

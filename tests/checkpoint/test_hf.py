@@ -224,7 +224,8 @@ def hub(monkeypatch, directory: Path) -> list[tuple[str, list[str]]]:
     others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin", "x.py"]
     asked = []
 
-    def snapshot_download(name, **patterns):
+    def snapshot_download(name, revision, **patterns):
+        name += "" if revision is None else f" at {revision}"
         asked.append((name, list(filter_repo_objects([*files, *others], **patterns))))
         return str(directory)
 
@@ -238,6 +239,12 @@ def test_a_hub_id_is_fetched_without_pickles_and_weights_twice(tmp_path, monkeyp
     ((name, files),) = asked
     assert name == "HuggingFaceTB/SmolLM2-135M"
     assert files == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"]
+
+
+def test_a_hub_id_may_name_a_revision(tmp_path, monkeypatch):
+    asked = hub(monkeypatch, tmp_path)
+    resolve_base("HuggingFaceTB/SmolLM2-135M@refs/pr/1", tmp_path / "cache")
+    assert [name for name, _ in asked] == ["HuggingFaceTB/SmolLM2-135M at refs/pr/1"]
 
 
 def test_of_a_hub_id_a_tokenizer_is_fetched_without_weights(tmp_path, monkeypatch):

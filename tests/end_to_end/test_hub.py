@@ -66,10 +66,16 @@ def python(root: Path, hub: dict[str, str], *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_a_run_of_what_is_on_the_hub_goes_on_without_it(root):
+def test_a_run_of_what_is_on_the_hub_goes_on_elsewhere_and_without_it(root):
     arguments = [*RUN.split(), "--base", "team/tiny", "--workdir", "run"]
     with hub_server(root) as hub:
         status, out = python(root, hub, "-m", "cpt_jax", *arguments)
+        stage = (root / "run/stages/1-lora/metrics.jsonl").stat().st_mtime_ns
+        # Another machine has to fetch the model, of which the card was changed meanwhile.
+        shutil.rmtree(hub["HF_HOME"])
+        (root / "models/team/tiny/README.md").write_text("# A card")
+        again = python(root, hub, "-m", "cpt_jax", *arguments)
+        assert again[0] == 0, again[1][-4000:]
     assert status == 0, out[-4000:]
     for name, documents in (("zh", 200), ("en", 150)):
         manifest = read_manifest(root / "run/data" / name)
@@ -77,6 +83,7 @@ def test_a_run_of_what_is_on_the_hub_goes_on_without_it(root):
     assert 'base_model: "team/tiny"' in (root / "run/export/README.md").read_text()
     status, out = python(root, hub, "-m", "cpt_jax", *arguments)
     assert status == 0, out[-4000:]
+    assert (root / "run/stages/1-lora/metrics.jsonl").stat().st_mtime_ns == stage
 
 
 def test_configs_parts_and_files_of_a_data_set(root):
