@@ -1,6 +1,8 @@
 """How commands are started whose figures are compared with each other's."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,12 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
     except SystemExit as ended:
         status = int(ended.code or 0)
     return status, *capsys.readouterr()
+
+
+def cpt(*arguments, cwd, check=True, **settings) -> subprocess.CompletedProcess:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "cpt_jax", *map(str, arguments)]
+    settings |= {"cwd": cwd, "env": environment(cwd)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    assert not check or done.returncode == 0, done.stderr
+    return done

@@ -1,10 +1,12 @@
 """Tiny models with adapters that tests of PEFT directories share: logits by PEFT and by us."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from cpt_jax.checkpoint.peft import save_adapter
 from cpt_jax.core.tree import flatten, unflatten
@@ -14,6 +16,7 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (2, 40))
 # Of the 64 rows of every tiny model, those that an extension added.
 NEW_ROWS = 5
 ROWS = list(range(64 - NEW_ROWS, 64))
+QUERIES = ["q_proj", "v_proj"]
 
 
 def theirs(directory, adapter=None) -> np.ndarray:
@@ -57,3 +60,33 @@ def saved(model, paths, directory, base, **changes):
     return save_adapter(
         directory, model.config, model.weights, model.hf_config, model.lora, base=str(base), trained=paths, **changes
     )
+
+
+def train_with_peft(directory, base, settings, resize: int | None = None) -> None:
+    """Random factors and rows, saved as PEFT saves them."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    if resize is not None:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **dict(r=4, lora_alpha=6) | settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_A." not in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+
+
+def edit(directory, **changes) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory, change) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)

@@ -1,0 +1,66 @@
+"""Tokens are drawn from the distribution of transformers, as often as they are likely."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cpt_jax.core.errors import UserError
+from cpt_jax.models.sampling import Sampling, choose, filtered, row_keys
+
+WARPED = {
+    "temperature": dict(temperature=0.7),
+    "top-k": dict(temperature=1.0, top_k=5),
+    "top-k above the vocabulary": dict(temperature=1.0, top_k=500),
+    "top-p": dict(temperature=1.0, top_p=0.6),
+    "the likeliest alone": dict(temperature=1.0, top_p=0.01),
+    "all": dict(temperature=1.8, top_k=30, top_p=0.8),
+}
+
+
+@pytest.mark.parametrize("settings", WARPED.values(), ids=WARPED)
+def test_the_distribution_is_that_of_the_warpers_of_transformers(settings):
+    import torch
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * np.random.default_rng(0).normal(size=(16, 100)).astype(np.float32)
+    expected = TemperatureLogitsWarper(settings["temperature"])(None, torch.tensor(logits))
+    if "top_k" in settings:
+        expected = TopKLogitsWarper(settings["top_k"])(None, expected)
+    if "top_p" in settings:
+        expected = TopPLogitsWarper(settings["top_p"])(None, expected)
+    found = filtered(jnp.asarray(logits), Sampling(**settings))
+    np.testing.assert_array_equal(np.isfinite(found), torch.isfinite(expected).numpy())
+    np.testing.assert_allclose(jax.nn.softmax(found), expected.softmax(-1).numpy(), atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    draws = 20_000
+    logits = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    sampling = Sampling(temperature=0.8, top_k=6, top_p=0.9)
+    expected = np.asarray(jax.nn.softmax(filtered(jnp.asarray(logits)[None], sampling)[0]))
+    assert 1 < np.count_nonzero(expected) < 6
+    keys = row_keys(3, np.arange(draws, dtype=np.uint32))
+    drawn = choose(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, np.int32(7), sampling)
+    shares = np.bincount(np.asarray(drawn), minlength=12) / draws
+    assert set(np.flatnonzero(shares)) == set(np.flatnonzero(expected))
+    # Five standard deviations.
+    np.testing.assert_allclose(shares, expected, atol=5 * 0.5 * draws**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(temperature=-1.0), "temperature is -1.0: give 0"),
+        (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature=1.0, top_k=0), "top_k is 0: give at least 1"),
+        (dict(temperature=1.0, top_p=0.0), "top_p is 0.0: give a share above 0"),
+        (dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
+        (dict(top_p=0.9), "top_p is 0.9 and temperature 0"),
+        (dict(top_k=3), "top_k is 3 and temperature 0"),
+        (dict(seed=-1), "seed is -1"),
+    ],
+)
+def test_wrong_sampling_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
