@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from cpt_jax.core.tree import flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig, LayerKind, abstract_decoder
+from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.rope import Rope
 
 ENGLISH = [

@@ -3,7 +3,7 @@
 import dataclasses
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.linear import LoRAConfig
 

@@ -7,7 +7,8 @@ from typing import Literal
 from cpt_jax.adapt.expand import Expand
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten, match
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.layer_groups import without_group
 from cpt_jax.models.linear import ADAPTER_LEAVES, LINEARS, LoRAConfig, Scaling
 

@@ -16,7 +16,8 @@ from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Names, Place
 

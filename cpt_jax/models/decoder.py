@@ -7,133 +7,25 @@ nested dicts of arrays, with paths like "layers/attention/q/kernel" (all layers 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.attention import Cache
-from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
-from cpt_jax.models.kernels.choice import AttentionChoice
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.experts import Balance, load_balancing_loss
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
-from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.layers import Block
-from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, drop_inputs
+from cpt_jax.models.linear import LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
-from cpt_jax.models.remat import Remat
-from cpt_jax.models.rope import DynamicNTK, Rope, Yarn, rotation
+from cpt_jax.models.rope import rotation
 from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerKind:
-    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation."""
-
-    rope: Rope
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise UserError(f"sliding_window is {self.window}: give at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes of a decoder, and how its blocks are made. The vocabulary has `vocab_size` rows of the base's and
-    `new_rows` behind them.
-
-    Each of the two tables is padded to a multiple of `row_multiple`, as accelerators like it; padded rows are never
-    predicted, and are not saved.
-
-    Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first.
-
-    `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
-    "both". `qk_norm`: queries and keys are normalised head by head, or as whole projections. `attention_scale`
-    (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
-
-    `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
-    runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
-    names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type. `documents`:
-    at most so many are packed into a row (None: not known). `runs`: the decoder may be mapped over runs.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    layer_kinds: tuple[LayerKind, ...]
-    layer_pattern: tuple[int, ...] | None = None
-    new_rows: int = 0
-    row_multiple: int = 1
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 2048
-    norm: Literal["rms", "layer"] = "rms"
-    norm_epsilon: float = 1e-5
-    norm_offset: float = 0.0
-    norm_placement: Literal["before", "after", "both"] = "before"
-    qk_norm: Literal["head", "projection"] | None = None
-    parallel_residual: bool = False
-    qkv_bias: bool = False
-    attention_out_bias: bool = False
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    gated: bool = True
-    mlp_bias: bool = False
-    activation: str = "silu"
-    experts: ExpertsConfig | None = None
-    embedding_scale: float | None = None
-    logit_softcap: float | None = None
-    layer_groups: LayerGroups = ()
-    layer_loop: Literal["scan", "unroll"] = "scan"
-    remat: Remat | None = None
-    attention: AttentionChoice = "auto"
-    documents: int | None = None
-    runs: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"activation {self.activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
-            )
-        if self.layer_pattern is not None and len(self.layer_pattern) != self.num_layers:
-            raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
-        if self.layer_groups and sum(count for _, count in self.layer_groups) != self.num_layers:
-            raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
-
-    @property
-    def total_rows(self) -> int:
-        """Tokens of both tables."""
-        return self.vocab_size + self.new_rows
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text,
-        and with YaRN, whose factor may be set beside it."""
-        scalings = [kind.rope.scaling for kind in self.layer_kinds]
-        found = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
-        return max(self.max_position_embeddings, *found, 0)
-
-    def padded(self, rows: int) -> int:
-        """Rows that a table of so many tokens has."""
-        return -(-rows // self.row_multiple) * self.row_multiple
-
-    @property
-    def table_rows(self) -> dict[str, int]:
-        """Tokens of each table by its name."""
-        return {"base": self.vocab_size} | ({"new": self.new_rows} if self.new_rows else {})
 
 
 class Outputs(NamedTuple):

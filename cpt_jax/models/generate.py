@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
 from cpt_jax.models.attention import Cache
-from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import Network
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.rope import LongRoPE
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys

@@ -16,7 +16,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.data.mixture import domains_of
-from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import Network
 from cpt_jax.models.families import family_for
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.plan.hardware import Hardware

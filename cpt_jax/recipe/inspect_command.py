@@ -10,7 +10,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.linear import LINEARS
 from cpt_jax.optim.optimizer import OPTIMIZERS

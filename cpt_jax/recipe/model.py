@@ -14,7 +14,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, rows_of
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, initial_weights
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import Network, abstract_decoder, initial_weights
 from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes

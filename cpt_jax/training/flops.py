@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import DecoderConfig, Network, abstract_decoder, head_path
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.linear import ADAPTER_LEAVES
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.cross_entropy import chunk_tokens
-from cpt_jax.models.decoder import DecoderConfig, Network
+from cpt_jax.models.decoder import Network
 from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer

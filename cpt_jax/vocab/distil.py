@@ -13,8 +13,9 @@ import optax
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress
 from cpt_jax.core.tree import Tree, flatten, unflatten
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.cross_entropy import TableUse, token_losses
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder, apply, head_path
+from cpt_jax.models.decoder import abstract_decoder, apply, head_path
 
 # Of documents that rows are fitted on, in tokens.
 SHORTEST = 8

@@ -10,7 +10,8 @@ from inputs import random_weights, tiny_config
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import LayerKind, abstract_decoder, apply
+from cpt_jax.models.config import LayerKind
+from cpt_jax.models.decoder import abstract_decoder, apply
 from cpt_jax.models.kernels import attend as attend_module
 from cpt_jax.models.kernels import tpu
 from cpt_jax.models.kernels.attend import attend

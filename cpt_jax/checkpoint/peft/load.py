@@ -26,7 +26,8 @@ from cpt_jax.checkpoint.peft.norms import asked_norms, with_norms
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families.schema import Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, LINEARS, AdapterConfig, LoRAConfig, with_magnitudes
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import DecoderConfig, abstract_decoder
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Place, Rows
 

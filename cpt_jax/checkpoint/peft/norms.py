@@ -7,7 +7,7 @@ import numpy as np
 
 from cpt_jax.checkpoint.peft.modules import PREFIX
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Place
 

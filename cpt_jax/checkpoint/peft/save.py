@@ -28,7 +28,7 @@ from cpt_jax.checkpoint.peft.norms import norm_places, norms_part
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.tree import Tree, flatten
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
 

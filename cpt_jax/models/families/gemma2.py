@@ -1,6 +1,6 @@
 """Gemma 2: scaled embeddings, norms with 1 + scale before and after, soft caps, a window in every other layer."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import Names, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma2",)

@@ -1,7 +1,7 @@
 """Gemma 3, text: Gemma 2 with normalised queries and keys instead of soft caps, five windowed layers to each that sees
 all, and another rotation in those."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import gemma2
 from cpt_jax.models.families.schema import Names, config_of, read, standard_names
 

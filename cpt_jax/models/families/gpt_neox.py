@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: LayerNorm, biases, attention and an ungated feed-forward side by side, a partial rotation, and
 queries, keys and values of each head in one tensor."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import Names, Place, Rows, config_of, fused, linear, read
 
 MODEL_TYPES = ("gpt_neox",)

@@ -1,6 +1,6 @@
 """Llama 2 and 3, SmolLM, TinyLlama, ...: the architecture that the others are described against."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
 
 MODEL_TYPES = ("llama",)

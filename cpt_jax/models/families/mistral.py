@@ -1,6 +1,6 @@
 """Mistral 7B and its kin: Llama with a sliding window in every layer."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
 
 MODEL_TYPES = ("mistral",)

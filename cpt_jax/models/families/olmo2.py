@@ -1,7 +1,7 @@
 """OLMo 2: Llama with norms behind attention and feed-forward instead of before them, and over whole projections of
 queries and keys."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import Names, config_of, read, standard_names
 
 MODEL_TYPES = ("olmo2",)

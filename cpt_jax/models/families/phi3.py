@@ -1,6 +1,6 @@
 """Phi-3 and 3.5, Phi-4: Llama with projections stored in one tensor, a window, partial rotation and LongRoPE."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import (
     NORMS,
     Names,

@@ -1,6 +1,6 @@
 """Qwen3: Llama with queries and keys normalised head by head, and a sliding window in the upper layers if asked for."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
 
 MODEL_TYPES = ("qwen3",)

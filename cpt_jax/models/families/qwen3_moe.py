@@ -1,6 +1,6 @@
 """Qwen3-MoE: Qwen3 whose feed-forward is that of a few experts, chosen by a router."""
 
-from cpt_jax.models.decoder import DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.schema import Names, config_of, mixture_names, read
 

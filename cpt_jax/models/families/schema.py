@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.decoder import DecoderConfig, LayerKind
+from cpt_jax.models.config import DecoderConfig, LayerKind
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Rope, Scaling, Yarn
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
