@@ -79,7 +79,8 @@ def _start(
     log = directory.log(name).open("ab")
     log_start = log.tell()
     command, recipe, arguments = command_of(directory, name, manner)
-    words = [sys.executable, "-m", "cpt_jax", command, recipe, "--workdir", directory.run_location(name), *arguments]
+    words = [sys.executable, "-m", "cpt_jax", command, recipe, "--workdir", directory.run_location(name)]
+    words += ["--shared", str(directory.shared.directory), *arguments]
     # A group of its own: Ctrl-C is for the sweep, which passes it on.
     process = subprocess.Popen(words, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
     say(f"sweep: run {name} begins")

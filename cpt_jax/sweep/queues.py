@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cpt_jax.core.config import fingerprint
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
 from cpt_jax.recipe.recipe import Recipe
@@ -24,14 +25,22 @@ class Slurm:
     file = Path("launch/slurm.sbatch")
 
     def submit(self, name: str, settings: Mapping[str, str]) -> str:
-        """The job's number."""
+        """The job's number, and behind a semicolon its cluster, where `arguments` name one."""
         small = ("--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1")
         words = ["sbatch", "--parsable", f"--job-name={name}", *small, *self.arguments, str(self.file)]
-        return _answer(words, settings).strip().partition(";")[0]
+        return _answer(words, settings).strip()
 
-    def waits_or_runs(self, job: str, name: str) -> bool:
-        # squeue fails for a number that it has forgotten.
-        return bool(_answer(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], refused="").strip())
+    def waits_or_runs(self, job: str) -> bool:
+        number, _, cluster = job.partition(";")
+        words = [
+            "squeue",
+            "--noheader",
+            "--format=%T",
+            f"--jobs={number}",
+            *([f"--clusters={cluster}"] if cluster else []),
+        ]
+        # It fails for a number that it has forgotten, and where the controller does not answer.
+        return bool(_answer(words, nothing="Invalid job id").strip())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +72,13 @@ class SkyPilot:
         )
         return name
 
-    def waits_or_runs(self, job: str, name: str) -> bool:
-        listed = _answer(["sky", "jobs", "queue", "--skip-finished"], refused="")
-        return any(name in line.split() for line in listed.splitlines())
+    def waits_or_runs(self, job: str) -> bool:
+        # Without --all it lists the 50 newest.
+        listed = _answer(["sky", "jobs", "queue", "--all", "--skip-finished"])
+        # Where the jobs cannot be asked for it says so, and exits with 0.
+        if "NAME" not in listed.split() and "No in-progress managed jobs" not in listed:
+            raise UserError(f"sky jobs queue does not tell the jobs: {_one_line(listed)}: call the same command again")
+        return any(job in line.split() for line in listed.splitlines())
 
 
 Queue = Slurm | SkyPilot
@@ -88,8 +101,7 @@ def submit(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -
     for name in left:
         if directory.settle(name, manner.exports):
             continue
-        title = "cpt-" + re.sub("[^a-zA-Z0-9]+", "-", name).strip("-").lower()
-        if (job := directory.of(name).get("job")) and queue.waits_or_runs(job, title):
+        if (job := directory.of(name).get("job")) and queue.waits_or_runs(job):
             say(f"sweep: run {name} is in the queue, job {job}")
             continue
         command, recipe, arguments = command_of(directory, name, manner)
@@ -99,13 +111,22 @@ def submit(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -
             "COMMAND": command,
             "ARGUMENTS": shlex.join(arguments),
         }
-        job = queue.submit(title, settings)
+        if not directory.in_store:
+            settings["CPT_SHARED"] = str(directory.shared.directory)
+        job = queue.submit(job_name(directory, name), settings)
         directory.record(name, status="queued", job=job)
         say(f"sweep: run {name} is submitted, job {job}")
 
 
-def _answer(words: Sequence[str], settings: Mapping[str, str] | None = None, refused: str | None = None) -> str:
-    """What a command says on stdout; `refused` if it fails, where that is no error."""
+def job_name(directory: SweepDirectory, name: str) -> str:
+    """A run's name as queues take it, in few letters; and behind them what no other run of this or another sweep has."""
+    place = str(directory.location) if directory.in_store else str(directory.path.resolve())
+    letters = re.sub("[^a-zA-Z0-9]+", "-", name).strip("-").lower()
+    return "-".join(["cpt", *([letters] if letters else []), fingerprint([place, name])[:8]])
+
+
+def _answer(words: Sequence[str], settings: Mapping[str, str] | None = None, nothing: str | None = None) -> str:
+    """What a command says on stdout; "" if it fails with `nothing` among its words."""
     try:
         done = subprocess.run(words, env=os.environ | dict(settings or {}), capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -113,7 +134,14 @@ def _answer(words: Sequence[str], settings: Mapping[str, str] | None = None, ref
             f"{words[0]} is not installed here: call `cpt sweep --queue` where jobs are submitted"
         ) from None
     if done.returncode:
-        if refused is not None:
-            return refused
-        raise UserError(f"{shlex.join(words[:3])} ... was refused: {(done.stderr or done.stdout).strip()}")
+        told = done.stderr or done.stdout
+        if nothing is not None and nothing in told:
+            return ""
+        raise UserError(
+            f"{shlex.join(words[:3])} ... failed: {_one_line(told)}: call the same command again once it works"
+        )
     return done.stdout
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())

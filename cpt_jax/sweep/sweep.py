@@ -155,9 +155,8 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
 
 
 def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[str, str, list[str]]:
-    """How a process of its own is told to do a run: (command of `cpt`, recipe, flags beside --workdir)."""
-    flags = [] if directory.in_store else ["--shared", str(directory.shared.directory)]
-    flags += ["--update"] if manner.update else []
+    """How a process of its own is told to do a run: (command of `cpt`, recipe, flags beside --workdir and --shared)."""
+    flags = ["--update"] if manner.update else []
     flags += ["--track", *manner.track] if manner.track else []
     return "run" if manner.exports else "train", f"{directory.experiment}/{name}", flags
 

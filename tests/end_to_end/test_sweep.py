@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,7 +222,7 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
     calls = tmp_path / "calls.txt"
     program(
         tmp_path / "bin" / "sbatch",
-        f'echo "$RECIPE $WORKDIR $COMMAND $ARGUMENTS | $*" >> {calls}',
+        f'echo "$RECIPE $WORKDIR $COMMAND $CPT_SHARED $ARGUMENTS | $*" >> {calls}',
         f"wc -l < {calls}",
     )
     program(tmp_path / "bin" / "squeue", 'echo "$*" | grep -q jobs=2 && echo RUNNING', "exit 0")
@@ -232,8 +233,8 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
     monkeypatch.setattr(queues.Slurm, "file", launch / "slurm.sbatch")
     assert sweep("swept:three", tmp_path / "queued", manner)
     submitted = calls.read_text().splitlines()
-    assert submitted[0] == (
-        f"swept:three/quarter {tmp_path}/queued/runs/quarter train --shared {tmp_path}/queued/shared "
+    assert re.sub("-[0-9a-f]{8} ", " ", submitted[0]) == (
+        f"swept:three/quarter {tmp_path}/queued/runs/quarter train {tmp_path}/queued/shared "
         f"--track wandb mlflow | "
         f"--parsable --job-name=cpt-quarter --nodes=1 --gpus-per-node=1 --ntasks-per-node=1 --time=1:00 {launch}/slurm.sbatch"
     )
@@ -260,7 +261,7 @@ def test_machines_of_skypilot_get_a_directory_in_a_store(tmp_path, monkeypatch):
         sweep("swept:three", tmp_path / "sky", Manner(queue="skypilot"))
     address = "memory://sweeps/three"
     assert sweep("swept:three", address, Manner(queue="skypilot", exports=True))
-    first = calls.read_text().splitlines()[0]
+    first = re.sub("-[0-9a-f]{8} ", " ", calls.read_text().splitlines()[0])
     assert first.startswith("jobs launch --yes --detach-run --name cpt-quarter --num-nodes 1 --gpus H100:1 --env ")
     assert f"RECIPE=swept:three/quarter --env WORKDIR={address}/runs/quarter --env COMMAND=run" in first
 
