@@ -6,10 +6,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Mapping, Sequence
+from typing import IO, NamedTuple
 
-from cpt_jax.core.errors import TRY_AGAIN
+from cpt_jax.core.errors import TRY_AGAIN, UserError
 from cpt_jax.core.progress import say
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.sweep.directory import SweepDirectory
@@ -21,6 +21,13 @@ OVERHEAD = 1_500_000_000
 USABLE = 0.8
 # A process that asks to be tried again (75) is, so many times.
 TRIES = 3
+
+
+class GPU(NamedTuple):
+    """A GPU, or a part of one (MIG): what CUDA_VISIBLE_DEVICES calls it, and its free bytes (None: not told)."""
+
+    name: str
+    free: int | None
 
 
 @dataclasses.dataclass
@@ -39,7 +46,7 @@ def run_at_once(directory: SweepDirectory, left: dict[str, Recipe], manner: Mann
     """Keeps so many processes at work until all runs are at their end."""
     from cpt_jax.training.guard import ends_when_asked
 
-    gpus = gpu_memory()
+    gpus = visible_gpus()
     count = manner.at_once if isinstance(manner.at_once, int) else by_memory(directory, left, gpus)
     count = min(count, len(left))
     say(f"sweep: {len(left)} runs, {count} at a time; what they say is in {directory.path / 'logs'}")
@@ -50,7 +57,7 @@ def run_at_once(directory: SweepDirectory, left: dict[str, Recipe], manner: Mann
                 while waiting and len(children) < count:
                     name, tries = waiting.pop(0)
                     slot = min(set(range(count)) - {child.slot for child in children})
-                    children.append(_start(directory, name, slot, tries, manner, _environment(slot, count, len(gpus))))
+                    children.append(_start(directory, name, slot, tries, manner, _environment(slot, count, gpus)))
                 time.sleep(0.2)
                 for child in [child for child in children if child.process.poll() is not None]:
                     children.remove(child)
@@ -81,8 +88,11 @@ def _start(
     command, recipe, arguments = command_of(directory, name, manner)
     words = [sys.executable, "-m", "cpt_jax", command, recipe, "--workdir", directory.run_location(name)]
     words += ["--shared", str(directory.shared.directory), *arguments]
-    # A group of its own: Ctrl-C is for the sweep, which passes it on.
-    process = subprocess.Popen(words, stdout=log, stderr=log, env=dict(environment), start_new_session=True)
+    # A group of its own: Ctrl-C is for the sweep, which passes it on. The lock too: where the sweep is killed, its
+    # processes go on, and another sweep is to wait for them.
+    process = subprocess.Popen(
+        words, stdout=log, stderr=log, env=dict(environment), start_new_session=True, pass_fds=directory.locks
+    )
     say(f"sweep: run {name} begins")
     return _Child(name, slot, process, log, log_start, time.monotonic(), tries)
 
@@ -98,41 +108,54 @@ def _ended(directory: SweepDirectory, child: _Child, manner: Manner) -> None:
     directory.failed_now(child.name, told[-1] if told else ended)
 
 
-def _environment(slot: int, count: int, gpus: int) -> dict[str, str]:
+def _environment(slot: int, count: int, gpus: Sequence[GPU]) -> dict[str, str]:
     """Of several GPUs each process has one; on one, they share its memory."""
     if not gpus:
         return dict(os.environ)
-    here = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
-    on_one = -(-count // gpus)
+    on_one = -(-count // len(gpus))
     return os.environ | {
-        "CUDA_VISIBLE_DEVICES": here[slot % gpus],
+        "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)].name,
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / on_one:.3f}",
     }
 
 
-def gpu_memory() -> list[int]:
-    """Bytes that are free on each NVIDIA GPU that this process may use."""
+def visible_gpus() -> list[GPU]:
+    """The NVIDIA GPUs, or parts of them (MIG), that this process may use."""
     if shutil.which("nvidia-smi") is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return []
-    query = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     if answer.returncode:
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    rows = [line.split(",") for line in answer.stdout.splitlines()]
-    return [int(free) << 20 for index, free in rows if visible is None or index.strip() in visible.split(",")]
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(index for index, _, _ in rows))
+    gpus = []
+    for name in map(str.strip, visible.split(",")):
+        # As CUDA reads it: an index, the beginning of a UUID, or a part of a GPU, which nvidia-smi does not list here.
+        free = [free for index, uuid, free in rows if name == index or (name[:4] == "GPU-" and uuid.startswith(name))]
+        if free or name.startswith("MIG-"):
+            gpus.append(GPU(name, int(free[0]) << 20 if free and free[0].isdecimal() else None))
+    return gpus
 
 
-def by_memory(directory: SweepDirectory, left: dict[str, Recipe], gpus: list[int]) -> int:
-    """How many processes there are memory and cores for, on paper."""
+def by_memory(directory: SweepDirectory, left: dict[str, Recipe], gpus: Sequence[GPU]) -> int:
+    """How many processes there are memory and cores for, on paper.
+
+    Raises:
+      UserError: a GPU's free memory is not told.
+    """
     import jax
 
     from cpt_jax.training.memory import host_memory
 
+    memory = [gpu.free for gpu in gpus if gpu.free is not None]
+    if len(memory) < len(gpus):
+        untold = ", ".join(gpu.name for gpu in gpus if gpu.free is None)
+        raise UserError(f"nvidia-smi does not tell the free memory of {untold}: give a number, as in --at-once 2")
     # This process trains nothing: it must not take a GPU's memory.
     jax.config.update("jax_platforms", "cpu")
     one = max(_bytes_of(directory, recipe) for recipe in left.values()) + OVERHEAD
-    by_devices = sum(int(USABLE * free / one) for free in gpus) if gpus else int(USABLE * host_memory() / one)
+    by_devices = sum(int(USABLE * free / one) for free in memory) if gpus else int(USABLE * host_memory() / one)
     return max(1, min(by_devices, len(os.sched_getaffinity(0))))
 
 

@@ -69,8 +69,9 @@ class SweepDirectory:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                self._lock.close()
                 raise UserError(
-                    f"another sweep is running in {self.path}: wait for it, or choose another --workdir"
+                    f"another sweep, or a run that one has begun, is at work in {self.path}: wait for it, or choose another --workdir"
                 ) from None
         self.write()
 
@@ -80,6 +81,11 @@ class SweepDirectory:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    @property
+    def locks(self) -> tuple[int, ...]:
+        """File descriptors that hold the directory as long as a process has them."""
+        return () if self._lock is None else (self._lock.fileno(),)
 
     @property
     def in_store(self) -> bool:
