@@ -32,13 +32,9 @@ class Slurm:
 
     def waits_or_runs(self, job: str) -> bool:
         number, _, cluster = job.partition(";")
-        words = [
-            "squeue",
-            "--noheader",
-            "--format=%T",
-            f"--jobs={number}",
-            *([f"--clusters={cluster}"] if cluster else []),
-        ]
+        which = f"--jobs={number}" if number.isdecimal() else f"--name={job}"
+        there = [f"--clusters={cluster}"] if cluster else []
+        words = ["squeue", "--noheader", "--format=%T", which, *there]
         # It fails for a number that it has forgotten, and where the controller does not answer.
         return bool(_answer(words, nothing="Invalid job id").strip())
 
@@ -113,8 +109,10 @@ def submit(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -
         }
         if not directory.in_store:
             settings["CPT_SHARED"] = str(directory.shared.directory)
+        # By its name until there is a number: a queue may accept a job, and not come to say so.
+        directory.record(name, status="queued", job=job_name(directory, name))
         job = queue.submit(job_name(directory, name), settings)
-        directory.record(name, status="queued", job=job)
+        directory.record(name, job=job)
         say(f"sweep: run {name} is submitted, job {job}")
 
 

@@ -74,6 +74,25 @@ def test_a_slurm_that_does_not_answer_gets_no_second_job(program, tmp_path, erro
         assert swept.of("a")["job"] == "2"
 
 
+def test_a_job_that_slurm_accepted_without_saying_so_is_found_by_its_name(program, tmp_path):
+    """As Slurm 22.05 does where its controller takes up a request that sbatch has given up."""
+    submitted = program("sbatch", "echo 'Batch job submission failed: Socket timed out' >&2; exit 1")
+    with directory(tmp_path / "sweep", "a", "b") as swept:
+        names = [queues.job_name(swept, run) for run in ("a", "b")]
+        with pytest.raises(UserError, match=r"sbatch .* failed: .*Socket timed out"):
+            submit(swept, queue="slurm")
+        program("squeue", f"case $* in *--name={names[0]}*) echo PENDING ;; esac")
+        program("sbatch", "echo 5")
+        submit(swept, queue="slurm")
+        assert [line.split()[1] for line in submitted.read_text().splitlines()] == [
+            f"--job-name={name}" for name in names
+        ]
+        # It came to nothing.
+        program("squeue")
+        submit(swept, queue="slurm")
+        assert len(submitted.read_text().splitlines()) == 4
+
+
 def test_a_job_on_another_cluster_is_looked_for_there(program, tmp_path):
     submitted = program("sbatch", "echo '7;gpu'")
     asked = program("squeue", "echo PENDING")
