@@ -17,6 +17,7 @@ from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
 from cpt_jax.report.run_report import final_label, grid, is_reported, load_run
 from cpt_jax.training.ending import ended_early
+from cpt_jax.training.watch import read_watch
 
 Curve = list[tuple[int, float]]
 
@@ -24,9 +25,9 @@ Curve = list[tuple[int, float]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What one run contributes: bits per byte of its base and of its result by domain, what it was trained on, and every
-    setting of its recipe by its path. `tokens` were trained on; `replay` is the share of them that was replay; `parameters` are
-    the base's, grown, `None` if it is not there; `losses` (nats a token, in training) and `watched` (bits per byte,
-    held out) are curves over the tokens so far."""
+    setting of its recipe by its path. `tokens` were trained on; `replay` is the share of them that was replay, the recipe's
+    or, where a stage came to another (`_shares`), what was read; `parameters` are the base's, grown, `None` if it is not
+    there; `losses` (nats a token, in training) and `watched` (bits per byte, held out) are curves over the tokens so far."""
 
     path: Location
     name: str
@@ -156,10 +157,30 @@ def _trained_tokens(run: Path, config: dict) -> list[int]:
 def _replay(run: Path, config: dict, roles: Mapping[str, str], trained: Sequence[int]) -> float:
     return sum(
         tokens * share
-        for stage, tokens in zip(config["stages"], trained, strict=True)
-        for name, share in mean_shares(stage["mixture"], run).items()
+        for number, (stage, tokens) in enumerate(zip(config["stages"], trained, strict=True), 1)
+        for name, share in _shares(run, run / "stages" / f"{number}-{stage['name']}", stage).items()
         if roles[name] == "replay"
     )
+
+
+def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, float]:
+    """Each domain's share of what a stage trained on: its mixture's, or, where a watch raised some, a domain's text may
+    have run out, or the end came early, what was counted."""
+    raised = any((line.get("action") or "").startswith("raise replay") for line in read_watch(directory))
+    if raised or stage.get("max_epochs") or ended_early(directory) is not None:
+        read: dict[str, int] = {}
+        for line in read_objects(directory / "metrics.jsonl"):
+            for key, count in line.items():
+                if key.startswith("read/"):
+                    read[key.removeprefix("read/")] = read.get(key.removeprefix("read/"), 0) + count
+        if read:
+            return {name: count / sum(read.values()) for name, count in read.items()}
+        if raised:
+            raise UserError(
+                f"{run}: its watch raised the replay, and its metrics.jsonl does not count what was read (read/DOMAIN): "
+                "leave the run out"
+            )
+    return mean_shares(stage["mixture"], run)
 
 
 def mean_shares(mixture: Mapping[str, Any], run: Path) -> dict[str, float]:

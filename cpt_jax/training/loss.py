@@ -37,8 +37,8 @@ def make_loss(
 
     A batch holds inputs, targets, positions, segment_ids, domains (int32 [B, S], indices of `names`) and weights
     (float32 [B, S], 0 where nothing is to be learnt). Metrics are sums by domain (float32 [domains]): "nats", "tokens"
-    and, with a teacher, "divergence"; nothing is averaged here, so that parts of a batch can be added up. The experts'
-    load-balancing loss, `z_loss` and `retention` are in the sum.
+    (that are learnt), "positions" (that are no padding) and, with a teacher, "divergence"; nothing is averaged here, so
+    that parts of a batch can be added up. The experts' load-balancing loss, `z_loss` and `retention` are in the sum.
 
     What adapters drop follows from the key; without one they drop nothing. `held` is what `retention` needs.
     """
@@ -62,13 +62,14 @@ def make_loss(
 
     def loss(weights: Tree, batch: Batch, key: Array | None = None, held: Held | None = None):
         segment_ids = batch["segment_ids"]
+        real = (segment_ids > 0).astype(jnp.float32)
         hidden, balance = apply_with_balance(
             network,
             weights,
             batch["inputs"],
             batch["positions"],
             segment_ids,
-            (segment_ids > 0).astype(jnp.float32),
+            real,
             compute_dtype=compute_dtype,
             dropout_key=key if drops else None,
         )
@@ -90,7 +91,7 @@ def make_loss(
             total += config.experts.balance_coefficient * balance * token_weights.sum()
         if drawn is not None and held is not None:
             total += distance_to_start(drawn, weights, held.start) * token_weights.sum()
-        of_token = {"nats": losses.nats * token_weights, "tokens": token_weights}
+        of_token = {"nats": losses.nats * token_weights, "tokens": token_weights, "positions": real}
         if taught is not None:
             of_token["divergence"] = losses.divergence * token_weights
         of_domain = jax.nn.one_hot(batch["domains"], len(names), dtype=jnp.float32)

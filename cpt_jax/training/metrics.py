@@ -93,6 +93,9 @@ def metrics_line(
       peak: of all devices, FLOP/s; where it is not known there is no "mfu".
       unreadable: documents left out up to now, by domain; "unreadable/DOMAIN" where there are some.
       epochs: how often each domain was read, up to what is packed: "epochs/DOMAIN".
+
+    "read/DOMAIN" counts its tokens in the step's rows, "tokens" those of all domains that are learnt (of conversations,
+    the answers).
     """
     by_domain = {
         f"{kind}/{name}": float(value / count)
@@ -100,7 +103,8 @@ def metrics_line(
         for name, value, count in zip(names, metrics.get(kind, ()), metrics["tokens"], strict=False)
         if count > 0
     }
-    rate = float(metrics["positions"]) / lap["seconds"]
+    read = {f"read/{name}": int(count) for name, count in zip(names, metrics["positions"], strict=False)}
+    rate = sum(read.values()) / lap["seconds"]
     return {
         "step": step,
         "loss": float(metrics["loss"]),
@@ -110,6 +114,7 @@ def metrics_line(
         "skipped": int(metrics["skipped"]),
         "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
         "tokens": int(metrics["tokens"].sum()),
+        **read,
         "tokens_per_second": rate,
         "model_flops_per_second": rate * flops,
         **{f"epochs/{name}": round(count, 4) for name, count in (epochs or {}).items()},

@@ -83,7 +83,6 @@ def make_train_step(
         metrics = metrics | {
             "loss": total / count,
             "gradient_norm": optax.tree.norm(gradients),
-            "positions": jnp.sum(batch["segment_ids"] > 0),
             "learning_rate": jnp.asarray(controls.learning_rate, jnp.float32),
             "skipped": in_all,
             "skipped_in_a_row": in_a_row,

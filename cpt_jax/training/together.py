@@ -111,7 +111,9 @@ class _Member:
         if self.error is not None:
             return
         own = metrics | {
-            kind: metrics[kind][self.domains] for kind in ("nats", "divergence", "tokens") if kind in metrics
+            kind: metrics[kind][self.domains]
+            for kind in ("nats", "divergence", "tokens", "positions")
+            if kind in metrics
         }
         names = self.training.loader.names
         line = metrics_line(step, own, names, lap, self.flops, self.peak, made.unreadable, made.epochs)

@@ -106,6 +106,26 @@ def test_a_stage_that_ended_early_counts_with_what_it_trained_on(tmp_path):
     assert (run.tokens, run.replay) == (300_000, pytest.approx(0.25))
 
 
+def test_a_stage_whose_watch_raised_the_replay_counts_with_what_was_read(tmp_path):
+    for name in ("plain", "raised"):
+        write_run(tmp_path / "runs" / name, 0.25, watch=True)
+        metrics = tmp_path / "runs" / name / "stages/1-lora/metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        # Half of the way with the recipe's share, half with 50%; rows do not fall on it exactly.
+        counted = [line | {"read/zh": 752 if line["step"] <= 20 else 500} for line in lines]
+        metrics.write_text("".join(json.dumps(line | {"read/en": 1000 - line["read/zh"]}) + "\n" for line in counted))
+    watch = tmp_path / "runs/raised/stages/1-lora/watch.jsonl"
+    seen = [json.loads(line) for line in watch.read_text().splitlines()]
+    seen[3]["action"] = "raise replay from 25.0% to 50.0%: en is 3.00% worse than the base, the limit is 2.00%"
+    watch.write_text("".join(json.dumps(line) + "\n" for line in seen))
+    plain, raised = find_runs([tmp_path])[0]
+    assert plain.point.share == 0.25
+    assert raised.point.share == pytest.approx((0.248 + 0.5) / 2)
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="raised the replay, and its metrics"):
+        read_run(tmp_path / "runs/raised")
+
+
 def test_no_run_has_ended(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="has ended yet"):

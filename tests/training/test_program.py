@@ -150,7 +150,7 @@ def test_times_add_up_and_rates_follow_from_them(directories, tmp_path):
     metrics = {
         name: np.float32(1) for name in ("loss", "learning_rate", "gradient_norm", "skipped", "skipped_in_a_row")
     }
-    metrics |= {"nats": np.ones(1), "tokens": np.full(1, 50.0), "positions": np.int32(100)}
+    metrics |= {"nats": np.ones(1), "tokens": np.full(1, 50.0), "positions": np.full(1, 100.0)}
     line = metrics_line(3, metrics, ("zh",), {"seconds": 2.0}, 6e9, 1e12, {})
     assert (line["tokens"], line["tokens_per_second"], line["mfu"]) == (50, 50.0, pytest.approx(0.3))
 

@@ -48,6 +48,12 @@ def watched(run, budget, base=1e-3, average=None, every=4):
     return dataclasses.replace(run, watching=watching)
 
 
+def share_read(lines: list[dict]) -> float:
+    """That of "en" in the rows of some steps."""
+    en, zh = (sum(line[f"read/{name}"] for line in lines) for name in ("en", "zh"))
+    return en / (en + zh)
+
+
 def test_it_measures_the_weights_in_training_and_without_a_budget_changes_nothing(directories, tmp_path):
     plain = train(training(directories, tmp_path / "plain", Full(), devices=8))
     run = training(directories, tmp_path / "watched", Full(), devices=8)
@@ -83,6 +89,9 @@ def test_it_raises_replay_and_a_run_that_is_continued_does_the_same(directories,
     ]
     assert {line["action"] for line in lines[3:]} == {None}, "it is at its maximum"
     assert whole.loader.raised() == Raised(domains=("en",), factor=pytest.approx(1.4**2), maximum=0.45)
+    counted = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert share_read(counted[:8]) == pytest.approx(0.25, abs=0.06)
+    assert share_read(counted[-8:]) == pytest.approx(0.45, abs=0.06)
 
     cut = run("cut")
     draw = cut.loader
