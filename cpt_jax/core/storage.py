@@ -61,8 +61,13 @@ def write_json_atomic(path: Path, value: object) -> None:
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that holds one a line, in order: [] without a file, and without lines that were cut off."""
+    return objects_in(path.read_text()) if path.exists() else []
+
+
+def objects_in(text: str) -> list[dict[str, Any]]:
+    """The objects of a text that holds one a line, without lines that were cut off."""
     objects = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             objects.append(json.loads(line))
     return objects

@@ -100,7 +100,7 @@ def _start(
 def _ended(directory: SweepDirectory, child: _Child, manner: Manner) -> None:
     child.log.close()
     if child.process.returncode == 0:
-        directory.done_now(child.name, time.monotonic() - child.started, 1, manner.exports)
+        directory.done_now(child.name, time.monotonic() - child.started, manner.exports)
         return
     lines = directory.log(child.name).read_bytes()[child.log_start :].decode(errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

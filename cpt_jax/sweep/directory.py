@@ -10,8 +10,9 @@ from typing import IO, Any
 
 from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock, say
-from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.core.storage import objects_in, write_json_atomic, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, location, state_of
 from cpt_jax.data.sources import files_of
 from cpt_jax.recipe.mirror import MARKS
@@ -121,14 +122,14 @@ class SweepDirectory:
         """What is recorded of a run."""
         return self._records.get(name, {})
 
-    def done_now(self, name: str, seconds: float, together: int, exports: bool) -> None:
+    def done_now(self, name: str, seconds: float, exports: bool) -> None:
         """A run is at its end, after so many seconds of this machine."""
         self.record(
             name,
             status="done",
             error=None,
             seconds=round(self.of(name).get("seconds", 0.0) + seconds, 1),
-            together=together,
+            together=self._together(name),
             exports=exports,
             inputs=self._inputs(name),
             **self.scores(name),
@@ -182,8 +183,13 @@ class SweepDirectory:
         config = json.loads(self._read(f"runs/{name}/config.json") or "{}")
         if not all(mark.get("done") for mark in marks) or differences(config, to_json(recipe)):
             return False
-        self.done_now(name, 0.0, 1, exports)
+        self.done_now(name, 0.0, exports)
         return True
+
+    def _together(self, name: str) -> int:
+        """How many runs were one program as this one trained last: fewer than were to be, where memory was short."""
+        events = objects_in(self._read(f"runs/{name}/{JOURNAL}") or "")
+        return next((each.get("together", 1) for each in reversed(events) if each["event"] == "training"), 1)
 
     def scores(self, name: str) -> dict[str, dict[str, float]]:
         """Bits per byte by domain: the base's, and the final ones."""

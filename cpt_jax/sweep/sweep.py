@@ -138,7 +138,7 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
                 directory.failed_now(name, error)
 
             def done(name: str, started: float = started, count: int = len(names)) -> None:
-                directory.done_now(name, (time.monotonic() - started) / count, count, manner.exports)
+                directory.done_now(name, (time.monotonic() - started) / count, manner.exports)
 
             run_group(
                 {name: left[name] for name in names},

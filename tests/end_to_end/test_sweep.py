@@ -198,6 +198,8 @@ def test_what_is_too_large_for_the_memory_goes_together_by_halves(place, single,
     assert sweep("swept:three", Path("large"), Manner(together=3))
     assert sizes == [3, 2]
     assert "3 runs together are too large" in capsys.readouterr().err
+    records = json.loads(Path("large/sweep.json").read_text())["runs"]
+    assert {record["name"]: record["together"] for record in records} == {"quarter": 1, "half": 2, "most": 2}
     same_run(place / "large/runs/most", single)
 
 
