@@ -54,7 +54,12 @@ def write_run(
     way = {step: 1 - math.exp(-step / 10) for step in steps}
     between = {step: {name: BASE[name] + way[step] * (final[name] - BASE[name]) for name in BASE} for step in steps}
     lines = [
-        {"step": step, "tokens": tokens // 40, **{f"nats/{name}": 2 * between[step][name] for name in mixture}}
+        # A step that was skipped.
+        {
+            "step": step,
+            "tokens": tokens // 40,
+            **{f"nats/{name}": None if step == 7 else 2 * between[step][name] for name in mixture},
+        }
         for step in steps
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

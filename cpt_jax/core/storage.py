@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 def write_json_atomic(path: Path, value: object) -> None:
     """Writes a JSON file whole or not at all."""
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object in a line of its own. A figure that is no finite number is null, for which JSON has no other word."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:

@@ -10,13 +10,13 @@ from typing import Any
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import read_objects
 from cpt_jax.core.stores import Location, Store, glob_addresses, is_address, read_from, refusals_are_told
 from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
 from cpt_jax.report.run_report import final_label, grid, is_reported, load_run
 from cpt_jax.training.ending import ended_early
+from cpt_jax.training.metrics import read_metrics
 from cpt_jax.training.watch import read_watch
 
 Curve = list[tuple[int, float]]
@@ -169,7 +169,7 @@ def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, f
     raised = any((line.get("action") or "").startswith("raise replay") for line in read_watch(directory))
     if raised or stage.get("max_epochs") or ended_early(directory) is not None:
         read: dict[str, int] = {}
-        for line in read_objects(directory / "metrics.jsonl"):
+        for line in read_metrics(directory):
             for key, count in line.items():
                 if key.startswith("read/"):
                     read[key.removeprefix("read/")] = read.get(key.removeprefix("read/"), 0) + count
@@ -212,13 +212,13 @@ def _curves(run: Path, config: dict) -> tuple[dict[str, Curve], dict[str, Curve]
     for number, stage in enumerate(config["stages"], 1):
         directory = run / "stages" / f"{number}-{stage['name']}"
         seen, at_step = before, {}
-        for line in read_objects(directory / "metrics.jsonl"):
+        for line in read_metrics(directory):
             seen += line["tokens"]
             at_step[line["step"]] = seen
             for key, value in line.items():
                 if key.startswith("nats/"):
                     losses.setdefault(key.removeprefix("nats/"), []).append((seen, value))
-        for line in read_objects(directory / "watch.jsonl"):
+        for line in read_watch(directory):
             for name, value in line["bits_per_byte"].items():
                 watched.setdefault(name, []).append((at_step.get(line["step"], before + line["tokens"]), value))
         before = seen

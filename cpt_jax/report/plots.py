@@ -82,9 +82,11 @@ def stages_plot(entries: Sequence[dict], domains: Sequence[str], directory: Path
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
-    smoothed, current = [], values[0]
+    """A running mean, of which a value that is no number is no part."""
+    smoothed, current = [], math.nan
     for value in values:
-        current += (value - current) * 2 / (span + 1)
+        if math.isfinite(value):
+            current = value if math.isnan(current) else current + (value - current) * 2 / (span + 1)
         smoothed.append(current)
     return smoothed
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
-from cpt_jax.core.storage import read_objects, write_text_atomic
+from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
 from cpt_jax.report.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.report.page import page
@@ -19,6 +19,7 @@ from cpt_jax.report.samples_page import read_samples
 from cpt_jax.report.tables import html_table, text_table
 from cpt_jax.report.watch_report import endings, watch_section
 from cpt_jax.training.ending import ENDED
+from cpt_jax.training.metrics import read_metrics
 
 # What reports are made of.
 SOURCES = {"config.json", "eval.json", "fertility.json", "timings.json", "manifest.json", "samples.md"}
@@ -173,7 +174,7 @@ def _stages(run: Path, config: dict) -> dict[str, Path]:
 
 
 def _training_section(directories: dict[str, Path], plots: Path) -> str:
-    files = {name: read_objects(path / "metrics.jsonl") for name, path in directories.items()}
+    files = {name: read_metrics(path) for name, path in directories.items()}
     stages = {name: lines for name, lines in files.items() if lines}
     if not stages:
         return ""

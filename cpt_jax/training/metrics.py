@@ -1,6 +1,7 @@
 """metrics.jsonl: one object a step."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +10,23 @@ from typing import IO, Any
 
 import jax
 
-from cpt_jax.core.storage import disk_full_is_told, write_text_atomic
+from cpt_jax.core.storage import disk_full_is_told, json_line, read_objects, write_text_atomic
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """A stage's lines in order; what is null there is NaN again."""
+    return [numbers(line) for line in read_objects(directory / METRICS)]
+
+
+def numbers(line: Mapping[str, float | None]) -> dict[str, float]:
+    """Figures as they were before `json_line` wrote them, but for their infinities."""
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 class MetricsFile:
-    """Lines of a stage's metrics; those after `done` steps (written by an interrupted run, to be computed again) are
+    """Lines of a stage's metrics, null for a loss that is no number; those after `done` steps (written by an interrupted run, to be computed again) are
     `dropped` first. Of several processes, the first one writes them."""
 
     def __init__(self, path: Path, done: int) -> None:
@@ -41,7 +54,7 @@ class MetricsFile:
         if self._file is None:
             return
         with disk_full_is_told(self._path):
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(json_line(metrics))
             self._file.flush()
 
     def close(self) -> None:

@@ -19,7 +19,9 @@ from typing import Any, Literal, Protocol
 from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import say
-from cpt_jax.core.storage import read_objects, write_json_atomic
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.training.metrics import read_metrics
+from cpt_jax.training.watch import read_watch
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 # What each is written by: modules, and the packages that they come in.
@@ -141,8 +143,7 @@ def _values(line: Mapping[str, Any]) -> tuple[dict[str, float], int]:
 
 def _earlier(directory: Path) -> list[dict[str, Any]]:
     """The lines of earlier starts, in the order of their steps."""
-    lines = read_objects(directory / "metrics.jsonl") + read_objects(directory / "watch.jsonl")
-    return sorted(lines, key=lambda line: line["step"])
+    return sorted([*read_metrics(directory), *read_watch(directory)], key=lambda line: line["step"])
 
 
 class TensorBoard:

@@ -1,7 +1,6 @@
 """The forgetting watch: bits per byte of old domains while a stage trains, and a budget that acts on them."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -13,13 +12,14 @@ from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import say
-from cpt_jax.core.storage import disk_full_is_told, read_objects, write_text_atomic
+from cpt_jax.core.storage import disk_full_is_told, json_line, read_objects, write_text_atomic
 from cpt_jax.core.tree import Tree, combine
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import Raised
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
 from cpt_jax.models.decoder import Network
 from cpt_jax.optim.averaging import EMA
+from cpt_jax.training.metrics import numbers
 from cpt_jax.training.state import TrainState
 
 WATCHED = "watch.jsonl"
@@ -100,14 +100,14 @@ class Watching:
 
 class Watcher:
     """Measures, writes `watch.jsonl` (an object a measurement; those after `first` steps, which are computed again,
-    are dropped), and acts. Every process measures; the first one writes."""
+    are dropped; null for what is no number), and acts. Every process measures; the first one writes."""
 
     def __init__(self, watching: Watching | None, mesh: Mesh, directory: Path, first: int) -> None:
         self._watching, self._mesh, self._path = watching, mesh, directory / WATCHED
         if watching is not None and processes.is_first():
             # A stage that begins anew measures before its first step again.
             kept = [line for line in read_watch(directory) if first and line["step"] <= first]
-            write_text_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text_atomic(self._path, "".join(map(json_line, kept)))
 
     def due(self, step: int, last: int) -> bool:
         """Whether the weights after a step are to be measured: before the first one, at intervals, and at the end."""
@@ -137,7 +137,7 @@ class Watcher:
             say(f"step {step}: {action}")
         if processes.is_first():
             with disk_full_is_told(self._path), self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_line(line))
         return line, action if ends else None
 
     def _measured(self, weights: Tree) -> dict[str, float]:
@@ -181,5 +181,8 @@ class Watcher:
 
 
 def read_watch(directory: Path) -> list[dict]:
-    """A stage's measurements in order."""
-    return read_objects(directory / WATCHED)
+    """A stage's measurements in order; what is null there is NaN again."""
+    return [
+        {name: numbers(value) if isinstance(value, Mapping) else value for name, value in line.items()}
+        for line in read_objects(directory / WATCHED)
+    ]

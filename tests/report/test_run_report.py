@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from cpt_jax.report.plots import _smooth
 from cpt_jax.report.run_report import write_report
 from cpt_jax.report.samples_page import Sample, read_samples, samples_page
 
@@ -79,6 +80,12 @@ def test_samples_come_back_whatever_they_hold(run):
 
 def test_a_model_that_has_diverged_has_a_report_too(run):
     path, _ = run
+    (path / "stages/1-lora").mkdir(exist_ok=True)
+    steps = [{"nats/zh": 2.0}, {"nats/zh": None, "loss": None, "gradient_norm": None}, {"nats/zh": 2.0}]
+    lines = [STEP | {"step": number, "tokens": 1} | each for number, each in enumerate(steps, 1)]
+    (path / "stages/1-lora/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    watched = {"step": 3, "tokens": 3, "bits_per_byte": {"en": None}, "action": None}
+    (path / "stages/1-lora/watch.jsonl").write_text(json.dumps(watched) + "\n")
     entries = json.loads((path / "eval.json").read_text())
     for entry in entries:
         if entry["stage"] == "lora":
@@ -88,3 +95,8 @@ def test_a_model_that_has_diverged_has_a_report_too(run):
     assert "from 2.000 to <b>nan bits per byte" in page
     assert "nothing was forgotten" not in page
     assert "2.000 ★" in page
+    assert "What it forgot on the way" in page
+
+
+def test_a_step_that_is_no_number_is_no_part_of_the_running_mean():
+    assert _smooth([math.nan, 2.0, math.nan, 4.0], span=3)[1:] == [2.0, 2.0, 3.0]

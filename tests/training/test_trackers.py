@@ -1,6 +1,7 @@
 """What the trackers hold after a run that was killed and continued: each step once, with the figures of its files."""
 
 import json
+import math
 import os
 import time
 
@@ -156,6 +157,16 @@ def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
     with pytest.raises(UserError, match=r"run `pip install mlflow-skinny`$"):
         Tracking(kinds=("mlflow",), run="r", directory=tmp_path)
+
+
+def test_what_was_no_number_is_told_as_such_at_the_next_start(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    (tmp_path / "watch.jsonl").write_text('{"step": 1, "bits_per_byte": {"en": null}, "action": null}\n')
+    told = [written_by._values(line)[0] for line in _earlier(tmp_path)]
+    assert [(list(each), math.isnan(*each.values())) for each in told] == [
+        (["loss"], True),
+        (["bits_per_byte/en"], True),
+    ]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

@@ -161,6 +161,9 @@ def test_a_model_that_says_no_number_is_over_its_budget(directories, tmp_path, m
     monkeypatch.setattr(watch, "bits_per_byte", lambda *_, **__: nothing)
     train(watched(training(directories, tmp_path, Full()), Stop(limit=0.02), base=1.0))
     assert (ended_early(tmp_path) or (0, ""))[0] == 4
+    for line in (tmp_path / "watch.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["bits_per_byte"] == {"en": None, "zh": None}
+    assert all(np.isnan(line["bits_per_byte"]["en"]) for line in read_watch(tmp_path))
 
 
 @pytest.mark.parametrize(
