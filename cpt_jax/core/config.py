@@ -12,7 +12,7 @@ from cpt_jax.core.errors import UserError, nearest
 
 Config = TypeVar("Config")
 KIND = "kind"
-_ANOTHER_KIND = "another kind, or none, is for a recipe, or for a copy of a run's config.json: cpt run COPY.json"
+_ANOTHER_KIND = "another kind is for a recipe, or for a copy of a run's config.json: cpt run COPY.json"
 
 
 def to_json(config: Any) -> Any:
@@ -96,24 +96,37 @@ def _check(good: bool, where: str, value: Any, expected: str) -> None:
 def override(config: Config, path: str, text: str) -> Config:
     """A copy with the value at a dotted path replaced, its text read as JSON where that is what the field holds.
 
-    `override(recipe, "stages.1.optimizer.learning_rate", "1e-3")`: digits index tuples.
+    `override(recipe, "stages.1.optimizer.learning_rate", "1e-3")`: digits index tuples; `null` or `none` takes away what
+    is optional.
 
     Raises:
       UserError: no such name (the nearest is given), or a value that does not fit.
     """
     document = to_json(config)
     *parents, last = path.split(".")
+    holder: Any = config
     node, walked = document, []
     for name in parents:
-        node = node[_key(node, name, walked)]
+        key = _key(node, name, walked)
+        node, holder = node[key], getattr(holder, name) if dataclasses.is_dataclass(holder) else holder[key]
         walked.append(name)
     key = _key(node, last, walked)
-    current = node[key]
-    if isinstance(current, dict):
+    current, optional = node[key], _is_optional(holder, last)
+    if optional and text.lower() in ("null", "none"):
+        node[key] = None
+    elif isinstance(current, dict):
         names = ", ".join(name for name in current if name != KIND)
-        raise UserError(f"override {path!r} names a group: give one of its fields ({names}); {_ANOTHER_KIND}")
-    node[key] = text if isinstance(current, str) else _parse(text)
+        given = f"one of its fields ({names})" + (", or null, which takes it away" if optional else "")
+        raise UserError(f"override {path!r} names a group: give {given}; {_ANOTHER_KIND}")
+    else:
+        node[key] = text if isinstance(current, str) else _parse(text)
     return from_json(type(config), document, type(config).__name__.lower())
+
+
+def _is_optional(holder: Any, field: str) -> bool:
+    return dataclasses.is_dataclass(holder) and type(None) in typing.get_args(
+        typing.get_type_hints(type(holder))[field]
+    )
 
 
 def _key(node: Any, name: str, walked: list[str]) -> Any:

@@ -46,6 +46,23 @@ def test_overrides_reach_everywhere_and_keep_types():
     assert override(recipe(), "name", "12").name == "12"
 
 
+@pytest.mark.parametrize("nothing", ["null", "none", "None"])
+def test_what_is_optional_is_taken_away(nothing):
+    without = override(recipe(), "stages.0.ema", nothing)
+    assert without.stages[0].ema is None
+    assert override(without, "stages.0.ema", '{"kind": "EMA", "decay": 0.9}').stages[0] == recipe().stages[0]
+    assert override(without, "stages.0.ema", nothing) == without
+    given = override(recipe(), "domains.0.corpus.group_field", "url")
+    assert override(given, "domains.0.corpus.group_field", nothing) == recipe()
+    assert override(recipe(), "name", nothing).name == nothing
+    second_alone = dataclasses.replace(recipe(), stages=recipe().stages[1:])
+    assert override(second_alone, "vocabulary", nothing).vocabulary is None
+    limited = override(recipe(), "stages.1.max_epochs", '{"zh": 4}')
+    assert override(limited, "stages.1.max_epochs", nothing) == recipe()
+    with pytest.raises(UserError, match=r"decay, every, on_host\), or null, which takes it away; another kind is for"):
+        override(recipe(), "stages.0.ema", "0.9")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -54,7 +71,7 @@ def test_overrides_reach_everywhere_and_keep_types():
         ("stages.0.tokens", "many", "'many'"),
         ("stages.0.tokens", "1.5", "1.5"),
         ("stages.0", "1", "names a group"),
-        ("stages.0", "null", "another kind, or none, is for a recipe, or for a copy of a run's config.json"),
+        ("stages.0", "null", "another kind is for a recipe, or for a copy of a run's config.json"),
         ("stages.0.kind", "Other", "no flag changes the kind of stages.0"),
         ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
         ("precision.compute", "float16", "one of float32, bfloat16"),
