@@ -12,12 +12,29 @@ from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
 ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured only"}
 
 
-def model_card(recipe: Recipe, export: Export, entries: Sequence[dict], tokens: dict[str, int]) -> str:
+# HERE: the adapter's directory, or its hub id.
+_LOAD = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(HERE)
+model = AutoModelForCausalLM.from_pretrained({base})
+{grow}model = PeftModel.from_pretrained(model, HERE)
+```"""
+_GROW = """if len(tokenizer) > len(model.get_input_embeddings().weight):
+    model.resize_token_embeddings(len(tokenizer))
+"""
+
+
+def model_card(
+    recipe: Recipe, export: Export, entries: Sequence[dict], tokens: dict[str, int], released: str | None
+) -> str:
     """The card: base, data, mixture, recipe, and bits per byte of every stage on every domain.
 
     Args:
       entries: of eval.json.
       tokens: of each prepared domain, in the model's tokenizer.
+      released: the hub id at which the base lies as a whole model; None: at none.
     """
     head = {
         # A hub id; a local path would mean nothing to others.
@@ -30,6 +47,7 @@ def model_card(recipe: Recipe, export: Export, entries: Sequence[dict], tokens: 
     sections = [
         f"---\n{yaml}\n---\n\n# {recipe.name}",
         _summary(recipe, export),
+        *(["## Loading it\n\n" + _loading(recipe, released)] if export.adapter else []),
         "## Results\n\nBits per byte of held-out text (lower is better); in parentheses the change against the base.\n\n"
         + _results(recipe, entries),
         "## Data\n\n" + _data(recipe.domains, tokens),
@@ -64,6 +82,24 @@ def _summary(recipe: Recipe, export: Export) -> str:
     mixed = f", with {export.interpolate_base:g} of the base in every old weight" if export.interpolate_base else ""
     lines.append(f"These are {weights}{mixed}.")
     return " ".join(lines)
+
+
+def _loading(recipe: Recipe, released: str | None) -> str:
+    """How an adapter, wherever it lies, comes to its base."""
+    rows = (f"{table}/new" for table in ("embed", "head"))
+    carried = all(any(stage.method.trains(each) for stage in recipe.stages) for each in rows)
+    if released is not None and (recipe.vocabulary is None or carried):
+        new = (
+            ""
+            if recipe.vocabulary is None
+            else " The rows of the new pieces are in the adapter, room for them is made:"
+        )
+        grow = "" if recipe.vocabulary is None else _GROW
+        return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=f'"{released}"', grow=grow)
+    return (
+        "An adapter (PEFT) of the model in the run's directory `base/`, whose place `adapter_config.json` names as it was: pass "
+        "that directory on with the adapter.\n\n" + _LOAD.format(base="BASE", grow="")
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -82,7 +82,7 @@ def export_adapter(
     model: Model,
     base: Model,
     trained: Iterable[str],
-    base_directory: Path,
+    base_place: str,
     tokenizer: Path,
     texts: Sequence[str],
     out: Path,
@@ -91,7 +91,7 @@ def export_adapter(
 
     Args:
       model: with its adapters.
-      base: the extended base, which lies in `base_directory`.
+      base: the extended base; `base_place`: where PEFT finds it, a directory or a hub id.
       trained: the paths at which the two differ.
     """
     say(f"export: writing {out}")
@@ -102,7 +102,7 @@ def export_adapter(
         model.weights,
         model.hf_config,
         model.lora,
-        base=str(base_directory.resolve()),
+        base=base_place,
         trained=trained,
         tokenizer_directory=tokenizer,
     )
@@ -112,7 +112,7 @@ def export_adapter(
     _let_out(pending, out, difference)
     tables = "".join(f"; of {table} {'the new rows' if kind == 'rows' else 'all rows'}" for table, kind in held.items())
     say(
-        f"export: an adapter over {base_directory}{tables}; logits differ by at most {difference:.2g} on {tokens} tokens of held-out text"
+        f"export: an adapter over {base_place}{tables}; logits differ by at most {difference:.2g} on {tokens} tokens of held-out text"
     )
     return difference
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+from cpt_jax.checkpoint.base import is_hub_id
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import clock, progress, say
@@ -121,7 +122,12 @@ class Results(RunContext):
         if export != self.recipe.export:
             # What was evaluated as it left is another one.
             entries = [entry for entry in entries if entry["stage"] != "export"]
-        return model_card(self.recipe, export, entries, tokens)
+        return model_card(self.recipe, export, entries, tokens, self._released())
+
+    def _released(self) -> str | None:
+        """The hub id at which the base lies as a whole model, which an adapter is none."""
+        base = self.recipe.base
+        return base if is_hub_id(base) and not self.source.is_relative_to(self.path) else None
 
     def write_export(self, export: Export, out: Path) -> None:
         """The result, checked on a held-out text of each domain."""
@@ -129,7 +135,8 @@ class Results(RunContext):
         model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
         if export.adapter:
             base, paths = self.lineage.extended(), self.lineage.trained_paths()
-            export_adapter(model, base, paths, self.path / "base", tokenizer, texts, out)
+            lies = self._released() if self.recipe.vocabulary is None else None
+            export_adapter(model, base, paths, lies or str((self.path / "base").resolve()), tokenizer, texts, out)
             return
         if export.interpolate_base:
             model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
