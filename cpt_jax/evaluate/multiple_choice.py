@@ -138,17 +138,17 @@ def difference(first: Outcomes, second: Outcomes) -> tuple[float, float]:
 def token_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[TokenPair]:
     """Token ids of questions and of answers after them, as `lm_eval` separates them.
 
-    A space stands between the two, unless white space already does (there `lm_eval` puts its delimiter besides, unless
-    the task has none); before an answer to an empty question too (as in BLiMP). Both are cut into tokens as one text; the answer is what is left without as many tokens as the question alone
-    has, its last white space not counted as its own. Special tokens stand in front if the tokenizer puts them there; an
+    A space stands before the answer, also where the question is empty (as in BLiMP) or ends in white space; not where the
+    answer begins with some (a task of `lm_eval` with such choices has no delimiter). Both are cut into tokens as one
+    text; the answer is what is left without as many tokens as the question alone has, its last white space not counted as
+    its own. Special tokens stand in front if the tokenizer puts them there; an
     empty question is the token before a document.
     """
     contexts, wholes = [], []
     for question, answer in texts:
         context = question.rstrip()
-        between = question[len(context) :] or ("" if answer[:1].isspace() else " ")
         contexts.append(context)
-        wholes.append(context + between + answer)
+        wholes.append(question + ("" if answer[:1].isspace() else " ") + answer)
     encoding = tokenizer.backend.encode("a")
     special = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     front = [token for token, is_special in itertools.takewhile(lambda pair: pair[1], special)]

@@ -169,6 +169,18 @@ def test_our_own_command_has_the_same_accuracies(ours, tiny_model, tasks, tmp_pa
     assert entry["standard_error"] == pytest.approx(mean_stderr(answers))
 
 
+def test_pairs_are_cut_as_the_harness_cuts_them(tiny_model):
+    """Its delimiter is a space, or none where choices begin with white space."""
+    from cpt_jax.recipe.lm_eval_model import HarnessModel
+
+    model = HarnessModel(str(tiny_model))
+    ends, answers = ("", " ", "\n", " \n", "\u00a0", "\t\t"), ("built", " old house", "\nriver", "B")
+    asked = [(f"the city was{end}", answer) for end in ends for answer in answers]
+    expected = [model._encode_pair(text, answer if answer[0].isspace() else f" {answer}") for text, answer in asked]
+    found = [(pair.context, pair.continuation) for pair in token_pairs(Tokenizer(tiny_model), asked)]
+    assert found == expected
+
+
 def test_the_harness_s_own_command_knows_the_model(tiny_model, tasks, capsys):
     arguments = f"pretrained={tiny_model},max_length=128"
     rest = ["--include_path", str(tasks), "--batch_size", "4", "--limit", "5"]

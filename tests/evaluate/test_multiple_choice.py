@@ -181,7 +181,7 @@ def test_question_and_answer_are_the_tokens_of_one_text(tmp_path, kind):
         ("the city was\n", "old"),
         ("the city was", " old house"),
     ]
-    joined = ["the city was built", "the city was built", "the city was\nold", "the city was old house"]
+    joined = ["the city was built", "the city was  built", "the city was\n old", "the city was old house"]
     context = tokenizer.encode("the city was")
     front = [tokenizer.start_id] if tokenizer.backend.encode("a").ids[0] == tokenizer.start_id else []
     for pair, whole in zip(token_pairs(tokenizer, texts), joined, strict=True):
