@@ -1,7 +1,7 @@
 """Conversations as tokens, each with whether it is to be learnt."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -39,13 +39,20 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._finder = ResponseFinder(template, tokenizer)
 
-    def rendered(self, documents: Iterable[Document], skipped: SkipCounts) -> Iterator[Rendering]:
-        """The conversations that can be used; the others are counted in `skipped` by reason."""
+    def rendered(
+        self,
+        documents: Iterable[Document],
+        skipped: SkipCounts,
+        leave_out: Callable[[str, str], None] = lambda reason, text: None,
+    ) -> Iterator[Rendering]:
+        """The conversations that can be used; the others are counted in `skipped` by reason, and told with their text to
+        `leave_out`."""
         for document in documents:
             try:
                 yield self._finder.find(document.messages)
             except Unusable as reason:
                 skipped[str(reason)] += 1
+                leave_out(str(reason), document.text)
 
     def encode_documents(self, renderings: list[Rendering]) -> list[np.ndarray]:
         """Token ids [tokens] of each; those that are not to be learnt carry the bit NOT_LEARNT."""

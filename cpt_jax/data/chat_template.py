@@ -171,11 +171,20 @@ class ResponseFinder:
             raise Unusable("the chat template leaves out an answer, or repeats it")
         if not self._prompts:
             return list(zip(borders[::2], borders[1::2], strict=True))
-        prompts = [self.template.render(messages[:index], prompt=True) for index in answers]
+        prompts = [self._prompt(messages[:index]) for index in answers]
         for prompt, end in zip(prompts, borders, strict=True):
             if len(prompt) > end or not text.startswith(prompt):
                 raise Unusable("the chat template writes the prompt for an answer otherwise than the conversation")
         return list(zip(map(len, prompts), borders, strict=True))
+
+    def _prompt(self, said: Sequence[Message]) -> str:
+        try:
+            return self.template.render(said, prompt=True)
+        except (jinja2.TemplateError, TypeError):
+            if said:
+                raise
+            # Many look at the first message without asking whether there is one (Llama 3.1's, Qwen's).
+            raise Unusable("the assistant speaks first, and the chat template writes no prompt for that") from None
 
 
 def _borders(parts: Sequence[str], text: str) -> list[int]:

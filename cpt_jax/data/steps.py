@@ -83,10 +83,10 @@ class Tools:
         if task.corpus.format == "chat" and self.tokenizer is not None:
             self._chat = self.encoder = ChatEncoder(self.tokenizer, ChatTemplate(self.tokenizer, task.template))
 
-    def rendered(self, documents: Iterator[Document], skipped: SkipCounts) -> Iterator[Any]:
+    def rendered(self, documents: Iterator[Document], skipped: SkipCounts, statistics: Statistics) -> Iterator[Any]:
         """What is encoded of documents: their texts, or the renderings of conversations."""
         if self._chat is not None:
-            return self._chat.rendered(documents, skipped)
+            return self._chat.rendered(documents, skipped, statistics.leave_out)
         return (document.text for document in documents)
 
 
@@ -224,7 +224,7 @@ def write(task: Task, split: Split) -> None:
                 skipped[reason] += 1
                 statistics.leave_out(reason, document.text)
 
-    batches = encoded(tools.rendered(staying(), skipped), tools.encoder)
+    batches = encoded(tools.rendered(staying(), skipped, statistics), tools.encoder)
     if tools.encoder is None:
         receipt = write_shard(None, batches, skipped, statistics)
     else:

@@ -13,8 +13,10 @@ from inputs import english, write_tokenizer
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
-from cpt_jax.data.prepare import NOT_LEARNT
-from cpt_jax.data.sources import Document, SkipCounts
+from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.prepare import NOT_LEARNT, STATISTICS
+from cpt_jax.data.sources import Corpus, Document, SkipCounts
+from cpt_jax.data.steps import Task
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Each says with {% generation %} what is to be learnt; without these tags the same has to be found.
@@ -142,7 +144,7 @@ SKIPPED = {
         "greeting",
         "leaves out an answer",
     ),
-    "greeting": (HEADER.replace("{% for", "{{ messages[0].role }}{% for"), "greeting", "no element 0"),
+    "greeting": (HEADER.replace("{% for", "{{ messages[0].role }}{% for"), "greeting", "the assistant speaks first"),
 }  # fmt: skip
 ODD = {
     "special": messages([("user", "a"), ("assistant", "b <|im_end|> c")]),
@@ -162,6 +164,19 @@ def test_what_cannot_be_used_is_skipped_and_counted(directory, tmp_path, templat
     [(found, count)] = skipped.items()
     assert reason in found
     assert count == 1
+
+
+def test_what_the_template_cannot_write_is_shown(directory, tmp_path):
+    with_template(directory, SKIPPED["greeting"][0], tmp_path / "tokenizer")
+    lines = [{"messages": each} for each in (ODD["greeting"], messages(CONVERSATIONS["one turn"]))]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = Corpus(name="talk", spec=str(tmp_path / "talk.jsonl"), format="chat")
+    task = Task(corpus=corpus, place=tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    [(reason, count)] = prepare_corpus(task).skipped.items()
+    left_out = json.loads((tmp_path / "out" / STATISTICS).read_text())["left_out"]
+    assert (reason, count) == ("the assistant speaks first, and the chat template writes no prompt for that", 1)
+    [[_, text]] = left_out[reason]
+    assert "hello" in text
 
 
 REFUSED = {
