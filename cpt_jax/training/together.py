@@ -240,4 +240,8 @@ class _Group:
         if self._feed is not None:
             self._feed.close()
         for member in self.members:
+            # All at once: those that wait for a network wait together.
+            if member.trackers is not None:
+                member.trackers.end()
+        for member in self.members:
             member.close()

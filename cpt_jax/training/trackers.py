@@ -5,14 +5,16 @@ but its figures.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import queue
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,6 +32,9 @@ PACKAGES: dict[str, dict[str, str]] = {
     "wandb": {"wandb": "wandb"},
     "mlflow": {"mlflow": "mlflow-skinny"},
 }
+# Seconds without an answer, at the end of a stage, after which what a tracker was not told is not told: W&B without a
+# network tries for ever.
+PATIENCE = 60.0
 # MLflow's sqlite store needs more; a server does not.
 SQLITE = {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
 
@@ -84,28 +89,56 @@ class Trackers:
 
     def __init__(self, tracking: Tracking | None, name: str, directory: Path) -> None:
         self._trackers: list[Tracker] = []
-        self._pool = None
+        self._directory, self._asked, self._answered = directory, "", 0.0
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._ended: float | None = None
         if tracking is None or not tracking.kinds or not processes.is_first():
             return
-        self._pool = ThreadPoolExecutor(1, "trackers")
-        self._pool.submit(self._open, tracking, name, directory, _earlier(directory))
+        self._work.put(functools.partial(self._open, tracking, name, directory, _earlier(directory)))
+        # The interpreter would wait at its end for one that is no daemon, as it does for a pool's.
+        self._thread = threading.Thread(target=self._tell, name="trackers", daemon=True)
+        self._thread.start()
 
     def log(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl or watch.jsonl."""
-        if self._pool is not None:
-            self._pool.submit(self._log, *_values(line))
+        if self._thread is not None:
+            self._work.put(functools.partial(self._log, *_values(line)))
+
+    def end(self) -> None:
+        """Nothing more is to come; does not wait."""
+        if self._thread is not None and self._ended is None:
+            self._ended = time.monotonic()
+            self._work.put(self._close)
+            self._work.put(None)
 
     def close(self) -> None:
-        """Returns when all of it was told."""
-        if self._pool is not None:
-            self._pool.submit(self._close)
-            self._pool.shutdown()
-            self._pool = None
+        """Returns when all of it was told, or no tracker has answered for `PATIENCE` seconds."""
+        self.end()
+        thread, self._thread = self._thread, None
+        while thread is not None and self._ended is not None and thread.is_alive():
+            thread.join(0.1)
+            if thread.is_alive() and time.monotonic() - max(self._ended, self._answered) > PATIENCE:
+                say(
+                    f"{self._asked} has not answered for {PATIENCE:g} s, and is left: all figures are in {self._directory}"
+                )
+                return
+
+    def _tell(self) -> None:
+        for work in iter(self._work.get, None):
+            work()
+
+    def _ask(self, name: str, call: Callable[[], Any]) -> Any:
+        self._asked = name
+        try:
+            return call()
+        finally:
+            self._answered = time.monotonic()
 
     def _open(self, tracking: Tracking, name: str, directory: Path, earlier: Sequence[Mapping[str, Any]]) -> None:
         for kind in tracking.kinds:
             try:
-                self._trackers.append(TRACKERS[kind](tracking, name, directory))
+                self._trackers.append(self._ask(kind, lambda kind=kind: TRACKERS[kind](tracking, name, directory)))
             # Their network, their disk, their account: whatever it is, the training goes on.
             except Exception as error:
                 say(f"{kind} is left out: {type(error).__name__}: {error}")
@@ -115,7 +148,7 @@ class Trackers:
     def _log(self, values: Mapping[str, float], step: int) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.log(values, step)
+                self._ask(type(tracker).__name__, lambda tracker=tracker: tracker.log(values, step))
             except Exception as error:
                 self._trackers.remove(tracker)
                 say(f"{type(tracker).__name__} is left out from step {step} on: {type(error).__name__}: {error}")
@@ -123,7 +156,7 @@ class Trackers:
     def _close(self) -> None:
         for tracker in self._trackers:
             try:
-                tracker.close()
+                self._ask(type(tracker).__name__, tracker.close)
             except Exception as error:
                 say(f"{type(tracker).__name__}: {type(error).__name__}: {error}")
 

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -87,7 +90,9 @@ def told_at_once(tmp_path, kind, count=3):
     for directory in directories:
         trackers.append(Trackers(Tracking(kinds=(kind,), run=directory.name, directory=directory), "lora", directory))
         # The next one finds it open.
-        trackers[-1]._pool.submit(lambda: None).result()
+        opened = threading.Event()
+        trackers[-1]._work.put(opened.set)
+        assert opened.wait(60)
     told = [[(10 * number + step) / 64 for step in range(1, 5)] for number in range(count)]
     for step in range(1, 5):
         for own, losses in zip(trackers, told, strict=True):
@@ -145,6 +150,64 @@ def test_a_tracker_that_fails_is_left_out_and_said(tmp_path, monkeypatch, capsys
     trackers.log(metrics(2))
     trackers.close()
     assert capsys.readouterr().err.count("no network") == 1
+
+
+WITHOUT_NETWORK = """
+import pathlib, sys, time
+from cpt_jax.training import trackers
+from cpt_jax.training.trackers import Trackers, Tracking
+
+class Hanging:
+    def __init__(self, *_): pass
+    def log(self, values, step): {log}
+    def close(self): time.sleep(1000)
+
+trackers.PATIENCE = 0.5
+trackers.TRACKERS, trackers.PACKAGES = {{"wandb": Hanging}}, {{"wandb": {{"os": "os"}}}}
+here = pathlib.Path(sys.argv[1])
+several = [Trackers(Tracking(kinds=("wandb",), run="r", directory=here), "lora", here) for _ in range(6)]
+for each in several:
+    for step in range(1, 4):
+        each.log({{"step": step, "loss": 1.0}})
+started = time.monotonic()
+for each in several:
+    each.end()
+for each in several:
+    each.close()
+print(time.monotonic() - started)
+"""
+
+
+@pytest.mark.parametrize("log", ["pass", "time.sleep(1000)"], ids=["at its end", "from the first step on"])
+def test_a_tracker_that_never_answers_keeps_no_run_from_its_end(tmp_path, log):
+    program = [sys.executable, "-c", WITHOUT_NETWORK.format(log=log), str(tmp_path)]
+    ended = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
+    assert float(ended.stdout) < 2.5, "several wait together"
+    assert ended.stderr.count(f"Hanging has not answered for 0.5 s, and is left: all figures are in {tmp_path}") == 6
+
+
+def test_a_slow_tracker_is_waited_for_as_long_as_it_answers(tmp_path, monkeypatch):
+    told = []
+
+    class Slow:
+        def __init__(self, *_):
+            pass
+
+        def log(self, values, step):
+            time.sleep(0.2)
+            told.append(step)
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setattr(written_by, "PATIENCE", 0.6)
+    monkeypatch.setattr(written_by, "TRACKERS", {"wandb": Slow})
+    monkeypatch.setattr(written_by, "PACKAGES", {"wandb": {os.__name__: "wandb"}})
+    trackers = Trackers(Tracking(kinds=("wandb",), run="r", directory=tmp_path), "lora", tmp_path)
+    for step in range(1, 8):
+        trackers.log(metrics(step))
+    trackers.close()
+    assert told == [*range(1, 8), "closed"]
 
 
 def test_packages_that_are_not_there_are_named(tmp_path, monkeypatch):
