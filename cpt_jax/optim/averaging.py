@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
@@ -39,9 +39,14 @@ class EMA:
         """The average in the devices' memory; unused, it costs nothing."""
         return jax.device_put(average, jax.memory.Space.Device) if self.on_host else average
 
-    def after(self, average: Tree, weights: Tree, step: Int[Array, ""], taken: Bool[Array, ""] | bool = True) -> Tree:
-        """The average after the step with number `step` (from 0), where it lies; unchanged if the step was not
-        `taken`."""
+    def after(self, average: Tree, weights: Tree, step: Int[Array, ""], in_a_row: Int[Array, ""] | int = 0) -> Tree:
+        """The average after the step with number `step` (from 0), where it lies.
+
+        Args:
+          in_a_row: steps that were skipped up to now. If only the last one was, there are others, since the average was
+            moved, whose weights are to count; if all were, it is unchanged.
+        """
+        taken = jnp.asarray(in_a_row) < self.every
         decay = jnp.minimum(self.decay, (1.0 + step) / (10.0 + step)) ** self.every
 
         def moved(average: Tree) -> Tree:

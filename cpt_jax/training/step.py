@@ -79,7 +79,7 @@ def make_train_step(
         trainable = cast(Tree, optax.apply_updates(state.trainable, updates))
         in_all, in_a_row = skipped(optimizer_state)
         if ema is not None and state.average is not None:
-            average = ema.after(state.average, trainable, state.step, in_a_row == 0)
+            average = ema.after(state.average, trainable, state.step, in_a_row)
         metrics = metrics | {
             "loss": total / count,
             "gradient_norm": optax.tree.norm(gradients),

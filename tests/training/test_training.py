@@ -18,6 +18,7 @@ from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
+from cpt_jax.optim.skipping import skip_bad_steps
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
@@ -147,6 +148,34 @@ def test_the_average_is_that_of_float64():
         decay = min(0.8, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * values[step + 1]
     np.testing.assert_allclose(average["x"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_average_is_moved_on_its_steps_by_the_steps_that_were_taken(every):
+    """Against a loop over NumPy, with bad steps where it is to be moved, between, and as many as there are from one move
+    to the next; the weights are never those of a bad step."""
+    bad, decay, rate = {3, 5, 7, 8, 9}, 0.6, 0.1
+    optimizer, ema = skip_bad_steps(optax.scale(1.0), None), EMA(decay=decay, every=every)
+
+    def loss(weights, batch, key, held):
+        return (batch["pull"] * weights["x"]).sum(), {"tokens": jnp.ones(1)}
+
+    step = jax.jit(make_train_step(loss, optimizer, ema))
+    state = initial_state({"x": jnp.ones(2)}, optimizer, with_average=True)
+    weights, average = np.ones(2), np.ones(2)
+    taken_since = False
+    for number in range(1, 14):
+        pull = np.array([number, -2.0 * number], np.float32)
+        batch = {"pull": jnp.asarray(pull * (np.nan if number in bad else 1))}
+        # A run that is continued has this state and no other.
+        state, _ = step(jax.tree.map(jnp.asarray, jax.device_get(state)), {}, {}, batch, Controls(np.float32(rate)))
+        if number not in bad:
+            weights, taken_since = weights - rate * pull, True
+        if number % every == 0 and taken_since:
+            share = min(decay, number / (9 + number)) ** every
+            average, taken_since = share * average + (1 - share) * weights, False
+        np.testing.assert_allclose(state.trainable["x"], weights, rtol=1e-5)
+        np.testing.assert_allclose(state.average["x"], average, rtol=1e-5, err_msg=f"step {number}")
 
 
 def test_a_row_that_is_not_in_the_batch_hardly_moves():
