@@ -168,7 +168,7 @@ def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, f
     have run out, or the end came early, what was counted."""
     raised = any((line.get("action") or "").startswith("raise replay") for line in read_watch(directory))
     if raised or stage.get("max_epochs") or ended_early(directory) is not None:
-        read: dict[str, int] = {}
+        read: dict[str, float] = {}
         for line in read_metrics(directory):
             for key, count in line.items():
                 if key.startswith("read/"):
@@ -213,8 +213,8 @@ def _curves(run: Path, config: dict) -> tuple[dict[str, Curve], dict[str, Curve]
         directory = run / "stages" / f"{number}-{stage['name']}"
         seen, at_step = before, {}
         for line in read_metrics(directory):
-            seen += line["tokens"]
-            at_step[line["step"]] = seen
+            seen += int(line["tokens"])
+            at_step[int(line["step"])] = seen
             for key, value in line.items():
                 if key.startswith("nats/"):
                     losses.setdefault(key.removeprefix("nats/"), []).append((seen, value))

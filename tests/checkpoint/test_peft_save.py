@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from cpt_jax.adapt import LoRA
 from cpt_jax.checkpoint.peft import load_adapter
+from cpt_jax.checkpoint.peft.config import read_peft_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.linear import LINEARS, LoRAConfig
@@ -183,3 +184,24 @@ def test_the_tokenizer_goes_along(tmp_path):
     model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
     saved(model, paths, tmp_path / "a", tmp_path / "base", tokenizer_directory=tmp_path / "tokenizer")
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("the city")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "revision"), [("org/name@v1", "org/name", "v1"), ("org/name", "org/name", None)]
+)
+def test_a_base_on_the_hub_keeps_its_revision(tmp_path, base, name, revision):
+    import peft
+
+    reference_model(config_json("llama", "linear"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=2, alpha=4.0))
+    saved(model, paths, tmp_path / "adapter", base)
+    found = peft.LoraConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (found.base_model_name_or_path, found.revision) == (name, revision)
+    assert read_peft_config(tmp_path / "adapter").base == base
+
+
+def test_a_directory_is_a_base_whatever_its_name(tmp_path):
+    reference_model(config_json("llama", "linear"), tmp_path / "base@v1")
+    model, paths = trained(load_model(tmp_path / "base@v1"), LoRAConfig(rank=2, alpha=4.0))
+    saved(model, paths, tmp_path / "adapter", tmp_path / "base@v1")
+    assert read_peft_config(tmp_path / "adapter").base == str(tmp_path / "base@v1")

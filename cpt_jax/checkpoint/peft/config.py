@@ -37,7 +37,6 @@ _IGNORED = {
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "revision",
     "runtime_config",
     "task_type",
     "velora_config",
@@ -139,6 +138,7 @@ def read_peft_config(directory: Path) -> PeftLoRA:
 _READ = {
     "alpha_pattern",
     "base_model_name_or_path",
+    "revision",
     "ensure_weight_tying",
     "exclude_modules",
     "layers_pattern",
@@ -173,8 +173,13 @@ def _read(raw: dict) -> PeftLoRA:
         token_indices={name: list(ids) for name, ids in tokens.items()} if isinstance(tokens, dict) else list(tokens),
         whole_modules=tuple(raw.get("modules_to_save") or ()),
         ties=bool(raw.get("ensure_weight_tying")),
-        base=raw.get("base_model_name_or_path"),
+        base=_base(raw.get("base_model_name_or_path"), raw.get("revision")),
     )
+
+
+def _base(name: str | None, revision: str | None) -> str | None:
+    """A hub id with its revision, as `resolve_base` takes it."""
+    return name if not name or not revision or Path(name).exists() else f"{name}@{revision}"
 
 
 def _names(given: str | list[str] | None) -> str | tuple[str, ...]:

@@ -60,7 +60,7 @@ def save_adapter(
 
     Args:
       weights: with the factors of `lora` beside their kernels.
-      base: where PEFT finds the base: a directory or a hub id.
+      base: where PEFT finds the base: a directory, or a hub id, ORG/NAME or ORG/NAME@REVISION.
       trained: paths of all weights that are not the base's.
       tokenizer_directory: whose tokenizer goes along.
 
@@ -88,12 +88,17 @@ def save_adapter(
         rows |= tensors
     with atomic_directory(Path(directory)) as out:
         save_file(factors | rows, out / WEIGHTS, metadata={"format": "pt"})
-        write_json_atomic(out / FILE, _COMMON | {"base_model_name_or_path": base} | fields | vocabulary)
+        write_json_atomic(out / FILE, _COMMON | _place(base) | fields | vocabulary)
         for name in TOKENIZER_FILES:
             if tokenizer_directory is not None and (source := Path(tokenizer_directory) / name).exists():
                 shutil.copyfile(source, out / name)
     names = vocabulary_modules(config, hf_config)
     return {_last(names[table]): held for table, held in tables.items()}
+
+
+def _place(base: str) -> dict[str, str | None]:
+    name, _, revision = (base, "", "") if Path(base).exists() else base.partition("@")
+    return {"base_model_name_or_path": name, "revision": revision or None}
 
 
 def _last(name: str) -> str:
