@@ -45,8 +45,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     machine = _machine(arguments)
     given = _named(arguments, *names)
     given["workdir"] = cache_of(arguments.workdir) if is_address(arguments.workdir) else arguments.workdir
-    recipe, reasons = adapt_recipe(**given)
-    recipe = _overridden(recipe, overrides)
+    recipe, reasons = adapt_recipe(**given, overrides=overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
     run(recipe, arguments.workdir, update=arguments.update, **machine)
 

@@ -21,6 +21,7 @@ SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
 # JSON can spell what is no text: half of a pair.
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_NAME_IT = "name the one with text: --text-field NAME, or of one corpus of a run --domains.0.corpus.text_field NAME"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,17 @@ def nothing_usable(corpus: Corpus, skipped: Mapping[str, int]) -> UserError:
     """Says why a corpus has nothing to learn from."""
     counted = sorted(skipped.items(), key=lambda reason: -reason[1])
     reasons = ", ".join(f"{number} x {reason}" for reason, number in counted) or "it is empty"
-    return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): give one that does")
+    remedy = _other_fields(corpus) or "give one that does"
+    return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): {remedy}")
+
+
+def _other_fields(corpus: Corpus) -> str:
+    """What to do about a first record whose text stands in another field."""
+    record = next(_records(corpus, SkipCounts()), {})
+    fields = [name for name, value in record.items() if isinstance(value, str)]
+    if corpus.format == "chat" or corpus.text_field in record or holds_conversation(record) or not fields:
+        return ""
+    return f"its records have {', '.join(fields)}; {_NAME_IT}"
 
 
 def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document | None:
@@ -219,7 +230,8 @@ def _columns(corpus: Corpus, path: Location) -> list[str]:
         raise UserError(f"{path} has no conversation ({conversations.KNOWN}); its columns: {', '.join(names)}")
     if not chat and corpus.text_field not in names:
         hint = _chat_hint(corpus, names)
-        raise UserError(f"{path} has no column {corpus.text_field!r}{hint}; it has: {', '.join(names)}")
+        remedy = "" if hint else f"; {_NAME_IT}"
+        raise UserError(f"{path} has no column {corpus.text_field!r}{hint}; it has: {', '.join(names)}{remedy}")
     return [name for name in (*fields, corpus.group_field) if name in names]
 
 

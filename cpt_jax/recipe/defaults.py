@@ -12,7 +12,7 @@ from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
-from cpt_jax.core.config import fingerprint, to_json
+from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.storage import write_json_atomic
@@ -24,7 +24,7 @@ from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
-from cpt_jax.recipe.find import model_named
+from cpt_jax.recipe.find import apply_overrides, model_named, overrides_of
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.recipe.stations import TEXT_SAMPLE, holds_nothing_else
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
@@ -154,6 +154,20 @@ def _watch(every: int | None, limit: float | None, action: str | None, steps: in
     return Watch(every=every or max(1, steps // 20), budget=budget)
 
 
+def _domains(
+    given: dict[Role, Sequence[tuple[str, str]]], text_field: str, chat: Sequence[str], overrides: Sequence[str]
+) -> tuple[Domain, ...]:
+    """The domains as flags change them, before any text is read: each corpus may have a text field of its own."""
+    corpora = named_corpora([spec for specs in given.values() for spec in specs], text_field, chat)
+    roles: list[Role] = [role for role, specs in given.items() for _ in specs]
+    domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
+    recipe = Recipe(name="domains", base="", domains=domains, stages=())
+    for path, value in overrides_of(overrides):
+        if path.startswith("domains."):
+            recipe = override(recipe, path, value)
+    return recipe.domains
+
+
 def adapt_recipe(
     *,
     base: str,
@@ -175,11 +189,13 @@ def adapt_recipe(
     chat: Sequence[str],
     chat_template: Path | None,
     workdir: Path,
+    overrides: Sequence[str] = (),
 ) -> tuple[Recipe, dict[str, str]]:
-    """A recipe for the user's own model and text, and the reason for each default.
+    """A recipe for the user's own model and text, and the reason for each default; `overrides` (`apply_overrides`) are
+    applied.
 
     Raises:
-      UserError: a share outside [0, 1), a watch over nothing, too little text, or whatever is wrong with the model or the corpora.
+      UserError: a share outside [0, 1), a watch over nothing, too little text, or whatever is wrong with the model, the corpora or the overrides.
     """
     if not 0 <= replay_share < 1:
         raise UserError(f"--replay-share is {replay_share}: give a share from 0 up to, not including, 1")
@@ -196,9 +212,7 @@ def adapt_recipe(
         raise UserError("nothing is there that may be forgotten: give --replay or --watch with the forgetting watch")
     share = replay_share if replay else 0.0
     given: dict[Role, Sequence[tuple[str, str]]] = {"new": new, "replay": replay, "watch": watch}
-    corpora = named_corpora([*new, *replay, *watch], text_field, chat)
-    roles: list[Role] = [role for role, specs in given.items() for _ in specs]
-    domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
+    domains = _domains(given, text_field, chat, overrides)
     base = model_named(base)
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
@@ -270,7 +284,7 @@ def adapt_recipe(
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
         "precision": recipe.precision.compute,
     }
-    return recipe, reasons
+    return apply_overrides(recipe, overrides), reasons
 
 
 def explain(recipe: Recipe, reasons: dict[str, str]) -> str:

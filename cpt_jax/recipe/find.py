@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpt_jax.checkpoint.base import resolve_base
@@ -123,13 +123,24 @@ def _returns_recipe(function: Callable) -> bool:
     return inspect.signature(function).return_annotation in (Recipe, "Recipe")
 
 
-def apply_overrides(recipe: Recipe, arguments: list[str]) -> Recipe:
+def apply_overrides(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     """Applies `--stages.1.optimizer.learning_rate 1e-3` (or `--seed=1`) to a recipe.
 
     Raises:
       UserError: a name that does not exist (the nearest is named), or a value of another type.
     """
-    rest = list(arguments)
+    for path, value in overrides_of(arguments):
+        recipe = override(recipe, path, value)
+    return recipe
+
+
+def overrides_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Paths and values of what is written `--stages.1.optimizer.learning_rate 1e-3` or `--seed=1`.
+
+    Raises:
+      UserError: a word that is none, or a name without a value.
+    """
+    found, rest = [], list(arguments)
     while rest:
         name = rest.pop(0)
         if not name.startswith("--"):
@@ -139,5 +150,5 @@ def apply_overrides(recipe: Recipe, arguments: list[str]) -> Recipe:
             if not rest:
                 raise UserError(f"override --{name} lacks its value")
             value = rest.pop(0)
-        recipe = override(recipe, name.replace("-", "_"), value)
-    return recipe
+        found.append((name.replace("-", "_"), value))
+    return found

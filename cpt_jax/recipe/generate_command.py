@@ -23,8 +23,8 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 BATCH_ROWS = 8
 # A token's text may depend on the one before it: SentencePiece shows no space before a text's first word.
 CONTEXT_TOKENS = 4
-# What bytes decode to that are no whole character (yet).
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# What bytes decode to that are no whole character (yet), and how many of them may still become one: UTF-8 has up to four.
+INCOMPLETE, MISSING = "\N{REPLACEMENT CHARACTER}", 3
 
 
 class TextStream:
@@ -50,10 +50,11 @@ class TextStream:
         return self._given(text)
 
     def finish(self) -> str:
-        """What is left when no token follows; half a character is not shown."""
+        """What is left when no token follows; half a character is not shown, more bytes that are none are."""
         if self.stopped:
             return ""
-        given = self._given(self._decoded().rstrip(INCOMPLETE))
+        text = self._decoded()
+        given = self._given(text[: max(len(text.rstrip(INCOMPLETE)), len(text) - MISSING)])
         rest, self._new, self._held = self._held, [], ""
         self.text += rest
         return given + rest

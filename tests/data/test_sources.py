@@ -87,7 +87,7 @@ def test_a_directory_is_told_with_what_is_in_it(tmp_path):
     [
         ("missing.jsonl", None, "there is no such file"),
         ("empty.jsonl", b"", "it is empty"),
-        ("bad.jsonl", b'{"body": "x"}\n', "1 x no text field 'text'"),
+        ("bad.jsonl", b'{"body": "x"}\n', "1 x no text field 'text'.*: its records have body; name .*--text-field"),
         ("data.csv", b"a,b\n", "no known format"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 100, mtime=0)[:-20], "truncated"),
         ("cut.parquet", b"PAR1xxxx", "no Parquet file"),

@@ -51,6 +51,13 @@ def test_half_a_character_at_the_end_is_not_shown(tokenizers, kind):
     assert shown + stream.finish() == stream.text == " city"
 
 
+def test_bytes_that_are_no_characters_are_shown_as_such(tokenizers):
+    tokenizer = tokenizers["pieces"]
+    stream = TextStream(tokenizer, tokenizer.encode("the"), ())
+    shown = "".join(stream.push(tokenizer.backend.token_to_id("<0xE5>")) for _ in range(20))
+    assert shown + stream.finish() == stream.text == "\N{REPLACEMENT CHARACTER}" * 17
+
+
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_text_is_cut_before_a_stop_string_that_spans_tokens(tokenizers, kind):
     tokenizer = tokenizers[kind]

@@ -98,7 +98,27 @@ def test_a_run_as_a_base_of_cpt_adapt_is_its_export(tiny_model, tmp_path):
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
     words = ["adapt", "--base", str(tmp_path), "--new", f"zh={texts}", "--workdir", str(tmp_path / "new")]
     arguments, _ = parser().parse_known_args([*words, "--tokens", "1000"])
-    given = inspect.signature(adapt_recipe).parameters
-    values = {name: getattr(arguments, name) for name in given} | {"workdir": Path(arguments.workdir)}
-    recipe, _ = adapt_recipe(**values)
+    recipe, _ = adapt_recipe(**adapting(arguments))
     assert recipe.base == str(tmp_path / "export")
+
+
+def adapting(arguments) -> dict:
+    """What `cpt adapt` gives to its recipe."""
+    names = inspect.signature(adapt_recipe).parameters.keys() - {"overrides"}
+    return {name: getattr(arguments, name) for name in names} | {"workdir": Path(arguments.workdir)}
+
+
+def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_model, tmp_path):
+    (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in chinese(40)))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
+    new = [f"{name}={tmp_path}/{name}.jsonl" for name in ("more", "zh")]
+    words = ["adapt", "--base", str(tiny_model), "--new", *new, "--workdir", str(tmp_path / "run"), "--tokens", "1000"]
+    arguments, overrides = parser().parse_known_args([*words, "--domains.1.corpus.text_field", "content"])
+    with pytest.raises(UserError, match="its records have content; name the one with text"):
+        adapt_recipe(**adapting(arguments))
+    recipe, _ = adapt_recipe(**adapting(arguments), overrides=overrides)
+    assert [domain.corpus.text_field for domain in recipe.domains] == ["text", "content"]
+    # What is wrong with a flag is told before a text is read.
+    (tmp_path / "zh.jsonl").unlink()
+    with pytest.raises(UserError, match="override --seed lacks its value"):
+        adapt_recipe(**adapting(arguments), overrides=["--seed"])
