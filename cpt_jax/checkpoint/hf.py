@@ -51,6 +51,16 @@ def read_config(directory: Path) -> dict:
         raise UserError(f"{path} is not valid JSON: fetch the model again") from error
 
 
+def named_ids(directory: Path) -> Iterator[tuple[Path, str, list[int]]]:
+    """(file, name, ids) of the tokens that config.json and generation_config.json give a meaning: the beginning, the
+    end (which may be several), padding."""
+    for path in (directory / "config.json", directory / "generation_config.json"):
+        written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = written.get(name)
+            yield path, name, given if isinstance(given, list) else [] if given is None else [given]
+
+
 def weight_files(directory: Path) -> list[str]:
     """The safetensors files of a directory: one, or those of its index, which may name files in an object store. As in
     transformers, the one goes first: an index beside it was left by an earlier save."""

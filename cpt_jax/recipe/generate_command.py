@@ -1,12 +1,14 @@
 """`cpt generate`: continues prompts, one of them as its tokens come, several together."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from cpt_jax.checkpoint.hf import named_ids
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.progress import quiet_libraries, say
@@ -170,12 +172,8 @@ class TextGenerator:
 def end_ids_of(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Where text ends: at the separator of documents, and at what the model's files call an end (an instruction model
     ends its turn with it)."""
-    found = {tokenizer.end_id}
-    for name in ("config.json", "generation_config.json"):
-        path = directory / name
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        found.update(named if isinstance(named, list) else [] if named is None else [named])
-    return frozenset(found)
+    ends = (ids for _, name, ids in named_ids(directory) if name == "eos_token_id")
+    return frozenset(itertools.chain([tokenizer.end_id], *ends))
 
 
 def read_prompts(path: Path) -> list[str]:

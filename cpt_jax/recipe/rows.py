@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpt_jax.adapt import Embeddings
-from cpt_jax.checkpoint.hf import load, save, widest
+from cpt_jax.checkpoint.hf import load, named_ids, save, widest
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, say
@@ -57,6 +57,7 @@ class Growth:
             raise UserError(
                 f"the tokenizer in {tokenizer} has {self.extended.size:,} pieces, fewer than the model's {self.base.size:,}"
             )
+        _check_named_ids(model, self.base)
         _tell_rows(config.vocab_size, self.base.size)
         flat = flatten(weights)
         self.tables = {
@@ -104,6 +105,17 @@ class Growth:
             generation=self.base.directory,
             dtype=widest(leaf.dtype for leaf in self._weights.values()),
         )
+
+
+def _check_named_ids(directory: Path, tokenizer: Tokenizer) -> None:
+    """Refuses a model whose files name a token that its tokenizer has not: that row would become a new piece's (text
+    would end at it, or be taken for padding), or be cut off (of a padding beyond the table torch makes no embedding)."""
+    for path, name, ids in named_ids(directory):
+        if unknown := [each for each in ids if each >= tokenizer.size]:
+            raise UserError(
+                f"{path} names {unknown[0]} as {name}, but the tokenizer has {tokenizer.size:,} pieces, and new ones come "
+                "behind them: take it out of that file, or add that token to the tokenizer"
+            )
 
 
 def _tell_rows(rows: int, pieces: int) -> None:

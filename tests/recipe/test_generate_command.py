@@ -1,6 +1,7 @@
 """`cpt generate`: text is shown in whole characters, up to a stop string; a prompt's is the same alone and in a batch."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -155,7 +156,8 @@ def test_a_chat_and_the_end_of_its_turn(cpt, tmp_path):
     assert result["tokens"] == len(expected)
     assert result["finish_reason"] == "stop"
     assert out == result["text"] + "\n"
-    assert result["text"] == tokenizer.decode(expected).rstrip("\N{REPLACEMENT CHARACTER}")
+    # Without what may be half a character: up to three bytes at the end.
+    assert result["text"] == re.sub("\N{REPLACEMENT CHARACTER}{1,3}$", "", tokenizer.decode(expected))
 
 
 def test_a_runs_directory_stands_for_its_export(tiny_model, tmp_path):

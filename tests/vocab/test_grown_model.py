@@ -1,5 +1,6 @@
 """What a grown model keeps, what rows it gets, and rows that are fitted in it."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -128,6 +129,18 @@ def test_a_smaller_tokenizer_is_refused(grown, tmp_path):
     model = write_model(tmp_path, extended, rows=320 + NEW)
     with pytest.raises(UserError, match="has 320 pieces, fewer than the model's 380"):
         Growth(model, base)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("config.json", {"pad_token_id": 320}), ("generation_config.json", {"eos_token_id": [2, 351]})],
+)
+def test_an_id_that_is_no_token_and_would_be_a_piece_is_refused(grown, tmp_path, file, named):
+    base, extended = grown
+    path = write_model(tmp_path, base, rows=352) / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | named))
+    with pytest.raises(UserError, match=rf"{file} names 3\d\d as \w+_token_id, but the tokenizer has 320 pieces"):
+        Growth(path.parent, extended)
 
 
 # Fitted rows
