@@ -59,6 +59,14 @@ def is_hub_id(base: str) -> bool:
     return base.partition("@")[0].count("/") == 1 and "://" not in base
 
 
+def name_of_base(base: str) -> str:
+    """What a base is called: a hub id, or the last part of a place; of a run's export, the run."""
+    if is_hub_id(base):
+        return base
+    *above, name = base.rstrip("/").split("/")
+    return above[-1] if name == "export" and above and above[-1].strip(".~") else name
+
+
 def _snapshot(base: str, weights: bool) -> Path:
     """What is fetched of a hub id. Weights as safetensors only: pickles can run code when they are opened."""
     import huggingface_hub

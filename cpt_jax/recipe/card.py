@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cpt_jax.checkpoint.base import is_hub_id
+from cpt_jax.checkpoint.base import is_hub_id, name_of_base
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
@@ -73,9 +73,11 @@ def _file_name(place: str) -> str:
 
 
 def _summary(recipe: Recipe, export: Export) -> str:
-    base = recipe.base if is_hub_id(recipe.base) else _file_name(recipe.base)
     learnt, kept = (", ".join(recipe.named(role)) for role in ("new", "replay"))
-    lines = [f"`{base}`, continued in pre-training on {learnt}" + (f", with {kept} replayed." if kept else ".")]
+    lines = [
+        f"`{name_of_base(recipe.base)}`, continued in pre-training on {learnt}"
+        + (f", with {kept} replayed." if kept else ".")
+    ]
     if recipe.vocabulary is not None:
         lines.append("Its vocabulary is larger than the base's; every id of the base keeps its meaning.")
     weights = "the moving average (EMA) of the trained weights" if export.weights == "ema" else "the last weights"

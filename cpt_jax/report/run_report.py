@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from cpt_jax.checkpoint.base import name_of_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock
@@ -270,7 +271,7 @@ def _written(run: Path) -> Path:
         f"<h2>The recipe</h2><details><summary>config.json, which replays this run</summary><pre>{html.escape(json.dumps(config, ensure_ascii=False, indent=2))}</pre></details>",
     ]
     name = html.escape(config["name"])
-    base = html.escape(Path(config["base"]).name if Path(config["base"]).exists() else config["base"])
+    base = html.escape(name_of_base(config["base"]))
     out = run / "report.html"
     write_text_atomic(out, page(name, f"continued pre-training of {base}{total}", "".join(sections), GOODPUT_STYLE))
     return out
