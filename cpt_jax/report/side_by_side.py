@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_jax.checkpoint.base import name_of_base
 from cpt_jax.laws.points import Point
 from cpt_jax.report.many import RunFacts
 
@@ -18,12 +19,20 @@ _OF_A_POINT = re.compile(_STOOD_FOR.pattern + r"|base|vocabulary(\..*)?\.seed")
 
 
 def differing(runs: Sequence[RunFacts]) -> dict[str, str]:
-    """The settings in which runs differ: the path, and as short a name for it as is its own."""
+    """The settings in which runs differ: the path, and as short a name for it as is its own. What some runs lack whole,
+    as a stage, is told by its kind; of what it holds, only what differs between those that have it."""
     paths = list(dict.fromkeys(path for run in runs for path in run.settings))
     apart = [
         path
         for path in paths
         if not _STOOD_FOR.fullmatch(path) and len({json.dumps(run.settings.get(path)) for run in runs}) > 1
+    ]
+    groups = tuple(f"{path}." for path in apart)
+    apart = [
+        path
+        for path in apart
+        if not path.startswith(groups)
+        or len({json.dumps(run.settings[path]) for run in runs if path in run.settings}) > 1
     ]
     names = {}
     for path in apart:
@@ -89,7 +98,8 @@ def columns_of(runs: Sequence[RunFacts]) -> dict:
     if len({run.parameters for run in runs}) > 1:
         columns["parameters"] = lambda run: "unknown" if run.parameters is None else f"{run.parameters:,}"
     for path, name in differing(runs).items():
-        columns[name] = lambda run, path=path: shown(run.settings.get(path))
+        called = name_of_base if path == "base" else lambda value: value
+        columns[name] = lambda run, path=path, called=called: shown(called(run.settings.get(path)))
     return columns
 
 

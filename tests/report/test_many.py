@@ -71,6 +71,27 @@ def test_runs_that_differ_in_much_are_called_by_their_names(tmp_path):
     assert {setting.label for setting in settings} == {"slow", "fast"}
 
 
+def test_what_a_run_lacks_whole_is_one_column(tmp_path):
+    """Not one for each of its settings, but for those in which the other runs differ."""
+    for name, pieces in (("none", None), ("few", 1000), ("many", 2000)):
+        write_run(tmp_path / "runs" / name, 0.25)
+        path = tmp_path / "runs" / name / "config.json"
+        extension = {"kind": "ContinuedBPE", "new_tokens": pieces, "min_frequency": 2}
+        vocabulary = {"kind": "Vocabulary", "extension": extension, "drop_unreachable": False}
+        changed = {"vocabulary": vocabulary if pieces else None, "base": f"runs/{name}/export"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    runs = {run.name: run for run in find_runs([tmp_path])[0]}
+    told = {
+        name: {run: cell(facts) for run, facts in runs.items()} for name, cell in columns_of([*runs.values()]).items()
+    }
+    assert told == {
+        "base": {"none": "none", "few": "few", "many": "many"},
+        "vocabulary": {"none": "none", "few": "Vocabulary", "many": "Vocabulary"},
+        "new_tokens": {"none": "none", "few": "1,000", "many": "2,000"},
+    }
+    assert list(columns_of([runs["none"], runs["few"]])) == ["base", "vocabulary"]
+
+
 def test_the_curves_of_a_single_step_can_be_drawn(tmp_path):
     # Warnings are errors: the layout gave up where a name lay outside of the axes.
     line = {"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3}
