@@ -35,6 +35,8 @@ def write_run(
     stage = {
         "name": "lora",
         "tokens": tokens,
+        "batch_size": 10,
+        "sequence_length": 1000,
         "mixture": mixture,
         "optimizer": {"kind": "AdamW", "learning_rate": rate},
     }

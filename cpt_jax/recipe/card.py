@@ -97,7 +97,9 @@ def _loading(recipe: Recipe, released: str | None) -> str:
             else " The rows of the new pieces are in the adapter, room for them is made:"
         )
         grow = "" if recipe.vocabulary is None else _GROW
-        return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=f'"{released}"', grow=grow)
+        name, _, revision = released.partition("@")
+        place = f'"{name}"' + (f', revision="{revision}"' if revision else "")
+        return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=place, grow=grow)
     return (
         "An adapter (PEFT) of the model in the run's directory `base/`, whose place `adapter_config.json` names as it was: pass "
         "that directory on with the adapter.\n\n" + _LOAD.format(base="BASE", grow="")

@@ -82,18 +82,18 @@ class Pipeline(VocabularyStations, Stages):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 
     def run(self, only: str | None) -> None:
-        self.until_training()
+        self.until_training(only)
         for index, stage in enumerate(self.recipe.stages):
             self.train(index, stage)
             self.evaluate_stage(stage)
         self.finish(only)
 
-    def until_training(self) -> None:
+    def until_training(self, only: str | None) -> None:
         """All stations before the first stage."""
         self.resolve()
         for domain in self.recipe.domains:
             self.hold_out(domain)
-        self.plan = self._plan()
+        self.plan = self._plan(only)
         self.evaluate("base", "last")
         for stage in self.recipe.stages:
             self.measure_base(stage)
@@ -150,7 +150,7 @@ class Pipeline(VocabularyStations, Stages):
         outputs = [out / name for name in (MANIFEST, STATISTICS, DATASET_INFO, FEATURES)]
         self._station(f"data-{domain.name}", inputs, outputs, tokenise, beside="train-*.arrayrecord", common=True)
 
-    def _plan(self) -> Plan:
+    def _plan(self, only: str | None) -> Plan:
         """Work in training tokens: an evaluated token costs half of one; the rest is given in seconds for a rate of
         4 FLOPs a parameter."""
         rate = 4 * self.parameters / (2e11 if jax.default_backend() == "cpu" else 2e14)
@@ -167,7 +167,9 @@ class Pipeline(VocabularyStations, Stages):
             work[f"stage-{stage.name}"] = stage.steps * stage.batch_size * stage.sequence_length + 15 / rate
             for weights in ("last", "ema") if stage.ema is not None else ("last",):
                 work[f"evaluate-{stage.name}-{weights}"] = after / 2
-        return Plan(work | {"export": 10 / rate, "samples": 20 / rate}, rate)
+        if only is None:
+            work |= {"export": 10 / rate, "samples": 20 / rate}
+        return Plan(work, rate)
 
 
 def export_run(run_directory: Location, out: Location, changes: dict[str, Any]) -> None:

@@ -43,10 +43,14 @@ class Stages(Watched):
         name, inputs, outputs, may_change = self._stage_station(index, stage)
         begun = self.workdir.begin(name, inputs, outputs, **may_change)
         self.marks[begun.name] = begun.fingerprint
+        if self.plan is not None:
+            (self.plan.skip if begun.done else self.plan.begin)(name)
         return begun
 
     def end_stage(self, stage: Stage, begun: Begun, trained: dict[str, Tree]) -> None:
         self.workdir.end(begun)
+        if self.plan is not None:
+            self.plan.end(begun.name)
         self.lineage.remember(stage, trained)
 
     def _stage_station(self, index: int, stage: Stage) -> tuple[str, object, list[Path], dict[str, Any]]:

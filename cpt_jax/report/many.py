@@ -17,7 +17,7 @@ from cpt_jax.laws.points import Point
 from cpt_jax.report.run_report import final_label, grid, is_reported, load_run
 from cpt_jax.training.ending import ended_early
 from cpt_jax.training.metrics import read_metrics
-from cpt_jax.training.watch import read_watch
+from cpt_jax.training.watch import RAISED, read_watch
 
 Curve = list[tuple[int, float]]
 
@@ -146,19 +146,23 @@ def _parameters(directory: str) -> int | None:
 
 
 def _trained_tokens(run: Path, config: dict) -> list[int]:
-    """Of each stage; less than its recipe says where a watch or the text has ended it."""
+    """Of each stage, in whole steps; fewer than its recipe says where a watch or the text has ended it."""
     found = []
     for number, stage in enumerate(config["stages"], 1):
-        ended = ended_early(run / "stages" / f"{number}-{stage['name']}")
-        found.append(stage["tokens"] if ended is None else ended[0] * stage["batch_size"] * stage["sequence_length"])
+        ended, step = ended_early(_stage(run, number, stage)), stage["batch_size"] * stage["sequence_length"]
+        found.append(step * (-(-stage["tokens"] // step) if ended is None else ended[0]))
     return found
+
+
+def _stage(run: Path, number: int, stage: Mapping[str, Any]) -> Path:
+    return run / "stages" / f"{number}-{stage['name']}"
 
 
 def _replay(run: Path, config: dict, roles: Mapping[str, str], trained: Sequence[int]) -> float:
     return sum(
         tokens * share
         for number, (stage, tokens) in enumerate(zip(config["stages"], trained, strict=True), 1)
-        for name, share in _shares(run, run / "stages" / f"{number}-{stage['name']}", stage).items()
+        for name, share in _shares(run, _stage(run, number, stage), stage).items()
         if roles[name] == "replay"
     )
 
@@ -166,7 +170,7 @@ def _replay(run: Path, config: dict, roles: Mapping[str, str], trained: Sequence
 def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, float]:
     """Each domain's share of what a stage trained on: its mixture's, or, where a watch raised some, a domain's text may
     have run out, or the end came early, what was counted."""
-    raised = any((line.get("action") or "").startswith("raise replay") for line in read_watch(directory))
+    raised = any((line.get("action") or "").startswith(RAISED) for line in read_watch(directory))
     if raised or stage.get("max_epochs") or ended_early(directory) is not None:
         read: dict[str, float] = {}
         for line in read_metrics(directory):
@@ -210,7 +214,7 @@ def _curves(run: Path, config: dict) -> tuple[dict[str, Curve], dict[str, Curve]
     watched: dict[str, Curve] = {}
     before = 0
     for number, stage in enumerate(config["stages"], 1):
-        directory = run / "stages" / f"{number}-{stage['name']}"
+        directory = _stage(run, number, stage)
         seen, at_step = before, {}
         for line in read_metrics(directory):
             seen += int(line["tokens"])

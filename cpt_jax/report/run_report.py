@@ -49,7 +49,7 @@ def final_label(config: dict) -> str:
     if config.get("export", {}).get("interpolate_base"):
         return "export"
     stages = config.get("stages") or []
-    last = stages[-1]["name"] if stages else "extended"
+    last = stages[-1]["name"] if stages else "extended" if config.get("vocabulary") else "base"
     return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
 
 

@@ -20,6 +20,7 @@ from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
 from cpt_jax.report.many_report import write_runs_report
+from cpt_jax.report.run_report import final_label, stage_label
 from cpt_jax.report.tables import text_table
 
 SWEEP = "sweep.json"
@@ -195,11 +196,10 @@ class SweepDirectory:
         """Bits per byte by domain: the base's, and the final ones."""
         recipe = self.recipes[name]
         entries = json.loads(self._read(f"runs/{name}/eval.json") or "[]")
-        last = recipe.stages[-1].name if recipe.stages else "base"
-        kinds = {"base": ("base", "last"), "final": (last, recipe.export.weights)}
+        kinds = {"base": "base", "final": final_label(to_json(recipe))}
         return {
-            kind: {e["domain"]: e["bits_per_byte"] for e in entries if (e["stage"], e["weights"]) == place}
-            for kind, place in kinds.items()
+            kind: {e["domain"]: e["bits_per_byte"] for e in entries if stage_label(e) == label}
+            for kind, label in kinds.items()
         }
 
     def failed(self) -> dict[str, str]:
@@ -213,7 +213,7 @@ class SweepDirectory:
         """The runs with their final bits per byte by domain, and what their base had."""
         records = self.content()["runs"]
         domains = list(dict.fromkeys(domain.name for recipe in self.recipes.values() for domain in recipe.domains))
-        rows = [["bits per byte", *domains, "time", ""]]
+        rows, statuses = [["bits per byte", *domains, "time"]], [""]
         for record in records:
             base, final = record.get("base", {}), record.get("final", {})
             cells = [
@@ -223,12 +223,16 @@ class SweepDirectory:
             status = record["status"] if record["status"] != "failed" else f"failed: {record['error']}"
             if record["status"] == "done" and record["together"] > 1:
                 status = f"done, {record['together']} together"
-            rows.append([record["name"], *cells, clock(record["seconds"]) if "seconds" in record else "-", status])
+            rows.append([record["name"], *cells, clock(record["seconds"]) if "seconds" in record else "-"])
+            statuses.append(status)
         bases = {tuple(record["base"].items()) for record in records if record.get("base")}
         if len(bases) == 1:
             base = dict(bases.pop())
-            rows.insert(1, ["base", *(f"{base[name]:.3f}" if name in base else "-" for name in domains), "", ""])
-        return text_table(rows)
+            rows.insert(1, ["base", *(f"{base[name]:.3f}" if name in base else "-" for name in domains), ""])
+            statuses.insert(1, "")
+        # Behind the table: a failure's message is as long as it is.
+        lines = zip(text_table(rows).splitlines(), statuses, strict=True)
+        return "\n".join(f"{line}  {status}".rstrip() for line, status in lines)
 
     def report(self) -> Location | None:
         """The page over all runs that are done; None: none is."""

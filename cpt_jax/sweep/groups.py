@@ -92,7 +92,7 @@ def run_group(
             workdir = claimed.enter_context(Workdir(place(name), recipes[name], update=update, shared=shared))
             pipelines[name] = Pipeline(recipes[name], workdir)
             pipelines[name].tracking = Tracking(kinds=tuple(track), run=name, directory=workdir.path)
-            pipelines[name].until_training()
+            pipelines[name].until_training(only)
             if len(recipes) > 1:
                 # A run's own time left says little among others.
                 pipelines[name].plan = None

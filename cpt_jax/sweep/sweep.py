@@ -84,6 +84,7 @@ def sweep(
     """
     quiet_libraries()
     recipes = find_experiment(experiment)
+    _check_exports(recipes, manner)
     location = workdir or Path("runs") / experiment.rpartition(":")[2]
     if is_address(location) and manner.queue != "skypilot":
         raise UserError(f"--workdir {location}: a sweep's directory is on a disk, except with --queue skypilot")
@@ -97,14 +98,33 @@ def sweep(
             say(f"sweep: {done} of {len(recipes)} runs are done")
         _bring_through(directory, left, manner)
         print(directory.table())
-        if (page := directory.report()) is not None:
-            print(f"\nreport: {page}")
+        _report(directory)
         if json_path is not None:
             write_json(json_path, directory.content())
         failed = directory.failed()
     for name, error in failed.items():
         say(f"sweep: run {name} failed: {error}")
     return not failed
+
+
+def _check_exports(recipes: dict[str, Recipe], manner: Manner) -> None:
+    """Raises a UserError where a run's result would come to be in an export that is not made."""
+    mixed = [name for name, recipe in recipes.items() if recipe.export.interpolate_base]
+    if mixed and not manner.exports:
+        raise UserError(
+            f"run {mixed[0]!r} is averaged with its base when it is exported (export.interpolate_base): add --exports"
+        )
+
+
+def _report(directory: SweepDirectory) -> None:
+    """The page over the runs; where they make none, their figures stay what they are."""
+    try:
+        page = directory.report()
+    except UserError as error:
+        say(f"sweep: no report: {error}")
+        return
+    if page is not None:
+        print(f"\nreport: {page}")
 
 
 def _bring_through(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -> None:

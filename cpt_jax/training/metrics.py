@@ -97,7 +97,7 @@ def metrics_line(
     unreadable: Mapping[str, int],
     epochs: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """A step's line: losses (nats a token, also by domain), rates and times.
+    """A step's line: losses (nats a token, also by domain), tokens that were learnt, rates and times.
 
     Args:
       metrics: what the step returned, on the host.
@@ -128,6 +128,7 @@ def metrics_line(
         "skipped_in_a_row": int(metrics["skipped_in_a_row"]),
         "tokens": int(metrics["tokens"].sum()),
         **read,
+        **{f"tokens/{name}": int(count) for name, count in zip(names, metrics["tokens"], strict=True)},
         "tokens_per_second": rate,
         "model_flops_per_second": rate * flops,
         **{f"epochs/{name}": round(count, 4) for name, count in (epochs or {}).items()},

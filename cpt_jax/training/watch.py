@@ -23,6 +23,8 @@ from cpt_jax.training.metrics import numbers
 from cpt_jax.training.state import TrainState
 
 WATCHED = "watch.jsonl"
+# How the action of a line of it begins, where shares of the mixture were raised.
+RAISED = "raise replay"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +179,7 @@ class Watcher:
         factor = (1.0 if raised is None else raised.factor) * budget.factor
         loader.raise_shares(Raised(domains=watching.replayed, factor=factor, maximum=budget.maximum))
         after = sum(loader.shares_now()[name] for name in watching.replayed)
-        return f"raise replay from {before:.1%} to {after:.1%}: {reason}", False
+        return f"{RAISED} from {before:.1%} to {after:.1%}: {reason}", False
 
 
 def read_watch(directory: Path) -> list[dict]:

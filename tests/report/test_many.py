@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from many_runs import write_run
 
+from cpt_jax.adapt import Full
 from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.mirror import MARKS
-from cpt_jax.recipe.recipe import Domain, Recipe
+from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
 from cpt_jax.report.many import find_runs, mean_shares, read_run
 from cpt_jax.report.many_plots import points_plot
 from cpt_jax.report.many_report import write_runs_report
@@ -19,8 +22,9 @@ from cpt_jax.report.plots import curves_plot, new_figure, saved
 from cpt_jax.report.side_by_side import columns_of, pareto_front, settings_of_runs
 from cpt_jax.sweep import at_once
 from cpt_jax.sweep.directory import SweepDirectory
-from cpt_jax.sweep.sweep import Manner, planned
-from cpt_jax.training.ending import end_early
+from cpt_jax.sweep.sweep import Manner, _check_exports, _report, planned
+from cpt_jax.training.ending import ENDED, end_early
+from cpt_jax.training.watch import RAISED, WATCHED
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +122,6 @@ def test_a_schedule_counts_with_its_mean(tmp_path):
 
 def test_a_stage_that_ended_early_counts_with_what_it_trained_on(tmp_path):
     write_run(tmp_path / "runs" / "a", 0.25, tokens=1_000_000)
-    config = json.loads((tmp_path / "runs/a/config.json").read_text())
-    config["stages"][0] |= {"batch_size": 10, "sequence_length": 1000}
-    (tmp_path / "runs/a/config.json").write_text(json.dumps(config))
     assert read_run(tmp_path / "runs/a").tokens == 1_000_000
     end_early(tmp_path / "runs/a/stages/1-lora", 30, "stop: en is 3% worse")
     run = read_run(tmp_path / "runs/a")
@@ -147,6 +148,41 @@ def test_a_stage_whose_watch_raised_the_replay_counts_with_what_was_read(tmp_pat
         read_run(tmp_path / "runs/raised")
 
 
+def changed_stage(run, **changes):
+    config = json.loads((run / "config.json").read_text())
+    config["stages"][0] |= changes
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_tokens_are_those_of_whole_steps(tmp_path):
+    write_run(tmp_path / "a", 0.25)
+    changed_stage(tmp_path / "a", tokens=1_000_001)
+    assert read_run(tmp_path / "a").tokens == 1_010_000
+
+
+def test_where_the_mixture_does_not_tell_the_share_is_that_of_what_was_learnt(tmp_path):
+    stage = tmp_path / "a" / "stages" / "1-lora"
+    ramp = {"kind": "Ramp", "start": {"en": 0.5, "zh": 0.5}, "end": {"en": 0.0, "zh": 1.0}, "shape": "linear"}
+    write_run(tmp_path / "a", 0.25)
+    lines = [{"step": step, "tokens": 100, "read/en": 40, "read/zh": 60} for step in range(1, 11)]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def share():
+        return pytest.approx(read_run(tmp_path / "a").replay)
+
+    assert share() == 0.25
+    changed_stage(tmp_path / "a", max_epochs={"zh": 1})
+    assert share() == 0.4
+    changed_stage(tmp_path / "a", max_epochs=None, mixture=ramp)
+    assert share() == 0.25
+    end_early(stage, 10, "stop: en is 3% worse")
+    assert share() == 0.4
+    (stage / ENDED).unlink()
+    for action, expected in (("stop: en is 3% worse", 0.25), (f"{RAISED} from 5.0% to 7.5%: en is 3% worse", 0.4)):
+        (stage / WATCHED).write_text(json.dumps({"step": 5, "bits_per_byte": {}, "action": action}) + "\n")
+        assert share() == expected
+
+
 def test_no_run_has_ended(tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="has ended yet"):
@@ -164,6 +200,72 @@ def test_a_dry_run_says_where_each_run_would_go(tmp_path):
         (Manner(), "alone: "),
     ):
         assert planned(directory, recipes, manner)[1:] == [f"  {told}a", f"  {told}b"]
+
+
+def ended(root, **runs):
+    """The directory of a sweep whose runs, in this directory, have halved their bits per byte in each stage."""
+    directory = SweepDirectory(root, "e", runs)
+    for name, recipe in runs.items():
+        stages = [
+            "base",
+            *(stage.name for stage in recipe.stages),
+            *(["export"] if recipe.export.interpolate_base else []),
+        ]
+        entries = [
+            {"stage": stage, "weights": "last", "domain": domain.name, "bits_per_byte": 2.0**-number, "bytes": 9}
+            for number, stage in enumerate(stages)
+            for domain in recipe.domains
+        ]
+        write_json_atomic(directory.run(name) / "config.json", to_json(recipe))
+        write_json_atomic(directory.run(name) / "eval.json", entries)
+        for domain in recipe.domains:
+            Path(domain.corpus.spec).write_text("{}")
+        directory.done_now(name, 1.0, bool(recipe.export.interpolate_base))
+    return directory
+
+
+def without_stages(domain):
+    return Recipe(
+        name="a", base="b", domains=(Domain(corpus=Corpus(name=domain, spec=f"{domain}.jsonl"), role="new"),), stages=()
+    )
+
+
+def test_the_result_of_a_run_is_what_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = Stage(
+        name="s",
+        method=Full(),
+        mixture={"zh": 1.0},
+        tokens=9,
+        batch_size=1,
+        sequence_length=9,
+        optimizer=AdamW(learning_rate=1),
+    )
+    mixed = dataclasses.replace(without_stages("zh"), stages=(stage,), export=Export(interpolate_base=0.5))
+    with ended(tmp_path / "sweep", base=without_stages("zh"), mixed=mixed) as directory:
+        for name, result in (("base", 1.0), ("mixed", 0.25)):
+            assert directory.of(name)["final"] == read_run(directory.run(name)).final == {"zh": result}
+        assert directory.report() is not None
+    with pytest.raises(UserError, match="add --exports"):
+        _check_exports({"mixed": mixed}, Manner())
+    _check_exports({"mixed": mixed}, Manner(exports=True))
+
+
+def test_runs_that_make_no_page_are_told_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with ended(tmp_path / "sweep", a=without_stages("zh"), b=without_stages("en")) as directory:
+        _report(directory)
+        assert "no report: the runs have no domain in common" in capsys.readouterr().err
+
+
+def test_a_long_message_moves_no_other_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ended(tmp_path / "sweep", a=without_stages("zh"), b=without_stages("zh")) as directory:
+        before = directory.table().splitlines()
+        directory.failed_now("b", "long " * 50)
+        after = directory.table().splitlines()
+    assert before[:3] == after[:3]
+    assert after[3].endswith("long")
 
 
 def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):

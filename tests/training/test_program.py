@@ -155,6 +155,16 @@ def test_times_add_up_and_rates_follow_from_them(directories, tmp_path):
     assert (line["tokens"], line["tokens_per_second"], line["mfu"]) == (50, 50.0, pytest.approx(0.3))
 
 
+def test_a_step_s_loss_is_the_mean_of_its_domains_by_their_tokens(directories, tmp_path):
+    train(training(directories, tmp_path, LoRA(rank=4, alpha=8), steps=3))
+    for line in lines(tmp_path):
+        counts = {name.removeprefix("tokens/"): count for name, count in line.items() if name.startswith("tokens/")}
+        assert len(counts) == 2
+        assert sum(counts.values()) == line["tokens"]
+        mean = sum(count * line[f"nats/{name}"] for name, count in counts.items()) / line["tokens"]
+        assert line["loss"] == pytest.approx(mean)
+
+
 def test_a_clock_gives_the_rest_to_the_devices():
     clock = StepClock()
     with clock.of("data"):
