@@ -1,6 +1,7 @@
 """Many runs: what each contributes, read in one place."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from cpt_jax.training.ending import ended_early
 from cpt_jax.training.metrics import read_metrics
 from cpt_jax.training.watch import RAISED, read_watch
 
+# What a sweep's directory holds about its runs.
+SWEEP = "sweep.json"
 Curve = list[tuple[int, float]]
 
 
@@ -109,7 +112,11 @@ def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
         if not is_sweep(path):
             found.append(read_run(path))
             continue
+        names = _experiment(path)
         for run in _runs_of(path):
+            if names is not None and str(run).rpartition("/")[2] not in names:
+                left_out.append(f"{run}: the sweep's experiment does not have it")
+                continue
             try:
                 found.append(read_run(run))
             except UserError as error:
@@ -123,6 +130,13 @@ def is_sweep(location: Location) -> bool:
     """Whether a directory holds runs, and is none itself."""
     with refusals_are_told(str(location)):
         return Place(location).read("config.json") is None and bool(_runs_of(location))
+
+
+def _experiment(sweep: Location) -> set[str] | None:
+    """The names of a sweep's runs; None: nobody says which are its own."""
+    with refusals_are_told(str(sweep)):
+        content = Place(sweep).read(SWEEP)
+    return None if content is None else {run["name"] for run in json.loads(content)["runs"]}
 
 
 def _runs_of(sweep: Location) -> list[Location]:

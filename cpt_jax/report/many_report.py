@@ -46,8 +46,11 @@ def write_runs_report(paths: Sequence[Location], out: Location) -> Location:
       UserError: a directory holds no run, none has ended, or the runs have no domain in common.
     """
     runs, left_out = find_runs(paths)
+    of_one = len(paths) == 1 or {str(path).rpartition("/")[0] for path in paths} == {
+        f"{str(out).rpartition('/')[0]}/runs"
+    }
     with written_beside(out) as page:
-        _write(runs, left_out, page, of_one=len(paths) == 1)
+        _write(runs, left_out, page, of_one=of_one)
     return out
 
 

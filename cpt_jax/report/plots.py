@@ -96,8 +96,8 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
     steps."""
     figure, (loss, rate) = new_figure(2, 9.6, 3.0)
     names = sorted({key for lines in stages.values() for line in lines for key in line if key.startswith("nats/")})
-    first = 0
-    for number, (stage, lines) in enumerate(stages.items()):
+    first, labelled = 0, set()
+    for stage, lines in stages.items():
         steps = [first + line["step"] for line in lines]
         for index, name in enumerate(names):
             points = [(step, line[name]) for step, line in zip(steps, lines, strict=True) if name in line]
@@ -108,11 +108,13 @@ def curves_plot(stages: dict[str, list[dict]], directory: Path) -> str:
             loss.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
             loss.plot(
                 x,
-                _smooth(y, 15),
+                # Of a few steps, a mean over fifteen would stay where they began.
+                _smooth(y, min(15, 1 + len(y) // 10)),
                 color=colour,
                 linewidth=1.7,
-                label=name.split("/", 1)[1] if number == len(stages) - 1 else None,
+                label=None if name in labelled else name.split("/", 1)[1],
             )
+            labelled.add(name)
         rate.plot(steps, [line["learning_rate"] for line in lines], color=ACCENT, linewidth=1.7)
         for axis in (loss, rate):
             if first:

@@ -19,11 +19,10 @@ from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
+from cpt_jax.report.many import SWEEP
 from cpt_jax.report.many_report import write_runs_report
 from cpt_jax.report.run_report import final_label, stage_label
 from cpt_jax.report.tables import text_table
-
-SWEEP = "sweep.json"
 
 
 class SweepDirectory:

@@ -15,6 +15,7 @@ from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
+from cpt_jax.report import plots
 from cpt_jax.report.many import find_runs, mean_shares, read_run
 from cpt_jax.report.many_plots import points_plot
 from cpt_jax.report.many_report import write_runs_report
@@ -102,6 +103,17 @@ def test_the_curves_of_a_single_step_can_be_drawn(tmp_path):
     assert "lora" in curves_plot({"lora": [line]}, tmp_path)
 
 
+def test_curves_name_every_domain_and_end_near_their_last_values(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "saved", lambda figure, *_: figures.append(figure))
+    falling = [{"step": n, "nats/zh": 10.0 - n, "nats/en": 4.0, "learning_rate": 1e-3} for n in range(1, 9)]
+    curves_plot({"both": falling, "one": [{"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3}]}, tmp_path)
+    loss = figures[0].axes[0]
+    assert sorted(text.get_text() for text in loss.get_legend().get_texts()) == ["en", "zh"]
+    (zh,) = (line for line in loss.lines if line.get_label() == "zh")
+    assert zh.get_ydata()[-1] < 3.0
+
+
 def test_a_wide_picture_does_not_shrink_beyond_reading(tmp_path):
     figure, _ = new_figure(2, 10.0, 3.0)
     assert 'style="min-width: 504px"' in saved(figure, tmp_path, "wide").partition(">")[0]
@@ -181,6 +193,17 @@ def test_where_the_mixture_does_not_tell_the_share_is_that_of_what_was_learnt(tm
     for action, expected in (("stop: en is 3% worse", 0.25), (f"{RAISED} from 5.0% to 7.5%: en is 3% worse", 0.4)):
         (stage / WATCHED).write_text(json.dumps({"step": 5, "bits_per_byte": {}, "action": action}) + "\n")
         assert share() == expected
+
+
+def test_what_is_none_of_the_experiment_s_runs_is_left_out_of_its_sweep(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name, 0.25)
+    write_json_atomic(tmp_path / "sweep.json", {"experiment": "e", "runs": [{"name": "a", "status": "done"}]})
+    runs, left_out = find_runs([tmp_path])
+    assert [run.name for run in runs] == ["a"]
+    assert left_out == [f"{tmp_path}/runs/b: the sweep's experiment does not have it"]
+    page = write_runs_report([tmp_path / "runs" / "a"], tmp_path / "report.html").read_text()
+    assert f"<h1>{tmp_path.name}</h1>" in page
 
 
 def test_no_run_has_ended(tmp_path):
