@@ -74,10 +74,14 @@ def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
 
 def nothing_usable(corpus: Corpus, skipped: Mapping[str, int]) -> UserError:
     """Says why a corpus has nothing to learn from."""
-    counted = sorted(skipped.items(), key=lambda reason: -reason[1])
-    reasons = ", ".join(f"{number} x {reason}" for reason, number in counted) or "it is empty"
+    reasons = counted(skipped) or "it is empty"
     remedy = _other_fields(corpus) or "give one that does"
     return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): {remedy}")
+
+
+def counted(skipped: Mapping[str, int]) -> str:
+    """Reasons with their numbers, the most frequent first."""
+    return ", ".join(f"{number:,} x {reason}" for reason, number in sorted(skipped.items(), key=lambda each: -each[1]))
 
 
 def _other_fields(corpus: Corpus) -> str:

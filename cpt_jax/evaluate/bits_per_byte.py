@@ -17,7 +17,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.chat import ChatEncoder
-from cpt_jax.data.sources import Document, SkipCounts
+from cpt_jax.data.sources import Document, SkipCounts, counted
 from cpt_jax.evaluate.token_scores import windows_over
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import Network, apply, head_path
@@ -150,7 +150,7 @@ def pack_conversations(encoder: ChatEncoder, documents: Sequence[Document], sequ
     skipped = SkipCounts()
     chats = encoder.measured(list(encoder.rendered(documents, skipped)))
     if not any(chat.counted.any() for chat in chats):
-        raise UserError(f"none of {len(documents)} conversations to evaluate on can be used: {dict(skipped)}")
+        raise UserError(f"none of {len(documents)} conversations to evaluate on can be used: {counted(skipped)}")
     windows = [window for chat in chats for window in _windows(chat.tokens, chat.counted[1:], sequence_length)]
     rows = _rows(windows, sequence_length)
     return PackedDocuments(rows, int(rows["weights"].sum()), sum(chat.bytes for chat in chats))

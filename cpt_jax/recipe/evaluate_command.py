@@ -7,11 +7,11 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.core.progress import progress, quiet_libraries
+from cpt_jax.core.progress import progress, quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, is_address, write_json
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
-from cpt_jax.data.sources import Corpus, Document, SkipCounts, named_corpora, read
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, counted, named_corpora, read
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, Result, bits_per_byte, pack_conversations, pack_documents
 from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_questions, difference, read_questions
 from cpt_jax.recipe.find import find_model
@@ -47,9 +47,9 @@ class _Domain:
         return pack_documents(tokenizer, [document.text for document in self.documents], length)
 
 
-def _limited(corpus: Corpus, max_bytes: int) -> list[Document]:
+def _limited(corpus: Corpus, max_bytes: int, skipped: SkipCounts) -> list[Document]:
     documents, size = [], 0
-    for document in read(corpus, SkipCounts()):
+    for document in read(corpus, skipped):
         size += len(document.text.encode())
         if documents and size > max_bytes:
             break
@@ -57,8 +57,33 @@ def _limited(corpus: Corpus, max_bytes: int) -> list[Document]:
     return documents
 
 
-def _evaluate(model: str, domains: dict[str, _Domain], questions: dict[str, list[Question]]) -> _Figures:
-    directory = find_model(model)
+def _domain(
+    corpus: Corpus, documents: list[Document], skipped: SkipCounts, template: Path | None, directories: Sequence[Path]
+) -> _Domain:
+    """A corpus's documents; of conversations, those that every model's template takes, so that two models are compared
+    on the same ones. What is left out is told.
+
+    Raises:
+      UserError: no conversation is left.
+    """
+    if corpus.format == "chat":
+        tokenizers = [Tokenizer(directory) for directory in directories]
+        encoders = [ChatEncoder(tokenizer, ChatTemplate(tokenizer, template)) for tokenizer in tokenizers]
+        usable = [each for each in documents if all(list(e.rendered([each], skipped)) for e in encoders)]
+        if not usable:
+            raise UserError(
+                f"corpus {corpus.name}={corpus.spec}: none of {len(documents):,} conversations can be used "
+                f"({counted(skipped)}): give others, or another --chat-template"
+            )
+        documents = usable
+    if skipped:
+        say(f"{corpus.name}: {len(documents):,} documents; left out: {counted(skipped)}")
+    return _Domain(documents=documents, chat=corpus.format == "chat", template=template)
+
+
+def _evaluate(
+    model: str, directory: Path, domains: dict[str, _Domain], questions: dict[str, list[Question]]
+) -> _Figures:
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
     length = min(SEQUENCE_LENGTH, loaded.config.context_length)
@@ -157,18 +182,22 @@ def evaluate_model(
     if max_bytes < 1:
         raise UserError(f"--max-bytes is {max_bytes}: give at least 1")
     quiet_libraries()
-    domains = {
-        corpus.name: _Domain(
-            documents=_limited(corpus, max_bytes), chat=corpus.format == "chat", template=chat_template
-        )
-        for corpus in named_corpora(data, text_field, chat)
-    }
+    models = [model] if against is None else [against, model]
+    corpora = named_corpora(data, text_field, chat)
+    skipped = {corpus.name: SkipCounts() for corpus in corpora}
+    documents = {corpus.name: _limited(corpus, max_bytes, skipped[corpus.name]) for corpus in corpora}
     questions: dict[str, list[Question]] = {}
     for name, given in choices:
         with fetched(given if is_address(given) else Path(given).expanduser()) as file:
             questions[name] = read_questions(file)
-    models = [model] if against is None else [against, model]
-    figures = {name: _evaluate(name, domains, questions) for name in models}
+    directories = {name: find_model(name) for name in models}
+    domains = {
+        corpus.name: _domain(
+            corpus, documents[corpus.name], skipped[corpus.name], chat_template, list(directories.values())
+        )
+        for corpus in corpora
+    }
+    figures = {name: _evaluate(name, directory, domains, questions) for name, directory in directories.items()}
     written: dict[str, list[dict]] = {"results": [], "choices": []}
     if domains:
         written["results"] = _bits_entries(figures, list(domains))

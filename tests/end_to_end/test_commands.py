@@ -1,6 +1,7 @@
 """The commands besides the pipeline, on a tiny model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_data_is_described_as_it_is_and_as_it_would_be(cpt, place, tiny_model):
         assert ended.value.code == 2, message
 
 
-def test_conversations_are_prepared_and_evaluated(cpt, place, tiny_model):
+def test_conversations_are_prepared_and_evaluated(cpt, place, tiny_model, monkeypatch):
     talks = [
         {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]}
         for asked, answer in zip(english(40, seed=3), english(40, seed=4), strict=True)
@@ -139,6 +140,23 @@ def test_conversations_are_prepared_and_evaluated(cpt, place, tiny_model):
     cpt("eval", "--model", tiny_model, "--data", *inputs, *chat, "--json", "chat.json")
     results = {result["domain"]: result for result in json.loads((place / "chat.json").read_text())["results"]}
     assert results["talk"]["bytes"] == sum(len(answer.encode()) for answer in english(40, seed=4))
+    # Two models whose templates take different conversations are compared on those that both take.
+    strict = "{% if 'river' in messages[0]['content'] %}{{ raise_exception('no rivers') }}{% endif %}" + CHAT
+    for name, template in (("plain", CHAT), ("strict", strict)):
+        shutil.copytree(tiny_model, place / name)
+        (place / name / "chat_template.jinja").write_text(template)
+    both = ("--model", "plain", "--against", "strict", "--data", "talk=talk.jsonl", "--chat", "talk")
+    told: list[str] = []
+    monkeypatch.setattr("cpt_jax.recipe.evaluate_command.say", told.append)
+    cpt("eval", *both, "--json", "both.json")
+    results = json.loads((place / "both.json").read_text())["results"]
+    taken = [pair for pair in zip(english(40, seed=3), english(40, seed=4), strict=True) if "river" not in pair[0]]
+    assert [result["bytes"] for result in results] == [sum(len(answer.encode()) for _, answer in taken)] * 2
+    assert 1 < 40 - len(taken) < 40
+    assert len(told) == 1
+    assert told[0].startswith(
+        f"talk: {len(taken)} documents; left out: {40 - len(taken)} x chat template: no rivers, 1 x no conversation"
+    )
 
 
 def test_every_kind_of_rows_can_be_asked_for():
@@ -210,8 +228,6 @@ WRONG = {
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_input_exits_with_2(place, tiny_model, monkeypatch, capsys, arguments, message):
-    import shutil
-
     monkeypatch.chdir(place)
     talk = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "city"}]
     (place / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
