@@ -15,7 +15,7 @@ class Limits:
 
     `old_documents_changed`: of the old documents, cut into other tokens than before; one alone passes, unless this is 0.
     `old_tokens_added`: how many more tokens old text may take. `slow_fast_differences`: documents on which
-    SentencePiece and tokenizer.json may differ.
+    SentencePiece and tokenizer.json may differ, and do not in the base.
     """
 
     old_documents_changed: float = 0.05
@@ -85,17 +85,23 @@ def _leads_to_one(piece: bytes, terms: Sequence[str]) -> bool:
 
 
 def slow_fast_differences(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """The share of texts that SentencePiece itself cuts otherwise than tokenizer.json; 0 without a tokenizer.model.
+    """The share of texts that SentencePiece itself cuts otherwise than tokenizer.json; 0 without a tokenizer.model."""
+    return len(_cut_differently(tokenizer, texts)) / max(1, len(texts))
+
+
+def _cut_differently(tokenizer: Tokenizer, texts: Sequence[str]) -> set[int]:
+    """Which of the texts those are.
 
     Texts that hold the name of an added token are left out: to tokenizer.json it is that token, to SentencePiece it
     is text, in the base already.
     """
     if tokenizer.sentencepiece is None:
-        return 0.0
+        return set()
     names = [token["content"] for token in tokenizer.document["added_tokens"]]
-    plain = [text for text in texts if not any(name in text for name in names)]
-    slow, fast = processor(tokenizer.sentencepiece).encode(plain), tokenizer.encode_documents(plain)
-    return sum(a != b for a, b in zip(slow, fast, strict=True)) / max(1, len(texts))
+    plain = [index for index, text in enumerate(texts) if not any(name in text for name in names)]
+    checked = [texts[index] for index in plain]
+    slow, fast = processor(tokenizer.sentencepiece).encode(checked), tokenizer.encode_documents(checked)
+    return {index for index, a, b in zip(plain, slow, fast, strict=True) if a != b}
 
 
 def fuzzed_texts(count: int, seed: int = 0) -> list[str]:
@@ -156,8 +162,11 @@ def check(
                 f"the extended tokenizer does not give back {text!r}, which the base does: extend the base anew"
             )
     for name, texts in corpora.items():
+        # Not what the base's own files differ on: transformers 5 writes a LLaMA's tokenizer.json that puts no space before a
+        # text that begins with one, where SentencePiece does.
+        apart = _cut_differently(extended, texts) - _cut_differently(base, texts)
         _within(
-            slow_fast_differences(extended, texts),
+            len(apart) / max(1, len(texts)),
             limits.slow_fast_differences,
             "slow_fast_differences",
             f"of the documents of {name} are cut differently by tokenizer.model and tokenizer.json",

@@ -133,6 +133,19 @@ def test_scores_of_zero_are_refused_where_the_two_files_cannot_agree(bases, tmp_
         pass_gate(bases["bpe"], tmp_path / "out", old=[*OLD, *chinese(300)], **ANYTHING)
 
 
+def test_where_the_base_s_files_disagree_is_no_fault_of_the_extension(bases, tmp_path):
+    """As transformers 5 writes LLaMA's tokenizer.json: SentencePiece puts a space before " a" too."""
+
+    base, spaced = tmp_path / "base", [f" {text}" for text in OLD]
+    shutil.copytree(bases["bpe"], base)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    document = Tokenizer(base).document | {"normalizer": None, "pre_tokenizer": metaspace}
+    (base / "tokenizer.json").write_text(json.dumps(document))
+    extend(base, ContinuedBPE(new_tokens=60), chinese(400), english(300), tmp_path / "out", drop_unreachable=True)
+    assert slow_fast_differences(Tokenizer(tmp_path / "out"), spaced) == 1
+    pass_gate(base, tmp_path / "out", old=spaced)
+
+
 def test_names_of_added_tokens_in_a_text_are_no_disagreement(bases, good):
     """To tokenizer.json they are these tokens, to SentencePiece they are text: so it was in the base."""
     assert slow_fast_differences(Tokenizer(good["bpe"]), ["the <s>old</s> price", "the city"]) == 0
