@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from loader_inputs import END, START, Letters, documents, loader
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.documents import FEW, _shuffled
 from cpt_jax.data.packing import OPEN_ROWS, documents_in_a_row
 from cpt_jax.data.prepare import NOT_LEARNT, prepare
 from cpt_jax.data.sources import SkipCounts
@@ -29,6 +31,26 @@ def test_shares_are_exact_in_tokens_and_rows_are_full(directories):
     domains = np.concatenate([batch["domains"] for batch in rows])
     assert abs((domains * weights).sum() / weights.sum() - 0.25) < 0.005
     assert weights.mean() > 0.93
+
+
+@pytest.mark.parametrize("count", [1, 4, FEW - 1, FEW])
+def test_every_epoch_has_every_document_once_in_an_order_of_its_own(count):
+    whole = _shuffled(count, 7, None)
+    epochs = [[whole[epoch * count + place] for place in range(count)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert count < 5 or len({tuple(epoch) for epoch in epochs}) == 3
+    limited = _shuffled(count, 7, 2)
+    assert len(limited) == 2 * count
+    assert [limited[number] for number in range(2 * count)] == epochs[0] + epochs[1]
+    assert count < 5 or [_shuffled(count, 8, None)[place] for place in range(count)] != epochs[0]
+
+
+def test_few_short_documents_are_read_as_fast_as_many():
+    # By grain's order 2,000 numbers of four take ten seconds.
+    order, started = _shuffled(4, 7, None), time.monotonic()
+    for number in range(2000):
+        order[number]
+    assert time.monotonic() - started < 2
 
 
 def test_a_target_is_the_next_token_of_the_same_document(directories):
