@@ -97,6 +97,17 @@ def test_what_a_run_lacks_whole_is_one_column(tmp_path):
     assert list(columns_of([runs["none"], runs["few"]])) == ["base", "vocabulary"]
 
 
+def test_what_only_one_variant_has_gets_no_column(tmp_path):
+    full, lora = {"kind": "Full"}, {"kind": "LoRA", "rank": 4, "targets": ["q", "k"], "dora": False}
+    methods = {"full": full, "lora": lora, "high": lora | {"rank": 8}}
+    for name, method in methods.items():
+        write_run(tmp_path / "runs" / name, 0.25)
+        changed_stage(tmp_path / "runs" / name, method=method)
+    runs, _ = find_runs([tmp_path])
+    assert list(columns_of(runs)) == ["method", "rank"]
+    assert list(columns_of([run for run in runs if run.name != "high"])) == ["method"]
+
+
 def test_the_curves_of_a_single_step_can_be_drawn(tmp_path):
     # Warnings are errors: the layout gave up where a name lay outside of the axes.
     line = {"step": 1, "nats/zh": 2.0, "learning_rate": 1e-3}
