@@ -203,6 +203,11 @@ class _Steps:
             self._end(number, why)
 
     def _end_of_text(self, number: int) -> None:
+        if number == 0:
+            raise UserError(
+                f"{self._training.name}: there is no text for a first step: no document of its mixture can be used (they cannot "
+                'be read, or are longer than a row and left out): give longer rows, or long_documents="split"'
+            )
         self._end(number, "all text was read as often as max_epochs allows")
         self._read()
         watcher = self._attendants.watcher

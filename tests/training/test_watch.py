@@ -156,6 +156,12 @@ def test_a_stage_whose_text_ends_is_measured_at_its_end(directories, tmp_path):
     assert [line["step"] for line in read_watch(tmp_path)] == [0, 4, 5]
 
 
+def test_a_stage_without_text_for_a_step_is_refused(directories, tmp_path):
+    with pytest.raises(UserError, match="no text for a first step"):
+        train(changed(training(directories, tmp_path, Full()), 1, 1, lambda _: None))
+    assert ended_early(tmp_path) is None
+
+
 def test_a_model_that_says_no_number_is_over_its_budget(directories, tmp_path, monkeypatch):
     nothing = SimpleNamespace(bits_per_byte=float("nan"))
     monkeypatch.setattr(watch, "bits_per_byte", lambda *_, **__: nothing)
