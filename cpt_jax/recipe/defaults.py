@@ -17,7 +17,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
-from cpt_jax.data.mixture import Mixture, Ramp, domains_of
+from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
 from cpt_jax.data.sources import Corpus, SkipCounts, corpus_state, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
@@ -274,6 +274,8 @@ def adapt_recipe(
         evaluation=Evaluation(sequence_length=min(512, context)),
         samples=Samples(prompts=(sample.first[:40],)),
     )
+    if len(new) > 1:
+        total_reason += "; of the new domains each has as many, whatever its size"
     reasons = {
         "new pieces": f"{pieces:,}: {pieces_reason}",
         "tokens": f"{total:,}: {total_reason}",
@@ -292,7 +294,8 @@ def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
     lines = [f"cpt adapt: {recipe.base}"]
     lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
     lines += [
-        f"  {stage.name:<12} {stage.steps} step{'s' * (stage.steps != 1)}, learning rate {stage.optimizer.learning_rate:g}"
+        f"  {stage.name:<12} {stage.steps} step{'s' * (stage.steps != 1)}, learning rate {stage.optimizer.learning_rate:g}, "
+        f"tokens: {described(stage.mixture)}"
         for stage in recipe.stages
     ]
     lines.append(

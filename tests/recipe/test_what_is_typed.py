@@ -14,7 +14,7 @@ from cpt_jax.cli.parser import parser
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
-from cpt_jax.recipe.defaults import adapt_recipe
+from cpt_jax.recipe.defaults import adapt_recipe, explain
 from cpt_jax.recipe.find import find_recipe, model_named
 from cpt_jax.recipe.generate_command import read_prompts
 from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
@@ -116,7 +116,10 @@ def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_mode
     arguments, overrides = parser().parse_known_args([*words, "--domains.1.corpus.text_field", "content"])
     with pytest.raises(UserError, match="its records have content; name the one with text"):
         adapt_recipe(**adapting(arguments))
-    recipe, _ = adapt_recipe(**adapting(arguments), overrides=overrides)
+    recipe, reasons = adapt_recipe(**adapting(arguments), overrides=overrides)
+    told = explain(recipe, reasons)
+    assert "of the new domains each has as many, whatever its size" in told
+    assert "tokens: more 50% zh 50%" in told
     assert [domain.corpus.text_field for domain in recipe.domains] == ["text", "content"]
     # What is wrong with a flag is told before a text is read.
     (tmp_path / "zh.jsonl").unlink()
