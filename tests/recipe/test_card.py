@@ -1,6 +1,7 @@
 """The model card, where it speaks of the base."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,21 @@ RECIPE = Recipe(
 
 
 @pytest.mark.parametrize(
-    ("base", "called", "on_the_hub"),
+    ("base", "called", "hub_id"),
     [
-        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", True),
-        ("models/llama", "llama", False),
-        ("models/llama.gguf", "llama.gguf", False),
-        ("runs/first/export", "first", False),
-        ("gs://bucket/runs/first/export/", "first", False),
-        ("/home/me/models/llama", "llama", False),
-        ("./export", "export", False),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("HuggingFaceTB/SmolLM2-135M@v1", "HuggingFaceTB/SmolLM2-135M@v1", "HuggingFaceTB/SmolLM2-135M"),
+        ("models/llama", "llama", None),
+        ("models/llama.gguf", "llama.gguf", None),
+        ("runs/first/export", "first", None),
+        ("gs://bucket/runs/first/export/", "first", None),
+        ("/home/me/models/llama", "llama", None),
+        ("./export", "export", None),
     ],
 )
-def test_a_base_has_the_name_that_others_know_it_by(tmp_path, monkeypatch, base, called, on_the_hub):
+def test_a_base_has_the_name_that_others_know_it_by(tmp_path, monkeypatch, base, called, hub_id):
     monkeypatch.chdir(tmp_path)
     Path("models/llama").mkdir(parents=True)
-    card = model_card(dataclasses.replace(RECIPE, base=base), Export(), [], {})
+    card = model_card(dataclasses.replace(RECIPE, base=base), Export(), [], {}, None)
     assert f"\n`{called}`, continued in pre-training on zh" in card
-    assert (f'\nbase_model: "{base}"\n' in card) == on_the_hub == ("base_model" in card)
+    assert re.findall(r'base_model: "(.*)"', card) == ([] if hub_id is None else [hub_id])
