@@ -84,7 +84,7 @@ def _kept_sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, workdir: Path)
     if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
         return TextSample(**found["sample"])
     sample = sample_text(corpora, tokenizer)
-    if processes.is_first() and ((workdir / "config.json").exists() or holds_nothing_else(workdir)):
+    if processes.is_first() and (kept.exists() or holds_nothing_else(workdir)):
         write_json_atomic(kept, {"of": of, "sample": dataclasses.asdict(sample)})
     return sample
 
