@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpt_jax.checkpoint.hf import INDEX, SINGLE, TOKENIZER_FILES, load, save
+from cpt_jax.checkpoint.hub import hub_parts, is_hub_id
 from cpt_jax.checkpoint.peft import load_adapter
 from cpt_jax.checkpoint.peft.config import FILE as ADAPTER
 from cpt_jax.checkpoint.peft.config import read_peft_config
@@ -22,7 +23,8 @@ _SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"
 def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     """A model directory: `base` itself, or in `cache` a .gguf file converted, a PEFT adapter merged into its base, or a
     view of a directory in an object store (gs://, s3://), whose weights stay there; a hub id, ORG/NAME or
-    ORG/NAME@REVISION, is fetched to the hub's own cache. Without `weights`, that directory may be a tokenizer's alone (of a .gguf file, one beside `cache`).
+    ORG/NAME@REVISION, is fetched to the hub's own cache. Without `weights`, that directory may be a tokenizer's alone (of
+    a .gguf file, one beside `cache`).
 
     Raises:
       UserError: there is no such file or directory, or the hub cannot give it.
@@ -52,32 +54,17 @@ def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
     return resolve_base(str(directory if weights else _snapshot(base, weights=True)), cache)
 
 
-def is_hub_id(base: str) -> bool:
-    """Whether a base's name is ORG/NAME or ORG/NAME@REVISION of the hub, and not that of a file or directory."""
-    if Path(base).expanduser().exists() or base.startswith((".", "/", "~")) or base.endswith(".gguf"):
-        return False
-    return base.partition("@")[0].count("/") == 1 and "://" not in base
-
-
-def name_of_base(base: str) -> str:
-    """What a base is called: a hub id, or the last part of a place; of a run's export, the run."""
-    if is_hub_id(base):
-        return base
-    *above, name = base.rstrip("/").split("/")
-    return above[-1] if name == "export" and above and above[-1].strip(".~") else name
-
-
 def _snapshot(base: str, weights: bool) -> Path:
     """What is fetched of a hub id. Weights as safetensors only: pickles can run code when they are opened."""
     import huggingface_hub
 
-    hub_id, _, revision = base.partition("@")
+    hub_id, revision = hub_parts(base)
     wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
         # The same weights a second time, as their makers' own code reads them, are as large as the first.
         found = huggingface_hub.snapshot_download(
             hub_id,
-            revision=revision or None,
+            revision=revision,
             allow_patterns=wanted,
             ignore_patterns=["*/*", "consolidated*.safetensors"],
         )

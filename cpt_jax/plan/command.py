@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.adapt import Embeddings, Full, LoRA, Method
-from cpt_jax.checkpoint.base import is_hub_id
 from cpt_jax.checkpoint.hf import read_config
+from cpt_jax.checkpoint.hub import hub_parts, is_hub_id
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, is_address, write_json
@@ -174,9 +174,9 @@ def hf_config_of(model: str) -> dict:
         return read_config(find_model(model))
     import huggingface_hub
 
-    hub_id, _, revision = model.partition("@")
+    hub_id, revision = hub_parts(model)
     try:
-        found = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision or None)
+        found = huggingface_hub.hf_hub_download(hub_id, "config.json", revision=revision)
         return json.loads(Path(found).read_text())
     except Exception as error:
         raise UserError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cpt_jax.checkpoint.base import is_hub_id, name_of_base
+from cpt_jax.checkpoint.hub import hub_parts, is_hub_id, name_of_base
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
@@ -38,7 +38,7 @@ def model_card(
     """
     head = {
         # A hub id; a local path would mean nothing to others.
-        **({"base_model": recipe.base.partition("@")[0]} if is_hub_id(recipe.base) else {}),
+        **({"base_model": hub_parts(recipe.base)[0]} if is_hub_id(recipe.base) else {}),
         "library_name": "peft" if export.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["continued-pretraining", "cpt_jax"],
@@ -97,7 +97,7 @@ def _loading(recipe: Recipe, released: str | None) -> str:
             else " The rows of the new pieces are in the adapter, room for them is made:"
         )
         grow = "" if recipe.vocabulary is None else _GROW
-        name, _, revision = released.partition("@")
+        name, revision = hub_parts(released)
         place = f'"{name}"' + (f', revision="{revision}"' if revision else "")
         return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=place, grow=grow)
     return (

@@ -6,7 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
-from cpt_jax.checkpoint.base import is_hub_id
+from cpt_jax.checkpoint.hub import is_hub_id
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import clock, progress, say

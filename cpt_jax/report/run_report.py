@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from cpt_jax.checkpoint.base import name_of_base
+from cpt_jax.checkpoint.hub import name_of_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock

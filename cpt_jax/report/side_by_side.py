@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_jax.checkpoint.base import name_of_base
+from cpt_jax.checkpoint.hub import name_of_base
 from cpt_jax.laws.points import Point
 from cpt_jax.report.many import RunFacts
 

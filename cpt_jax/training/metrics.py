@@ -26,8 +26,8 @@ def numbers(line: Mapping[str, float | None]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Lines of a stage's metrics, null for a loss that is no number; those after `done` steps (written by an interrupted run, to be computed again) are
-    `dropped` first. Of several processes, the first one writes them."""
+    """Lines of a stage's metrics, null for a loss that is no number; those after `done` steps (written by an interrupted
+    run, to be computed again) are `dropped` first. Of several processes, the first one writes them."""
 
     def __init__(self, path: Path, done: int) -> None:
         self._path, self._file = path, None

@@ -1,5 +1,6 @@
 """A run whose base and corpora are on the Hugging Face Hub, and what is said when they are not there."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -41,12 +42,14 @@ def root(tiny_model, tmp_path_factory) -> Path:
 READ = """
 import sys
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.sources import Corpus, SkipCounts
+from cpt_jax.data.sources import Corpus, SkipCounts, corpus_state
 from cpt_jax.data.splits import read_split, splits_of
 for spec in sys.argv[1:]:
     corpus = Corpus(name="c", spec=spec)
     try:
         print([document.text for split in splits_of(corpus) for document in read_split(corpus, split, SkipCounts())])
+        if "://" in spec:
+            print("mark", corpus_state(corpus)[0][2])
     except UserError as error:
         print(error)
 """
@@ -107,6 +110,8 @@ def test_configs_parts_and_files_of_a_data_set(root):
         status, out = python(root, hub, "-W", "ignore", "-c", READ, *specs, *wrong)
     assert status == 0, out
     lines = [line for line in out.splitlines() if line.startswith(("[", "corpus c: hf:", "hf:"))]
+    # The hub's mark of a file's content, by which a corpus is known.
+    assert re.search("^mark [0-9a-f]{40}$", out, flags=re.MULTILINE)
     assert lines[: len(specs)] == [str(texts) for texts in specs.values()]
     for line, expected in zip(lines[len(specs) :], wrong.values(), strict=True):
         assert expected in line

@@ -13,7 +13,7 @@ from inputs import chinese, english, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from cpt_jax.adapt import LoRA
-from cpt_jax.checkpoint.base import is_hub_id
+from cpt_jax.checkpoint.hub import is_hub_id
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cpt_jax.checkpoint.hub import is_hub_id
 from cpt_jax.core.errors import UserError
 
 FILE = "adapter_config.json"
@@ -179,7 +180,7 @@ def _read(raw: dict) -> PeftLoRA:
 
 def _base(name: str | None, revision: str | None) -> str | None:
     """A hub id with its revision, as `resolve_base` takes it."""
-    return name if not name or not revision or Path(name).exists() else f"{name}@{revision}"
+    return f"{name}@{revision}" if name and revision and is_hub_id(name) else name
 
 
 def _names(given: str | list[str] | None) -> str | tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cpt_jax.checkpoint.hf import TOKENIZER_FILES
+from cpt_jax.checkpoint.hub import hub_parts, is_hub_id
 from cpt_jax.checkpoint.peft.config import FILE, NO_TARGET
 from cpt_jax.checkpoint.peft.modules import (
     FACTORS,
@@ -97,8 +98,8 @@ def save_adapter(
 
 
 def _place(base: str) -> dict[str, str | None]:
-    name, _, revision = (base, "", "") if Path(base).exists() else base.partition("@")
-    return {"base_model_name_or_path": name, "revision": revision or None}
+    name, revision = hub_parts(base) if is_hub_id(base) else (base, None)
+    return {"base_model_name_or_path": name, "revision": revision}
 
 
 def _last(name: str) -> str:
