@@ -32,7 +32,7 @@ def measure(what: str, directory: Path, dtype: str) -> dict:
     if ours:
         import jax
 
-        from cpt_jax.checkpoint.hf import save
+        from cpt_jax.checkpoint.hf_write import save
         from cpt_jax.core.precision import Precision
         from cpt_jax.recipe.model import load_model
 

@@ -53,7 +53,7 @@ MODELS = ("smollm2", *SHAPES)
 
 def write_random(directory: Path, hf_config: dict) -> None:
     """A model of a shape, with random numbers, in bfloat16."""
-    from cpt_jax.checkpoint.hf import save
+    from cpt_jax.checkpoint.hf_write import save
     from cpt_jax.core.lazy import LazyArray
     from cpt_jax.core.tree import flatten, unflatten
     from cpt_jax.models.decoder import abstract_decoder

@@ -135,7 +135,7 @@ def write_random(directory: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from cpt_jax.checkpoint.hf import save
+    from cpt_jax.checkpoint.hf_write import save
     from cpt_jax.core.storage import atomic_directory, write_json_atomic
     from cpt_jax.data.sources import SkipCounts, read
     from cpt_jax.models.decoder import abstract_decoder, initial_weights

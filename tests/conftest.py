@@ -22,7 +22,7 @@ import jax
 import pytest
 from inputs import english, hf_config, random_weights, tiny_config, write_tokenizer
 
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

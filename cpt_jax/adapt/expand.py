@@ -1,10 +1,12 @@
 """Blocks added to the model, which alone train (LLaMA Pro: Wu et al. 2024, arXiv 2401.02415)."""
 
 import dataclasses
+from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
+from cpt_jax.models.families.composite import text_fields, with_text_fields
 from cpt_jax.models.linear import LoRAConfig
 
 
@@ -55,10 +57,11 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
     Raises:
       UserError: config.json cannot say which kind each layer is.
     """
-    grown = hf_config | {"num_hidden_layers": config.num_layers}
-    if config.layer_pattern is not None or hf_config.get("layer_types"):
+    fields: dict[str, Any] = {"num_hidden_layers": config.num_layers}
+    if config.layer_pattern is not None or text_fields(hf_config).get("layer_types"):
         windows = [config.layer_kinds[kind].window for kind in config.layer_pattern or (0,) * config.num_layers]
-        grown["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        fields["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    grown = with_text_fields(hf_config, fields)
     read = family_for(grown).config_from_hf(grown)
     for field in ("num_layers", "layer_kinds", "layer_pattern"):
         if getattr(read, field) != getattr(config, field):

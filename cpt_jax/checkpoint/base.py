@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from cpt_jax.checkpoint.hf import INDEX, SINGLE, TOKENIZER_FILES, load, save
+from cpt_jax.checkpoint.hf import INDEX, SINGLE, load
+from cpt_jax.checkpoint.hf_write import OTHER_FILES, TOKENIZER_FILES, save
 from cpt_jax.checkpoint.hub import hub_parts, is_hub_id
 from cpt_jax.checkpoint.peft import load_adapter
 from cpt_jax.checkpoint.peft.config import FILE as ADAPTER
@@ -17,7 +18,7 @@ from cpt_jax.models.linear import merge_lora
 
 # Of a directory that was made of files: which, and as they were.
 MADE_OF = "made_of.json"
-_SMALL_FILES = {*TOKENIZER_FILES, INDEX, "config.json", "generation_config.json"}
+_SMALL_FILES = {*TOKENIZER_FILES, *OTHER_FILES, INDEX, "config.json"}
 
 
 def resolve_base(base: str, cache: Path, *, weights: bool = True) -> Path:
@@ -126,7 +127,7 @@ def _merge_adapter(path: Path, cache: Path) -> None:
     whole = adapter.over(config, weights)
     merged = whole if adapter.lora is None else merge_lora(whole, adapter.lora)
     tokenizer = path if _has_tokenizer(path) else directory
-    save(cache, config, merged, hf_config, tokenizer, generation=directory)
+    save(cache, config, merged, hf_config, tokenizer, origin=directory)
 
 
 def _view(url: str, cache: Path, weights: bool) -> Path:

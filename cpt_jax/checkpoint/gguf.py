@@ -77,7 +77,7 @@ def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
     dtype = weight_dtype(found)
     with atomic_directory(Path(out)) as directory:
         if weights:
-            write_weights(directory, found, dtype, SHARD_BYTES)
+            write_weights(directory, [(weight, dtype) for weight in found], SHARD_BYTES)
         write_json_atomic(directory / "config.json", config | {"dtype": dtype.name})
         write_tokenizer(metadata, config["max_position_embeddings"], directory)
         write_json_atomic(

@@ -1,43 +1,30 @@
-"""Hugging Face model directories: read by the part that is needed, written whole or not at all."""
+"""Hugging Face model directories, read by the part that is needed."""
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
-from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE, write_weights
+from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
-from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
+from cpt_jax.models.families.composite import Composite, text_fields
 from cpt_jax.models.families.schema import Names, Place
 
-# Files of a model directory that are not weights and go along unchanged.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 # transformers may save buffers that follow from the config, and a tied head besides the embedding.
 DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
 HEADS = ("lm_head.weight", "embed_out.weight")
 # Values of a table that are compared at a time: 64 MiB in float32.
 CHUNK_VALUES = 1 << 24
-SHARD_BYTES = 5 << 30
 
 
 def read_config(directory: Path) -> dict:
@@ -53,12 +40,14 @@ def read_config(directory: Path) -> dict:
 
 def named_ids(directory: Path) -> Iterator[tuple[Path, str, list[int]]]:
     """(file, name, ids) of the tokens that config.json and generation_config.json give a meaning: the beginning, the
-    end (which may be several), padding."""
+    end (which may be several), padding, places of images."""
     for path in (directory / "config.json", directory / "generation_config.json"):
         written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            given = written.get(name)
-            yield path, name, given if isinstance(given, list) else [] if given is None else [given]
+        text = text_fields(written)
+        for fields in (written,) if text is written else (written, text):
+            for name, given in fields.items():
+                if name.endswith(("_token_id", "_token_index")):
+                    yield path, name, given if isinstance(given, list) else [] if given is None else [given]
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -81,6 +70,20 @@ def weight_files(directory: Path) -> list[str]:
     raise UserError(f"{directory} has no weights (no {SINGLE}): give a whole model directory")
 
 
+def tensors_of(directory: Path) -> dict[str, SafetensorsFile]:
+    """The file of each tensor of a model directory."""
+    files = [SafetensorsFile(path) for path in weight_files(directory)]
+    return {name: file for file in files for name in file.tensors}
+
+
+def names_in(family: Any, tensors: Collection[str], config: DecoderConfig) -> tuple[Names, Collection[str]]:
+    """Where tensors belong, by their names in the directory that holds these; and those that are none of the text
+    model's, which go along as they are."""
+    if isinstance(family, Composite):
+        return family.names_in(tensors, config), family.beside(tensors)
+    return family.weight_names(config), ()
+
+
 def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     """A model directory as (our configuration, weights in the files' dtype, its config.json).
 
@@ -94,20 +97,19 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     hf_config = read_config(directory)
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
-    names = family.weight_names(config)
+    held = tensors_of(directory)
+    names, beside = names_in(family, held, config)
     files: dict[str, SafetensorsFile] = {}
     heads: dict[str, SafetensorsFile] = {}
-    for path in weight_files(directory):
-        file = SafetensorsFile(path)
-        for name in file.tensors:
-            if name in names:
-                files[name] = file
-            elif config.tie_word_embeddings and name in HEADS:
-                heads[name] = file
-            elif not name.endswith(DERIVED):
-                raise UserError(
-                    f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
-                )
+    for name, file in held.items():
+        if name in names:
+            files[name] = file
+        elif config.tie_word_embeddings and name.endswith(HEADS):
+            heads[name] = file
+        elif name not in beside and not name.endswith(DERIVED):
+            raise UserError(
+                f"{directory} holds a tensor {name!r} that this architecture does not have: wrong config.json?"
+            )
     if missing := [name for name in names if name not in files]:
         raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} first: the download is incomplete")
     shapes = flatten(abstract_decoder(config).shapes)
@@ -201,73 +203,3 @@ def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> La
         return stacked(slices, depth, dtype, lambda index, inner: sources[index].read(inner))
 
     return LazyArray(shape, kept, read, len(shape) - 1 if first.place.transposed else depth)
-
-
-def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
-    """A tensor of a HF directory, made of our leaves."""
-
-    def matrix(place: Place) -> np.ndarray:
-        if place.path in ("embed", "head"):
-            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in config.table_rows.items()]
-            return np.concatenate([part.astype(dtype, copy=False) for part in parts])
-        array = np.asarray(flat[place.path][place.index or ...]).astype(dtype, copy=False)
-        return transposed(array) if place.transposed else array
-
-    matrices = [matrix(place) for place in places]
-    if places[0].rows is None:
-        return matrices[0]
-    # Block by block, the rows of one part behind those of the other.
-    sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
-    blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
-    return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """A tensor of a HF directory, made when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    places: tuple[Place, ...]
-    flat: dict[str, Any]
-    config: DecoderConfig
-
-    def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        yield hf_tensor(self.places, self.flat, self.config, dtype)
-
-
-def save(
-    directory: Path,
-    config: DecoderConfig,
-    weights: Tree,
-    hf_config: dict,
-    tokenizer_directory: Path,
-    *,
-    generation: Path | None = None,
-    dtype: Any = np.float32,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
-
-    One tensor is in memory at a time.
-
-    Args:
-      tokenizer_directory: whose tokenizer files go along.
-      generation: whose generation_config.json goes along (default: the tokenizer's directory).
-
-    Raises:
-      UserError: the disk is full (nothing is left behind then).
-    """
-    dtype, flat = np.dtype(dtype), flatten(weights)
-    names = family_for(hf_config).weight_names(config)
-    shapes = tensor_shapes(config, names)
-    tensors = [_Written(name, shapes[name], places, flat, config) for name, places in names.items()]
-    with atomic_directory(Path(directory)) as out:
-        write_weights(out, tensors, dtype, shard_bytes)
-        saved_config = hf_config | {"vocab_size": config.total_rows, "dtype": dtype.name}
-        saved_config.pop("torch_dtype", None)
-        write_json_atomic(out / "config.json", saved_config)
-        companions = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
-        for source in [*companions, Path(generation or tokenizer_directory) / "generation_config.json"]:
-            if source.exists():
-                shutil.copyfile(source, out / source.name)

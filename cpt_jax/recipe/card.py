@@ -15,10 +15,10 @@ ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured o
 # HERE: the adapter's directory, or its hub id.
 _LOAD = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(HERE)
-model = AutoModelForCausalLM.from_pretrained({base})
+model = {loader}.from_pretrained({base})
 {grow}model = PeftModel.from_pretrained(model, HERE)
 ```"""
 _GROW = """if len(tokenizer) > len(model.get_input_embeddings().weight):
@@ -27,7 +27,12 @@ _GROW = """if len(tokenizer) > len(model.get_input_embeddings().weight):
 
 
 def model_card(
-    recipe: Recipe, export: Export, entries: Sequence[dict], tokens: dict[str, int], released: str | None
+    recipe: Recipe,
+    export: Export,
+    entries: Sequence[dict],
+    tokens: dict[str, int],
+    released: str | None,
+    loader: str = "AutoModelForCausalLM",
 ) -> str:
     """The card: base, data, mixture, recipe, and bits per byte of every stage on every domain.
 
@@ -35,6 +40,7 @@ def model_card(
       entries: of eval.json.
       tokens: of each prepared domain, in the model's tokenizer.
       released: the hub id at which the base lies as a whole model; None: at none.
+      loader: transformers' class that loads the base.
     """
     head = {
         # A hub id; a local path would mean nothing to others.
@@ -47,7 +53,7 @@ def model_card(
     sections = [
         f"---\n{yaml}\n---\n\n# {recipe.name}",
         _summary(recipe, export),
-        *(["## Loading it\n\n" + _loading(recipe, released)] if export.adapter else []),
+        *(["## Loading it\n\n" + _loading(recipe, released, loader)] if export.adapter else []),
         "## Results\n\nBits per byte of held-out text (lower is better); in parentheses the change against the base.\n\n"
         + _results(recipe, entries),
         "## Data\n\n" + _data(recipe.domains, tokens),
@@ -86,7 +92,7 @@ def _summary(recipe: Recipe, export: Export) -> str:
     return " ".join(lines)
 
 
-def _loading(recipe: Recipe, released: str | None) -> str:
+def _loading(recipe: Recipe, released: str | None, loader: str) -> str:
     """How an adapter, wherever it lies, comes to its base."""
     rows = (f"{table}/new" for table in ("embed", "head"))
     carried = all(any(stage.method.trains(each) for stage in recipe.stages) for each in rows)
@@ -99,10 +105,10 @@ def _loading(recipe: Recipe, released: str | None) -> str:
         grow = "" if recipe.vocabulary is None else _GROW
         name, revision = hub_parts(released)
         place = f'"{name}"' + (f', revision="{revision}"' if revision else "")
-        return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=place, grow=grow)
+        return f"An adapter (PEFT) of `{released}`.{new}\n\n" + _LOAD.format(base=place, grow=grow, loader=loader)
     return (
         "An adapter (PEFT) of the model in the run's directory `base/`, whose place `adapter_config.json` names as it was: pass "
-        "that directory on with the adapter.\n\n" + _LOAD.format(base="BASE", grow="")
+        "that directory on with the adapter.\n\n" + _LOAD.format(base="BASE", grow="", loader=loader)
     )
 
 

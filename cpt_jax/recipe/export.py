@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.checkpoint.peft import load_adapter, save_adapter
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32, FLOAT64, Precision
@@ -48,13 +48,13 @@ def text_logits(
 
 
 def export_model(
-    model: Model, tokenizer: Path, texts: Sequence[str], out: Path, export: Export, *, generation: Path
+    model: Model, tokenizer: Path, texts: Sequence[str], out: Path, export: Export, *, origin: Path
 ) -> float:
     """Writes the model, adapters merged, and reloads it: refused (nothing is left) unless its logits on `texts` are
     the trained model's.
 
     Args:
-      generation: a directory whose generation_config.json goes along.
+      origin: the base; what the text model does not train goes along (see `save`).
 
     Returns:
       The largest absolute difference of a logit.
@@ -68,7 +68,7 @@ def export_model(
         merged.weights,
         model.hf_config,
         tokenizer,
-        generation=generation,
+        origin=origin,
         dtype=dtype,
         shard_bytes=int(export.shard_gb * 1e9),
     )

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.checkpoint.hub import is_hub_id
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
@@ -14,6 +15,7 @@ from cpt_jax.core.storage import write_json_atomic, write_text_atomic
 from cpt_jax.data.holdout import heldout_documents, read_heldout
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_conversations, pack_documents
+from cpt_jax.models.families.composite import auto_class
 from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
@@ -122,7 +124,7 @@ class Results(RunContext):
         if export != self.recipe.export:
             # What was evaluated as it left is another one.
             entries = [entry for entry in entries if entry["stage"] != "export"]
-        return model_card(self.recipe, export, entries, tokens, self._released())
+        return model_card(self.recipe, export, entries, tokens, self._released(), auto_class(read_config(self.source)))
 
     def _released(self) -> str | None:
         """The hub id at which the base lies as a whole model, which an adapter is none."""
@@ -140,7 +142,7 @@ class Results(RunContext):
             return
         if export.interpolate_base:
             model = model.interpolated(self.lineage.after("extended", "last"), export.interpolate_base)
-        export_model(model, tokenizer, texts, out, export, generation=self.source)
+        export_model(model, tokenizer, texts, out, export, origin=self.source)
 
     def samples(self) -> None:
         out = self.path / "samples.md"

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpt_jax.adapt import Embeddings
-from cpt_jax.checkpoint.hf import load, named_ids, save, widest
+from cpt_jax.checkpoint.hf import load, named_ids, widest
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, say
@@ -102,7 +103,7 @@ class Growth:
             model.weights,
             self._hf_config,
             self.extended.directory,
-            generation=self.base.directory,
+            origin=self.base.directory,
             dtype=widest(leaf.dtype for leaf in self._weights.values()),
         )
 

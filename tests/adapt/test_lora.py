@@ -11,7 +11,7 @@ from inputs import tiny_config
 from method_inputs import TOKENS, arrays, forward, model_of, trained
 
 from cpt_jax.adapt import Full, LoRA
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.tree import combine, flatten, partition
 from cpt_jax.models.decoder import apply, apply_with_balance, logits
 from cpt_jax.models.linear import LoRAConfig

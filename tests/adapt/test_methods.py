@@ -11,7 +11,7 @@ from inputs import tiny_config
 from method_inputs import ANYWHERE, CONFIGS, DENSE, TOKENS, forward, model_of, trained
 
 from cpt_jax.adapt import ByPath, Embeddings, Expand, LoRA, Method
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.config import from_json, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten

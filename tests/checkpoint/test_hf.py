@@ -12,13 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from cpt_jax.checkpoint import hf
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.hf import load, save
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.checkpoint.hf_write import SHARD_BYTES, save
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
+@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 20_000])
 def test_what_is_saved_is_loaded_exactly(tmp_path, tied, shard_bytes):
     config = tiny_config(tie_word_embeddings=tied)
     weights = random_weights(config)
@@ -182,7 +183,7 @@ def test_an_index_that_an_earlier_save_left_is_passed_over(tiny_model, tmp_path)
     store.rm("/stale", recursive=True)
 
 
-@pytest.mark.parametrize("shard_bytes", [hf.SHARD_BYTES, 20_000])
+@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 20_000])
 def test_a_model_in_an_object_store_is_read_where_it_lies(tiny_model, tmp_path, shard_bytes):
     """Only the small files are copied; the weights are ranges of remote files."""
     import fsspec

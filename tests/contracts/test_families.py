@@ -10,7 +10,8 @@ import pytest
 from contracts.family_configs import CONFIGS, config_json
 from safetensors.numpy import load_file
 
-from cpt_jax.checkpoint.hf import hf_tensor, load, save
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.checkpoint.hf_write import hf_tensor, save
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from inputs import hf_config, random_weights, tiny_config
 
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.models.linear import LoRAConfig, merge_lora

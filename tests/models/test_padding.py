@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from inputs import english, hf_config, random_weights, tiny_config, write_tokenizer
 
-from cpt_jax.checkpoint.hf import load, save
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, partition, unflatten
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from inputs import english, hf_config, random_weights, tiny_config, write_sentencepiece, write_tokenizer
 
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.cli import main
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from inputs import hf_config, random_weights, tiny_config
 
-from cpt_jax.checkpoint.hf import load, save
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.lazy import LazyArray, rows_of
 from cpt_jax.core.tree import flatten
 from cpt_jax.sharding.mesh import MeshShape, make_mesh

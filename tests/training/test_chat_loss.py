@@ -9,7 +9,7 @@ import pytest
 from inputs import chinese, english, hf_config, random_weights, tiny_config, write_tokenizer
 
 from cpt_jax.adapt import Full
-from cpt_jax.checkpoint.hf import save
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.pipeline import prepare_corpus

@@ -11,7 +11,8 @@ from inputs import chinese, hf_config, random_weights, tiny_config
 from row_inputs import NEW, TEXTS
 from safetensors.numpy import load_file, save_file
 
-from cpt_jax.checkpoint.hf import load, save
+from cpt_jax.checkpoint.hf import load
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten

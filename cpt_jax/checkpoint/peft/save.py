@@ -1,6 +1,7 @@
 """What was trained, written as a PEFT adapter."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cpt_jax.checkpoint.hf import TOKENIZER_FILES
+from cpt_jax.checkpoint.hf_write import TOKENIZER_FILES
 from cpt_jax.checkpoint.hub import hub_parts, is_hub_id
 from cpt_jax.checkpoint.peft.config import FILE, NO_TARGET
 from cpt_jax.checkpoint.peft.modules import (
@@ -30,6 +31,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
 from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families import family_for
+from cpt_jax.models.families.composite import Composite
 from cpt_jax.models.families.schema import Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
 
@@ -76,7 +79,7 @@ def save_adapter(
     trained = {path for path in trained if not path.endswith((*ADAPTER_LEAVES, KERNEL_NORM))}
     norms = {place.path for place in norm_places(config, hf_config).values()}
     # PEFT asks for norms by the ends of their names, which are those of others too: all of them, or none.
-    every_norm = norms <= trained
+    every_norm = norms <= trained and not isinstance(family_for(hf_config), Composite)
     flat, dtype = flatten(weights), np.dtype(dtype)
     tables = _trained_tables(trained - norms if every_norm else trained)
     if lora is None and not tables and not every_norm:
@@ -147,7 +150,7 @@ def _lora_part(
         if lora.dora:
             tensors[f"{PREFIX}{prefix}{MAGNITUDE}"] = _magnitudes(flat, module, dtype)
         settings[_target(module)] = first.of_rank(pair[0].shape[-2])
-    return _lora_fields(lora, settings), tensors
+    return _lora_fields(lora, hf_config, settings), tensors
 
 
 def _settings(lora: LoRAConfig, flat: dict[str, Any], module: Module) -> dict[Place, AdapterConfig]:
@@ -185,9 +188,10 @@ def _target(module: Module) -> tuple[str, bool]:
     return ".".join(module.name.split(".")[-3:]), True
 
 
-def _lora_fields(lora: LoRAConfig, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:
+def _lora_fields(lora: LoRAConfig, hf_config: dict, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:
     by_name = {name: each for (name, _), each in settings.items()}
     other_alpha = {name: each.alpha for name, each in by_name.items() if not math.isclose(each.alpha, lora.alpha)}
+    family = family_for(hf_config)
     fields: dict[str, Any] = {
         "r": lora.rank,
         "lora_alpha": _number(lora.alpha),
@@ -199,6 +203,9 @@ def _lora_fields(lora: LoRAConfig, settings: dict[tuple[str, bool], AdapterConfi
         "alpha_pattern": {name: _number(alpha) for name, alpha in other_alpha.items()},
     }
     parameters = sorted(name for name, parameter in settings if parameter)
+    if isinstance(family, Composite):
+        # What sees has layers of the same names.
+        fields["exclude_modules"] = f"(?!{re.escape(family.prefix)}).*"
     return fields | ({"target_parameters": parameters} if parameters else {})
 
 

@@ -4,6 +4,7 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    composite,
     gemma2,
     gemma3,
     gpt_neox,
@@ -16,24 +17,33 @@ from cpt_jax.models.families import (
     qwen3,
     qwen3_moe,
 )
+from cpt_jax.models.families.composite import Composite
 
 _FILES = (gemma2, gemma3, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe)
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 
-def family_for(hf_config: dict) -> ModuleType:
+def family_for(hf_config: dict) -> ModuleType | Composite:
     """The family of a HF config.json.
 
     Raises:
-      UserError: its model_type is none of ours, or it is no object.
+      UserError: its model_type, or that of its text model, is none of ours, or it is no object.
     """
     if not isinstance(hf_config, dict):
         raise UserError(f"config.json holds a {type(hf_config).__name__}, not an object: fetch the model again")
     model_type = str(hf_config.get("model_type"))
+    if model_type in composite.PREFIXES:
+        text_type = composite.text_type(hf_config)
+        if text_type not in FAMILIES:
+            raise UserError(
+                f"the text model of this {model_type}, {text_type}, is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            )
+        return Composite(FAMILIES[text_type], composite.PREFIXES[model_type])
     if model_type not in FAMILIES:
         code = " (its own code, auto_map, is never executed)" if "auto_map" in hf_config else ""
+        supported = sorted([*FAMILIES, *composite.PREFIXES])
         raise UserError(
-            f"model_type {nearest(model_type, FAMILIES)} is not supported{code}; supported: {', '.join(sorted(FAMILIES))}"
+            f"model_type {nearest(model_type, supported)} is not supported{code}; supported: {', '.join(supported)}"
         )
     return FAMILIES[model_type]

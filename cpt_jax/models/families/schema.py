@@ -1,5 +1,6 @@
 """What families have in common: reading a config.json, and saying where each of its tensors belongs."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ Names = dict[str, tuple[Place, ...]]
 
 
 def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
-    """transformers' own reading of a config.json: defaults filled in, older ways of writing brought into one.
+    """A config.json with defaults filled in, older ways of writing brought into one.
 
     Args:
       unsupported: fields, with the values that ask for nothing.
@@ -49,24 +50,40 @@ def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
     Raises:
       UserError: a field is missing or malformed, or asks for what is not supported.
     """
-    from transformers import CONFIG_MAPPING
-
     for field in REQUIRED:
         if field not in raw:
             raise UserError(f"config.json lacks the field {field!r}: it is not a whole {raw['model_type']} config")
-    for field, harmless in {**unsupported, "quantization_config": (None,)}.items():
+    for field, harmless in unsupported.items():
         if field in raw and raw[field] not in harmless:
-            raise UserError(
-                f"config.json has {field}={raw[field]!r}, which is not supported for model_type {raw['model_type']}"
-            )
+            raise _not_supported(raw, field)
+    return read_whole(raw)
+
+
+def read_whole(raw: dict) -> Any:
+    """transformers' own reading of a config.json.
+
+    Raises:
+      UserError: a field is malformed, or the weights are quantised.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if raw.get("quantization_config") is not None:
+        raise _not_supported(raw, "quantization_config")
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        # It writes into what it is given.
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
     # Of wrong types transformers' classes raise huggingface_hub's StrictDataclassError, an Exception alone.
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
             f"config.json is no {raw['model_type']} config that transformers understands: {said}"
         ) from error
+
+
+def _not_supported(raw: dict, field: str) -> UserError:
+    return UserError(
+        f"config.json has {field}={raw[field]!r}, which is not supported for model_type {raw['model_type']}"
+    )
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:

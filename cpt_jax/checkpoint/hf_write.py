@@ -1,0 +1,141 @@
+"""Hugging Face model directories, written whole or not at all."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt_jax.checkpoint.hf import names_in, tensor_shapes, tensors_of
+from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
+from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.core.transpose import transposed
+from cpt_jax.core.tree import Tree, flatten
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families import family_for
+from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
+from cpt_jax.models.families.schema import Place
+
+# Files of a model directory that are not weights and go along unchanged: the tokenizer's, and others.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+OTHER_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+SHARD_BYTES = 5 << 30
+
+
+def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
+    """A tensor of a HF directory, made of our leaves."""
+
+    def matrix(place: Place) -> np.ndarray:
+        if place.path in ("embed", "head"):
+            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in config.table_rows.items()]
+            return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+        array = np.asarray(flat[place.path][place.index or ...]).astype(dtype, copy=False)
+        return transposed(array) if place.transposed else array
+
+    matrices = [matrix(place) for place in places]
+    if places[0].rows is None:
+        return matrices[0]
+    # Block by block, the rows of one part behind those of the other.
+    sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
+    blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
+    return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A tensor of a HF directory, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+    flat: dict[str, Any]
+    config: DecoderConfig
+
+    def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        yield hf_tensor(self.places, self.flat, self.config, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copied:
+    """A tensor that is none of the text model's, as another directory has it."""
+
+    name: str
+    file: SafetensorsFile
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.name].shape
+
+    def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        del dtype  # its own
+        yield self.file.read(self.name)
+
+
+def save(
+    directory: Path,
+    config: DecoderConfig,
+    weights: Tree,
+    hf_config: dict,
+    tokenizer_directory: Path,
+    *,
+    origin: Path | None = None,
+    dtype: Any = np.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
+
+    One tensor is in memory at a time.
+
+    Args:
+      tokenizer_directory: whose tokenizer files go along.
+      origin: the model that this was made of. Its generation_config.json goes along (default: the tokenizer
+        directory's), and of a model that also sees, what prepares images, and all tensors that are not the text model's,
+        bit for bit.
+
+    Raises:
+      UserError: the disk is full (nothing is left behind then).
+    """
+    dtype, flat = np.dtype(dtype), flatten(weights)
+    family = family_for(hf_config)
+    held = tensors_of(origin) if isinstance(family, Composite) and origin is not None else {}
+    names, beside = names_in(family, held, config)
+    shapes = tensor_shapes(config, names)
+    tensors: list[tuple[Tensor, np.dtype]] = [
+        (_Written(name, shapes[name], places, flat, config), dtype) for name, places in names.items()
+    ]
+    tensors += [(_Copied(name, held[name]), held[name].tensors[name].dtype) for name in beside]
+    with atomic_directory(Path(directory)) as out:
+        write_weights(out, tensors, shard_bytes)
+        write_json_atomic(out / "config.json", _saved_config(hf_config, config.total_rows, dtype))
+        places = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
+        places += [Path(origin or tokenizer_directory) / name for name in OTHER_FILES]
+        for source in places:
+            if source.exists():
+                shutil.copyfile(source, out / source.name)
+
+
+def _saved_config(hf_config: dict, rows: int, dtype: np.dtype) -> dict:
+    saved = with_text_fields(hf_config, {"vocab_size": rows}) | {"dtype": dtype.name}
+    saved.pop("torch_dtype", None)
+    if (text := text_fields(saved)) is not saved:
+        # transformers would build the text model in its own type.
+        saved["text_config"] = {name: value for name, value in text.items() if name not in ("dtype", "torch_dtype")}
+    return saved
