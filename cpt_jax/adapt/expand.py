@@ -56,9 +56,11 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
       UserError: config.json cannot say which kind each layer is.
     """
     grown = hf_config | {"num_hidden_layers": config.num_layers}
+    kinds = [config.layer_kinds[kind] for kind in config.layer_pattern or (0,) * config.num_layers]
     if config.layer_pattern is not None or hf_config.get("layer_types"):
-        windows = [config.layer_kinds[kind].window for kind in config.layer_pattern or (0,) * config.num_layers]
-        grown["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        grown["layer_types"] = ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds]
+    if hf_config["model_type"] == "smollm3":
+        grown["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     read = family_for(grown).config_from_hf(grown)
     for field in ("num_layers", "layer_kinds", "layer_pattern"):
         if getattr(read, field) != getattr(config, field):

@@ -14,9 +14,10 @@ from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation."""
+    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation
+    (None: positions are not told apart)."""
 
-    rope: Rope
+    rope: Rope | None
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -100,10 +101,15 @@ class DecoderConfig:
         return self.vocab_size + self.new_rows
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotations of those kinds of layers that have one."""
+        return tuple(kind.rope for kind in self.layer_kinds if kind.rope is not None)
+
+    @property
     def context_length(self) -> int:
         """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text,
         and with YaRN, whose factor may be set beside it."""
-        scalings = [kind.rope.scaling for kind in self.layer_kinds]
+        scalings = [rope.scaling for rope in self.ropes]
         found = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
         return max(self.max_position_embeddings, *found, 0)
 

@@ -22,7 +22,7 @@ from cpt_jax.models.kernels.visible import Visible, document_begins, document_le
 from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
-from cpt_jax.models.rope import rotation
+from cpt_jax.models.rope import rotations_of
 from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
-        rotations = [rotation(positions, lengths, kind.rope) for kind in config.layer_kinds]
+        rotations = rotations_of(positions, lengths, [kind.rope for kind in config.layer_kinds])
         pattern = None
         if config.layer_pattern is not None:
             pattern = jnp.asarray(config.layer_pattern)
@@ -179,7 +179,7 @@ def apply_with_balance(
     """
     begins = None if segment_ids is None else document_begins(segment_ids)
     lengths = None
-    if any(kind.rope.depends_on_length for kind in network.config.layer_kinds):
+    if any(rope.depends_on_length for rope in network.config.ropes):
         lengths = document_lengths(jnp.zeros_like(positions) if begins is None else begins, positions)
     outputs = network.module(weights)(
         tokens,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -168,6 +169,18 @@ def rotation(positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, ro
         frequencies = rope.frequencies()[None, None, :]
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+
+
+def rotations_of(
+    positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, ropes: Sequence[Rope | None]
+) -> list[Rotation]:
+    """Of kinds of layers, each the rotation that it has. Angles of none are zeros where other kinds have some: all kinds
+    run as one program."""
+    width = max((rope.dim // 2 for rope in ropes if rope is not None), default=0)
+    none = jnp.zeros((*positions.shape, width), jnp.float32)
+    return [
+        Rotation(jnp.cos(none), jnp.sin(none)) if rope is None else rotation(positions, lengths, rope) for rope in ropes
+    ]
 
 
 def rotate(x: Float[Array, "B heads S head"], angles: Rotation) -> Float[Array, "B heads S head"]:

@@ -116,6 +116,15 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
         "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
     },
+    "smollm3": {
+        "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
+        "by interval, biases, yarn": UNTIED
+        | dict(no_rope_layer_interval=2, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        # The list may be longer than the model is deep.
+        "windows, head dimension": TIED
+        | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
+        | dict(use_sliding_window=True, sliding_window=6),
+    },
 }
 
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import CONFIGS, config_json
+from contracts.family_configs import ALTERNATING, CONFIGS, config_json
 from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint.hf import hf_tensor, load, save
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
@@ -161,6 +162,24 @@ def packed_and_padded(ours: Ours) -> None:
         alone[0][place], alone[1][place], alone[2][place] = document, np.arange(len(document)), 1
         expected = np.asarray(ours.forward(ours.weights, *alone))[0, : len(document)]
         np.testing.assert_allclose(together[row, first : first + len(document)], expected, atol=2e-5)
+
+
+# What a config of a family may not ask for, and what is said.
+REFUSED = [
+    ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),
+    (
+        "smollm3",
+        dict(no_rope_layers=[1, 0], layer_types=["full_attention"] * 3),
+        "no_rope_layers names 2 layers, num_hidden_layers 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "said"), REFUSED)
+def test_what_a_family_does_not_support_is_refused_by_name(model_type, changes, said):
+    raw = config_json(model_type, next(iter(CONFIGS[model_type]))) | changes
+    with pytest.raises(UserError, match=said):
+        family_for(raw).config_from_hf(raw)
 
 
 def test_activations_are_those_of_transformers():
