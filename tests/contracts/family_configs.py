@@ -86,6 +86,20 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),
         "biases, linear": UNTIED | dict(attention_bias=True, rope_scaling=dict(type="linear", factor=2.0)),
     },
+    "olmo3": {
+        "as released": UNTIED
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6)
+        | dict(rope_theta=500_000.0, rope_scaling=YARN | dict(attention_factor=1.2079)),
+        "tied, all windowed, biases": TIED | dict(num_key_value_heads=4, sliding_window=9, attention_bias=True),
+        "nested rope": UNTIED
+        | dict(layer_types=ALTERNATING, sliding_window=6)
+        | dict(
+            rope_parameters=dict(
+                full_attention=YARN | dict(rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    },
     "phi3": {
         "window": UNTIED | dict(sliding_window=9),
         "partial, tied": TIED | dict(partial_rotary_factor=0.5),

@@ -11,6 +11,7 @@ from cpt_jax.models.families import (
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -18,7 +19,7 @@ from cpt_jax.models.families import (
     smollm3,
 )
 
-_FILES = (gemma2, gemma3, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3)
+_FILES = (gemma2, gemma3, gpt_neox, llama, mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, smollm3)
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
