@@ -38,6 +38,8 @@ class DecoderConfig:
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
     "both". `qk_norm`: queries and keys are normalised head by head, or as whole projections. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
+    `residual_scale` multiplies what attention and feed-forward add to their input, `logit_scale` what the final norm
+    gives, and so the logits, before their cap.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
@@ -73,6 +75,8 @@ class DecoderConfig:
     activation: str = "silu"
     experts: ExpertsConfig | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     layer_groups: LayerGroups = ()
     layer_loop: Literal["scan", "unroll"] = "scan"

@@ -29,8 +29,8 @@ from cpt_jax.sharding.rules import constrain
 
 
 class Outputs(NamedTuple):
-    """Hidden states after the final norm; the cache with this call's keys and values; what each layer's experts were
-    given."""
+    """Hidden states after the final norm and its `logit_scale`, whose products with the head's rows are the logits; the
+    cache with this call's keys and values; what each layer's experts were given."""
 
     hidden: Float[Array, "B S D"]
     cache: Cache | None
@@ -90,7 +90,8 @@ class Decoder(nnx.Module):
             return x, (cache, balance)
 
         x, (cache, balance) = run_blocks(config, self.layers, x, (cache, pattern, keys), run)
-        return Outputs(self.final_norm(x), cache, balance)
+        hidden = self.final_norm(x)
+        return Outputs(hidden if config.logit_scale is None else hidden * config.logit_scale, cache, balance)
 
     def logits(self, hidden, dtype):
         return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden, dtype)
@@ -157,7 +158,7 @@ def apply(
     *,
     compute_dtype: Any,
 ) -> Float[Array, "B S D"]:
-    """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with
+    """Hidden states, as `Outputs` has them. Tokens see earlier tokens of their own segment; positions restart with
     each. Without segments each row is one document, which some kernels compute faster."""
     return apply_with_balance(network, weights, tokens, positions, segment_ids, compute_dtype=compute_dtype)[0]
 

@@ -29,6 +29,7 @@ SHORT = dict(max_position_embeddings=24)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
+MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=5.0)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -105,6 +106,13 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "partial, tied": TIED | dict(partial_rotary_factor=0.5),
         "longrope, longer": UNTIED | PHI3 | dict(rope_scaling=LONGROPE),
         "longrope, shorter": UNTIED | PHI3 | dict(original_max_position_embeddings=48, rope_scaling=LONGROPE),
+    },
+    "granite": {
+        "as released": TIED | MULTIPLIERS,
+        "untied, biases, yarn": UNTIED
+        | MULTIPLIERS
+        | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        "no multipliers": TIED | dict(rope_theta=1e6),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),

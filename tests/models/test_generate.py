@@ -64,6 +64,7 @@ FAMILIES = [
     ("gpt_neox", "as released"),
     ("qwen3_moe", "renormalised"),
     ("phi3", "longrope, longer"),
+    ("granite", "as released"),
     ("smollm3", "windows, head dimension"),
 ]
 

@@ -7,6 +7,7 @@ from cpt_jax.models.families import (
     gemma2,
     gemma3,
     gpt_neox,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -19,7 +20,22 @@ from cpt_jax.models.families import (
     smollm3,
 )
 
-_FILES = (gemma2, gemma3, gpt_neox, llama, mistral, mixtral, olmo2, olmo3, phi3, qwen2, qwen3, qwen3_moe, smollm3)
+_FILES = (
+    gemma2,
+    gemma3,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
