@@ -55,7 +55,8 @@ class Attention(nnx.Module):
         q, k, v = self._split(q), self._split(k), self._split(v)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles) * self.scale, rotate(k, angles), v
+        q, k = rotate(q, angles) * self.scale, rotate(k, angles)
+        return (q if angles.queries is None else q * angles.queries[:, None, :, None]), k, v
 
     def __call__(
         self,

@@ -69,12 +69,22 @@ Scaling = Linear | DynamicNTK | Llama3 | Yarn | LongRoPE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + beta * log(1 + floor(position / original_length)), so that attention over long texts
+    does not flatten (Llama 4; Nakanishi 2025, arXiv 2501.19399)."""
+
+    beta: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotation of the first `dim` numbers of a head, with base `theta`."""
+    """Rotation of the first `dim` numbers of a head, with base `theta`; and what else positions do to queries."""
 
     theta: float
     dim: int
     scaling: Scaling | None = None
+    query_growth: QueryGrowth | None = None
 
     def __post_init__(self) -> None:
         if self.dim % 2:
@@ -154,10 +164,12 @@ def _yarn(powers: np.ndarray, theta: float, dim: int, scaling: Yarn) -> Frequenc
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, computed once for all layers."""
+    """Cosines and sines of the rotary angles, and what queries are multiplied by (None: 1), computed once for all
+    layers."""
 
     cosine: Float[Array, "B S half"]
     sine: Float[Array, "B S half"]
+    queries: Float[Array, "B S"] | None = None
 
 
 def rotation(positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, rope: Rope) -> Rotation:
@@ -168,7 +180,10 @@ def rotation(positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, ro
     else:
         frequencies = rope.frequencies()[None, None, :]
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+    queries = None
+    if (growth := rope.query_growth) is not None:
+        queries = 1 + growth.beta * jnp.log1p((positions // growth.original_length).astype(jnp.float32))
+    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor, queries)
 
 
 def rotations_of(

@@ -24,6 +24,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+GROWTH = dict(llama_4_scaling_beta=0.7)
 # Shorter than the sequences of the tests (40 tokens): the long factors, or the larger theta, come into play.
 SHORT = dict(max_position_embeddings=24)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -47,6 +48,19 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "no window, head dimension": UNTIED | dict(sliding_window=None, head_dim=16),
         "tied, window, yarn": TIED | dict(sliding_window=12, rope_scaling=YARN),
     },
+    # Of the 40 tokens, those from the 16th and the 32nd on have larger queries.
+    "ministral3": {
+        "as released": UNTIED
+        | dict(head_dim=16, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, rope_theta=1e6) | GROWTH),
+        "tied, window": TIED | dict(sliding_window=9, rope_parameters=YARN | dict(rope_theta=1e4) | GROWTH),
+        "no yarn": TIED
+        | dict(rope_parameters=dict(rope_type="default", original_max_position_embeddings=16, rope_theta=1e4) | GROWTH),
+    },
+    "ministral": {
+        "some windows": UNTIED | dict(head_dim=16, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6),
+        "all windows, yarn": TIED | dict(head_dim=8, sliding_window=7, rope_scaling=YARN),
+        "no window": TIED | dict(head_dim=8, sliding_window=6, layer_types=["full_attention"] * 3),
+    },
     "qwen2": {
         "tied": TIED,
         "untied, window above": UNTIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
@@ -57,6 +71,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True),
         "window above": TIED
         | dict(head_dim=10, use_sliding_window=True, sliding_window=6, max_window_layers=2, rope_theta=1e6),
+    },
+    "gemma": {
+        # Gemma's "gelu" means its approximation by tanh.
+        "as released": TIED | dict(head_dim=16, hidden_act="gelu"),
+        "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True, num_key_value_heads=1),
+        "linear": TIED | dict(head_dim=10, rope_scaling=dict(type="linear", factor=2.0)),
     },
     "gemma2": {
         "as released": TIED | dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=6),

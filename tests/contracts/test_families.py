@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import ALTERNATING, CONFIGS, config_json
+from contracts.family_configs import ALTERNATING, CONFIGS, YARN, config_json
 from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint.hf import hf_tensor, load, save
@@ -166,6 +166,8 @@ def packed_and_padded(ours: Ours) -> None:
 
 # What a config of a family may not ask for, and what is said.
 REFUSED = [
+    ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
+    ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
     ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),
     (
         "smollm3",

@@ -4,11 +4,14 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    gemma,
     gemma2,
     gemma3,
     gpt_neox,
     granite,
     llama,
+    ministral,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
@@ -21,11 +24,14 @@ from cpt_jax.models.families import (
 )
 
 _FILES = (
+    gemma,
     gemma2,
     gemma3,
     gpt_neox,
     granite,
     llama,
+    ministral,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
