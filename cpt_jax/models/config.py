@@ -36,7 +36,9 @@ class DecoderConfig:
     Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first.
 
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
-    "both". `qk_norm`: queries and keys are normalised head by head, or as whole projections. `attention_scale`
+    "both"; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
+    "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
+    numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
     `residual_scale` multiplies what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
@@ -63,9 +65,12 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
+    norm_bias: bool = True
     norm_placement: Literal["before", "after", "both"] = "before"
     qk_norm: Literal["head", "projection"] | None = None
     parallel_residual: bool = False
+    shared_norm: bool = False
+    interleaved_rotation: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
     attention_scale: float | None = None

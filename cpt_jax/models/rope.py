@@ -198,11 +198,18 @@ def rotations_of(
     ]
 
 
-def rotate(x: Float[Array, "B heads S head"], angles: Rotation) -> Float[Array, "B heads S head"]:
-    """Rotates halves against each other, as released checkpoints expect (not neighbouring pairs); what lies behind
-    the rotary part passes."""
+def rotate(
+    x: Float[Array, "B heads S head"], angles: Rotation, interleaved: bool = False
+) -> Float[Array, "B heads S head"]:
+    """Rotates halves against each other, as most released checkpoints expect, or neighbours, `interleaved`; what lies
+    behind the rotary part passes."""
     half = angles.cosine.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (
+        (turning[..., ::2], turning[..., 1::2]) if interleaved else (turning[..., :half], turning[..., half:])
+    )
     cosine, sine = angles.cosine[:, None], angles.sine[:, None]
     turned = [first * cosine - second * sine, second * cosine + first * sine]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(turning.shape)]
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

@@ -31,6 +31,7 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
 MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=5.0)
+LAYER_NORM = dict(layer_norm_eps=1e-5)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -133,6 +134,21 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | MULTIPLIERS
         | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
         "no multipliers": TIED | dict(rope_theta=1e6),
+    },
+    "cohere2": {
+        # Three windowed layers and one that does not rotate.
+        "as released": TIED
+        | LAYER_NORM
+        | dict(num_hidden_layers=4, sliding_window=6, rope_theta=5e4, logit_scale=0.25),
+        "untied, biases, yarn": UNTIED
+        | LAYER_NORM
+        | dict(layer_types=ALTERNATING, sliding_window=9, attention_bias=True, logit_scale=2.0, rope_scaling=YARN),
+        "all see all": TIED | LAYER_NORM | dict(layer_types=["full_attention"] * 3, sliding_window=6),
+    },
+    "cohere": {
+        "as released": TIED | LAYER_NORM | dict(logit_scale=0.8, rope_theta=4e6),
+        "untied, biases": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, attention_bias=True),
+        "linear": TIED | LAYER_NORM | dict(rope_scaling=dict(type="linear", factor=2.0)),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),

@@ -166,6 +166,7 @@ def packed_and_padded(ours: Ours) -> None:
 
 # What a config of a family may not ask for, and what is said.
 REFUSED = [
+    ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
     ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),

@@ -65,6 +65,7 @@ FAMILIES = [
     ("qwen3_moe", "renormalised"),
     ("phi3", "longrope, longer"),
     ("granite", "as released"),
+    ("cohere2", "as released"),
     ("ministral3", "as released"),
     ("smollm3", "windows, head dimension"),
 ]

@@ -4,6 +4,8 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    cohere,
+    cohere2,
     gemma,
     gemma2,
     gemma3,
@@ -24,6 +26,8 @@ from cpt_jax.models.families import (
 )
 
 _FILES = (
+    cohere,
+    cohere2,
     gemma,
     gemma2,
     gemma3,
