@@ -150,6 +150,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, biases": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, attention_bias=True),
         "linear": TIED | LAYER_NORM | dict(rope_scaling=dict(type="linear", factor=2.0)),
     },
+    "glm4": {
+        "as released": UNTIED | dict(head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
+        "tied, no biases, default part": TIED | dict(head_dim=12, attention_bias=False),
+        "most of each head, linear": UNTIED
+        | dict(head_dim=8, partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
+    },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
         "one after the other, odd heads": UNTIED

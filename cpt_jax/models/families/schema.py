@@ -138,6 +138,14 @@ def mlp_names(config: DecoderConfig, layer: int) -> Names:
     return names
 
 
+def fused_mlp_names(config: DecoderConfig, layer: int) -> Names:
+    """The gated feed-forward whose two inner projections are one tensor."""
+    inner, prefix = config.intermediate_size, f"model.layers.{layer}.mlp"
+    parts = {"layers/mlp/gate": Rows(2 * inner, 0, inner), "layers/mlp/up": Rows(2 * inner, inner, 2 * inner)}
+    names = fused(f"{prefix}.gate_up_proj", parts, layer, config.mlp_bias)
+    return names | linear(f"{prefix}.down_proj", "layers/mlp/down", layer, config.mlp_bias)
+
+
 def norm_names(layer: int, norms: Mapping[str, str]) -> Names:
     """The norms of hidden states within a block."""
     return {
