@@ -156,6 +156,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "most of each head, linear": UNTIED
         | dict(head_dim=8, partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
     },
+    "seed_oss": {
+        "as released": UNTIED | dict(head_dim=16, rope_theta=1e7),
+        "tied, other biases": TIED | dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+        "tied, every bias, yarn": TIED
+        | dict(head_dim=8, attention_bias=True, attention_out_bias=True, mlp_bias=True, rope_scaling=YARN),
+    },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
         "one after the other, odd heads": UNTIED

@@ -23,6 +23,7 @@ from cpt_jax.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 
@@ -46,6 +47,7 @@ _FILES = (
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
