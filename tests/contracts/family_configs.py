@@ -162,6 +162,11 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, every bias, yarn": TIED
         | dict(head_dim=8, attention_bias=True, attention_out_bias=True, mlp_bias=True, rope_scaling=YARN),
     },
+    "arcee": {
+        "as released": UNTIED | dict(head_dim=16, rope_scaling=YARN | dict(mscale=1.0)),
+        "tied, biases": TIED | dict(attention_bias=True, mlp_bias=True),
+        "llama3, silu": TIED | dict(num_key_value_heads=1, hidden_act="silu", rope_scaling=LLAMA3),
+    },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
         "one after the other, odd heads": UNTIED

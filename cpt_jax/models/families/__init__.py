@@ -4,6 +4,7 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    arcee,
     cohere,
     cohere2,
     gemma,
@@ -28,6 +29,7 @@ from cpt_jax.models.families import (
 )
 
 _FILES = (
+    arcee,
     cohere,
     cohere2,
     gemma,

@@ -10,8 +10,9 @@ from cpt_jax.models.families.layer_kinds import kinds_of
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# The norms of most families: ours -> Hugging Face's.
+# The norms and the feed-forward of most families: ours -> Hugging Face's.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +131,12 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     return names
 
 
-def mlp_names(config: DecoderConfig, layer: int) -> Names:
-    """The gated feed-forward."""
+def mlp_names(config: DecoderConfig, layer: int, matrices: Mapping[str, str]) -> Names:
+    """The feed-forward; without a gate, if the model has none."""
     names: Names = {}
-    for name in ("gate", "up", "down"):
-        names |= linear(f"model.layers.{layer}.mlp.{name}_proj", f"layers/mlp/{name}", layer, config.mlp_bias)
+    for ours, hf in matrices.items():
+        if ours != "gate" or config.gated:
+            names |= linear(f"model.layers.{layer}.mlp.{hf}", f"layers/mlp/{ours}", layer, config.mlp_bias)
     return names
 
 
@@ -153,11 +155,11 @@ def norm_names(layer: int, norms: Mapping[str, str]) -> Names:
     }
 
 
-def standard_names(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
-    """The names of a family that writes its tensors as Llama does, norms apart."""
+def standard_names(config: DecoderConfig, norms: Mapping[str, str], matrices: Mapping[str, str] = MLP) -> Names:
+    """The names of a family that writes its tensors as Llama does, norms apart, and the feed-forward's `matrices`."""
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | mlp_names(config, layer) | norm_names(layer, norms)
+        names |= attention_names(config, layer) | mlp_names(config, layer, matrices) | norm_names(layer, norms)
     return names
 
 
