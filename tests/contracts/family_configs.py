@@ -167,6 +167,11 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, biases": TIED | dict(attention_bias=True, mlp_bias=True),
         "llama3, silu": TIED | dict(num_key_value_heads=1, hidden_act="silu", rope_scaling=LLAMA3),
     },
+    "starcoder2": {
+        "as released": TIED | dict(sliding_window=9, norm_epsilon=1e-5),
+        "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
+        "yarn": TIED | dict(rope_scaling=YARN),
+    },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
         "one after the other, odd heads": UNTIED

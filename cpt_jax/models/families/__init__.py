@@ -26,6 +26,7 @@ from cpt_jax.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 
 _FILES = (
@@ -51,6 +52,7 @@ _FILES = (
     qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}

@@ -29,5 +29,5 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 def weight_names(config: DecoderConfig) -> Names:
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | fused_mlp_names(config, layer) | norm_names(layer, NORMS)
+        names |= attention_names(config, layer) | fused_mlp_names(config, layer) | norm_names(config, layer, NORMS)
     return names

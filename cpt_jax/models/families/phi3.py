@@ -34,5 +34,5 @@ def weight_names(config: DecoderConfig) -> Names:
         prefix = f"model.layers.{layer}"
         names |= fused(f"{prefix}.self_attn.qkv_proj", qkv, layer, False)
         names |= linear(f"{prefix}.self_attn.o_proj", "layers/attention/o", layer, False)
-        names |= fused_mlp_names(config, layer) | norm_names(layer, NORMS)
+        names |= fused_mlp_names(config, layer) | norm_names(config, layer, NORMS)
     return names

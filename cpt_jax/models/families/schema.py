@@ -113,10 +113,7 @@ def fused(name: str, parts: Mapping[str, Rows], layer: int, bias: bool) -> Names
 
 def outer_names(config: DecoderConfig) -> Names:
     """Embedding, final norm and head, as most families name them."""
-    names: Names = {
-        "model.embed_tokens.weight": (Place("embed"),),
-        "model.norm.weight": (Place("final_norm/scale"),),
-    }
+    names: Names = {"model.embed_tokens.weight": (Place("embed"),)} | norm_name(config, "model.norm", "final_norm")
     return names if config.tie_word_embeddings else names | {"lm_head.weight": (Place("head"),)}
 
 
@@ -148,18 +145,26 @@ def fused_mlp_names(config: DecoderConfig, layer: int) -> Names:
     return names | linear(f"{prefix}.down_proj", "layers/mlp/down", layer, config.mlp_bias)
 
 
-def norm_names(layer: int, norms: Mapping[str, str]) -> Names:
+def norm_name(config: DecoderConfig, name: str, path: str, index: tuple[int, ...] = ()) -> Names:
+    """The tensors of a norm of hidden states."""
+    names: Names = {f"{name}.weight": (Place(f"{path}/scale", index),)}
+    biased = config.norm == "layer" and config.norm_bias
+    return names | ({f"{name}.bias": (Place(f"{path}/bias", index),)} if biased else {})
+
+
+def norm_names(config: DecoderConfig, layer: int, norms: Mapping[str, str]) -> Names:
     """The norms of hidden states within a block."""
-    return {
-        f"model.layers.{layer}.{hf}.weight": (Place(f"layers/{ours}/scale", (layer,)),) for ours, hf in norms.items()
-    }
+    names: Names = {}
+    for ours, hf in norms.items():
+        names |= norm_name(config, f"model.layers.{layer}.{hf}", f"layers/{ours}", (layer,))
+    return names
 
 
 def standard_names(config: DecoderConfig, norms: Mapping[str, str], matrices: Mapping[str, str] = MLP) -> Names:
     """The names of a family that writes its tensors as Llama does, norms apart, and the feed-forward's `matrices`."""
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | mlp_names(config, layer, matrices) | norm_names(layer, norms)
+        names |= attention_names(config, layer) | mlp_names(config, layer, matrices) | norm_names(config, layer, norms)
     return names
 
 
@@ -179,6 +184,6 @@ def mixture_names(config: DecoderConfig, block: str, matrices: Mapping[str, str]
     """The names of a family that is written as Llama is, but for experts in the place of each feed-forward."""
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | norm_names(layer, NORMS)
+        names |= attention_names(config, layer) | norm_names(config, layer, NORMS)
         names |= experts_names(config, layer, block, matrices)
     return names
