@@ -172,6 +172,13 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
         "yarn": TIED | dict(rope_scaling=YARN),
     },
+    "exaone4": {
+        "as released, large": UNTIED
+        | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)
+        | dict(head_dim=16),
+        "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
+        "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
+    },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
         "one after the other, odd heads": UNTIED
