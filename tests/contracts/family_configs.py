@@ -198,6 +198,15 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
         | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
     },
+    "olmoe": {
+        "as released": UNTIED | EXPERTS | dict(num_key_value_heads=4, num_experts=6),
+        "tied, renormalised, biases": TIED
+        | EXPERTS
+        | dict(num_experts=4, norm_topk_prob=True, num_experts_per_tok=3, attention_bias=True),
+        "linear": UNTIED
+        | EXPERTS
+        | dict(num_experts=4, num_experts_per_tok=1, rope_scaling=dict(type="linear", factor=2.0)),
+    },
     "mixtral": {
         "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
         "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
