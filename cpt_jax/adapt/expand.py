@@ -58,9 +58,11 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
       UserError: config.json cannot say which kind each layer is.
     """
     fields: dict[str, Any] = {"num_hidden_layers": config.num_layers}
+    kinds = [config.layer_kinds[kind] for kind in config.layer_pattern or (0,) * config.num_layers]
     if config.layer_pattern is not None or text_fields(hf_config).get("layer_types"):
-        windows = [config.layer_kinds[kind].window for kind in config.layer_pattern or (0,) * config.num_layers]
-        fields["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        fields["layer_types"] = ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds]
+    if hf_config["model_type"] == "smollm3":
+        fields["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
     grown = with_text_fields(hf_config, fields)
     read = family_for(grown).config_from_hf(grown)
     for field in ("num_layers", "layer_kinds", "layer_pattern"):

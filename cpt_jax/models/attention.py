@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
         self.softcap, self.normed = config.attention_softcap, config.qk_norm
         self.windows, self.kernel = tuple(kind.window for kind in config.layer_kinds), config.attention
-        self.documents, self.runs = config.documents, config.runs
+        self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
         qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
         self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
@@ -55,7 +55,8 @@ class Attention(nnx.Module):
         q, k, v = self._split(q), self._split(k), self._split(v)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles) * self.scale, rotate(k, angles), v
+        q, k = rotate(q, angles, self.interleaved) * self.scale, rotate(k, angles, self.interleaved)
+        return (q if angles.queries is None else q * angles.queries[:, None, :, None]), k, v
 
     def __call__(
         self,

@@ -14,9 +14,10 @@ from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation."""
+    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation
+    (None: positions are not told apart)."""
 
-    rope: Rope
+    rope: Rope | None
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -35,8 +36,12 @@ class DecoderConfig:
     Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first.
 
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
-    "both". `qk_norm`: queries and keys are normalised head by head, or as whole projections. `attention_scale`
+    "both"; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
+    "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
+    numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
+    `residual_scale` multiplies what attention and feed-forward add to their input, `logit_scale` what the final norm
+    gives, and so the logits, before their cap.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
@@ -60,9 +65,12 @@ class DecoderConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
+    norm_bias: bool = True
     norm_placement: Literal["before", "after", "both"] = "before"
     qk_norm: Literal["head", "projection"] | None = None
     parallel_residual: bool = False
+    shared_norm: bool = False
+    interleaved_rotation: bool = False
     qkv_bias: bool = False
     attention_out_bias: bool = False
     attention_scale: float | None = None
@@ -72,6 +80,8 @@ class DecoderConfig:
     activation: str = "silu"
     experts: ExpertsConfig | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     layer_groups: LayerGroups = ()
     layer_loop: Literal["scan", "unroll"] = "scan"
@@ -100,10 +110,15 @@ class DecoderConfig:
         return self.vocab_size + self.new_rows
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotations of those kinds of layers that have one."""
+        return tuple(kind.rope for kind in self.layer_kinds if kind.rope is not None)
+
+    @property
     def context_length(self) -> int:
         """Tokens that the model was made to read: more than `max_position_embeddings` where theta grows with the text,
         and with YaRN, whose factor may be set beside it."""
-        scalings = [kind.rope.scaling for kind in self.layer_kinds]
+        scalings = [rope.scaling for rope in self.ropes]
         found = [int(each.factor * each.original_length) for each in scalings if isinstance(each, DynamicNTK | Yarn)]
         return max(self.max_position_embeddings, *found, 0)
 

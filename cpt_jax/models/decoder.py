@@ -22,15 +22,15 @@ from cpt_jax.models.kernels.visible import Visible, document_begins, document_le
 from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
-from cpt_jax.models.rope import rotation
+from cpt_jax.models.rope import rotations_of
 from cpt_jax.models.stack import run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
 
 
 class Outputs(NamedTuple):
-    """Hidden states after the final norm; the cache with this call's keys and values; what each layer's experts were
-    given."""
+    """Hidden states after the final norm and its `logit_scale`, whose products with the head's rows are the logits; the
+    cache with this call's keys and values; what each layer's experts were given."""
 
     hidden: Float[Array, "B S D"]
     cache: Cache | None
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
-        rotations = [rotation(positions, lengths, kind.rope) for kind in config.layer_kinds]
+        rotations = rotations_of(positions, lengths, [kind.rope for kind in config.layer_kinds])
         pattern = None
         if config.layer_pattern is not None:
             pattern = jnp.asarray(config.layer_pattern)
@@ -90,7 +90,8 @@ class Decoder(nnx.Module):
             return x, (cache, balance)
 
         x, (cache, balance) = run_blocks(config, self.layers, x, (cache, pattern, keys), run)
-        return Outputs(self.final_norm(x), cache, balance)
+        hidden = self.final_norm(x)
+        return Outputs(hidden if config.logit_scale is None else hidden * config.logit_scale, cache, balance)
 
     def logits(self, hidden, dtype):
         return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden, dtype)
@@ -157,7 +158,7 @@ def apply(
     *,
     compute_dtype: Any,
 ) -> Float[Array, "B S D"]:
-    """Hidden states after the final norm. Tokens see earlier tokens of their own segment; positions restart with
+    """Hidden states, as `Outputs` has them. Tokens see earlier tokens of their own segment; positions restart with
     each. Without segments each row is one document, which some kernels compute faster."""
     return apply_with_balance(network, weights, tokens, positions, segment_ids, compute_dtype=compute_dtype)[0]
 
@@ -179,7 +180,7 @@ def apply_with_balance(
     """
     begins = None if segment_ids is None else document_begins(segment_ids)
     lengths = None
-    if any(kind.rope.depends_on_length for kind in network.config.layer_kinds):
+    if any(rope.depends_on_length for rope in network.config.ropes):
         lengths = document_lengths(jnp.zeros_like(positions) if begins is None else begins, positions)
     outputs = network.module(weights)(
         tokens,

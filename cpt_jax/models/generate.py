@@ -174,7 +174,7 @@ class Generation:
 
     def _crosses(self, lengths: np.ndarray) -> bool:
         """Whether a row has just grown past the length from which all its tokens are turned otherwise."""
-        scalings = [kind.rope.scaling for kind in self._network.config.layer_kinds]
+        scalings = [rope.scaling for rope in self._network.config.ropes]
         originals = [each.original_length for each in scalings if isinstance(each, LongRoPE)]
         return any(lengths[row] == original + 1 for row in self._live for original in originals)
 

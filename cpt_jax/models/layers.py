@@ -53,12 +53,13 @@ class Block(nnx.Module):
     """Attention and feed-forward, each added to its input: one after the other, or both to the same input."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.parallel = config.parallel_residual
+        self.parallel, self.scale = config.parallel_residual, config.residual_scale
+        self.shared_norm = config.shared_norm
         before, after = config.norm_placement in ("before", "both"), config.norm_placement in ("after", "both")
         self.attention_norm = norm(config) if before else None
         self.attention = Attention(config, lora, rngs)
         self.attention_out_norm = norm(config) if after else None
-        self.mlp_norm = norm(config) if before else None
+        self.mlp_norm = norm(config) if before and not config.shared_norm else None
         self.mlp = FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
         self.mlp_out_norm = norm(config) if after else None
 
@@ -74,15 +75,21 @@ class Block(nnx.Module):
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
         attended, cache = self.attention(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         attended = recomputed(_norm(self.attention_out_norm))(attended)
-        summed = constrain(x + attended, "batch", "sequence", "hidden")
-        inputs, mlp_norm = x if self.parallel else summed, _norm(self.mlp_norm)
+        summed = constrain(x + self._scaled(attended), "batch", "sequence", "hidden")
+        inputs, mlp_norm = (
+            x if self.parallel else summed,
+            _norm(self.attention_norm if self.shared_norm else self.mlp_norm),
+        )
         balance = None
         if isinstance(self.mlp, Experts):
             fed, balance = self.mlp(recomputed(mlp_norm)(inputs), dtype, counted)
         else:
             fed = self.mlp(inputs, dtype, mlp_norm)
         fed = recomputed(_norm(self.mlp_out_norm))(fed)
-        return constrain(summed + fed, "batch", "sequence", "hidden"), cache, balance
+        return constrain(summed + self._scaled(fed), "batch", "sequence", "hidden"), cache, balance
+
+    def _scaled(self, added: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return added if self.scale is None else added * self.scale
 
 
 def _norm(norm: Any) -> Callable[[Array], Array]:

@@ -35,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 Scaling = Literal["alpha/rank", "alpha/sqrt(rank)"]
 

@@ -22,22 +22,23 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / deviation(x) * scale + bias, in x's own type (Ba et al. 2016, arXiv 1607.06450)."""
+    """(x - mean(x)) / deviation(x) * scale + bias, in x's own type (Ba et al. 2016, arXiv 1607.06450); Cohere's has no
+    bias."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, bias: bool = True) -> None:
         self.epsilon = epsilon
         self.scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
-        self.bias = Weight(jnp.zeros((width,)), logical_axes=("hidden",))
+        self.bias = Weight(jnp.zeros((width,)), logical_axes=("hidden",)) if bias else None
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
-        scale, bias = (weight[...].astype(x.dtype)[None, None, :] for weight in (self.scale, self.bias))
-        return centred * inverse * scale + bias
+        scaled = centred * inverse * self.scale[...].astype(x.dtype)[None, None, :]
+        return scaled if self.bias is None else scaled + self.bias[...].astype(x.dtype)[None, None, :]
 
 
 def norm(config) -> RMSNorm | LayerNorm:
     """The norm of hidden states that a DecoderConfig asks for."""
     if config.norm == "layer":
-        return LayerNorm(config.hidden_size, config.norm_epsilon)
+        return LayerNorm(config.hidden_size, config.norm_epsilon, config.norm_bias)
     return RMSNorm(config.hidden_size, config.norm_epsilon, config.norm_offset)

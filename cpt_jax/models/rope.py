@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -68,12 +69,22 @@ Scaling = Linear | DynamicNTK | Llama3 | Yarn | LongRoPE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + beta * log(1 + floor(position / original_length)), so that attention over long texts
+    does not flatten (Llama 4; Nakanishi 2025, arXiv 2501.19399)."""
+
+    beta: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotation of the first `dim` numbers of a head, with base `theta`."""
+    """Rotation of the first `dim` numbers of a head, with base `theta`; and what else positions do to queries."""
 
     theta: float
     dim: int
     scaling: Scaling | None = None
+    query_growth: QueryGrowth | None = None
 
     def __post_init__(self) -> None:
         if self.dim % 2:
@@ -153,10 +164,12 @@ def _yarn(powers: np.ndarray, theta: float, dim: int, scaling: Yarn) -> Frequenc
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, computed once for all layers."""
+    """Cosines and sines of the rotary angles, and what queries are multiplied by (None: 1), computed once for all
+    layers."""
 
     cosine: Float[Array, "B S half"]
     sine: Float[Array, "B S half"]
+    queries: Float[Array, "B S"] | None = None
 
 
 def rotation(positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, rope: Rope) -> Rotation:
@@ -167,14 +180,36 @@ def rotation(positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, ro
     else:
         frequencies = rope.frequencies()[None, None, :]
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
+    queries = None
+    if (growth := rope.query_growth) is not None:
+        queries = 1 + growth.beta * jnp.log1p((positions // growth.original_length).astype(jnp.float32))
+    return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor, queries)
 
 
-def rotate(x: Float[Array, "B heads S head"], angles: Rotation) -> Float[Array, "B heads S head"]:
-    """Rotates halves against each other, as released checkpoints expect (not neighbouring pairs); what lies behind
-    the rotary part passes."""
+def rotations_of(
+    positions: Int[Array, "B S"], lengths: Int[Array, "B S"] | None, ropes: Sequence[Rope | None]
+) -> list[Rotation]:
+    """Of kinds of layers, each the rotation that it has. Angles of none are zeros where other kinds have some: all kinds
+    run as one program."""
+    width = max((rope.dim // 2 for rope in ropes if rope is not None), default=0)
+    none = jnp.zeros((*positions.shape, width), jnp.float32)
+    return [
+        Rotation(jnp.cos(none), jnp.sin(none)) if rope is None else rotation(positions, lengths, rope) for rope in ropes
+    ]
+
+
+def rotate(
+    x: Float[Array, "B heads S head"], angles: Rotation, interleaved: bool = False
+) -> Float[Array, "B heads S head"]:
+    """Rotates halves against each other, as most released checkpoints expect, or neighbours, `interleaved`; what lies
+    behind the rotary part passes."""
     half = angles.cosine.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (
+        (turning[..., ::2], turning[..., 1::2]) if interleaved else (turning[..., :half], turning[..., half:])
+    )
     cosine, sine = angles.cosine[:, None], angles.sine[:, None]
     turned = [first * cosine - second * sine, second * cosine + first * sine]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(turning.shape)]
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

@@ -118,7 +118,13 @@ def test_methods_come_back_from_json():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"), [("llama", "tied, odd head dimension"), ("gemma2", "as released"), ("phi3", "window")]
+    ("model_type", "name"),
+    [
+        ("llama", "tied, odd head dimension"),
+        ("gemma2", "as released"),
+        ("phi3", "window"),
+        ("smollm3", "by interval, biases, yarn"),
+    ],
 )
 def test_an_expanded_model_is_one_that_transformers_runs(model_type, name, tmp_path):
     import torch

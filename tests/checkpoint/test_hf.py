@@ -80,7 +80,7 @@ WRONG = {
     "config cut": (lambda d: (d / "config.json").write_text('{"model_type": "ll'), "not valid JSON"),
     "architecture": (
         lambda d: edit_config(d, model_type="mamba"),
-        "model_type 'mamba'.* is not supported; supported: gemma2, .*llama",
+        "model_type 'mamba'.* is not supported; supported: .*gemma2, .*llama",
     ),
     "rope scaling": (
         lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),

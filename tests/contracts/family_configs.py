@@ -24,11 +24,14 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+GROWTH = dict(llama_4_scaling_beta=0.7)
 # Shorter than the sequences of the tests (40 tokens): the long factors, or the larger theta, come into play.
 SHORT = dict(max_position_embeddings=24)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
+MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=5.0)
+LAYER_NORM = dict(layer_norm_eps=1e-5)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,6 +49,19 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "no window, head dimension": UNTIED | dict(sliding_window=None, head_dim=16),
         "tied, window, yarn": TIED | dict(sliding_window=12, rope_scaling=YARN),
     },
+    # Of the 40 tokens, those from the 16th and the 32nd on have larger queries.
+    "ministral3": {
+        "as released": UNTIED
+        | dict(head_dim=16, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, rope_theta=1e6) | GROWTH),
+        "tied, window": TIED | dict(sliding_window=9, rope_parameters=YARN | dict(rope_theta=1e4) | GROWTH),
+        "no yarn": TIED
+        | dict(rope_parameters=dict(rope_type="default", original_max_position_embeddings=16, rope_theta=1e4) | GROWTH),
+    },
+    "ministral": {
+        "some windows": UNTIED | dict(head_dim=16, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6),
+        "all windows, yarn": TIED | dict(head_dim=8, sliding_window=7, rope_scaling=YARN),
+        "no window": TIED | dict(head_dim=8, sliding_window=6, layer_types=["full_attention"] * 3),
+    },
     "qwen2": {
         "tied": TIED,
         "untied, window above": UNTIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
@@ -56,6 +72,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True),
         "window above": TIED
         | dict(head_dim=10, use_sliding_window=True, sliding_window=6, max_window_layers=2, rope_theta=1e6),
+    },
+    "gemma": {
+        # Gemma's "gelu" means its approximation by tanh.
+        "as released": TIED | dict(head_dim=16, hidden_act="gelu"),
+        "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True, num_key_value_heads=1),
+        "linear": TIED | dict(head_dim=10, rope_scaling=dict(type="linear", factor=2.0)),
     },
     "gemma2": {
         "as released": TIED | dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=6),
@@ -86,11 +108,76 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),
         "biases, linear": UNTIED | dict(attention_bias=True, rope_scaling=dict(type="linear", factor=2.0)),
     },
+    "olmo3": {
+        "as released": UNTIED
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6)
+        | dict(rope_theta=500_000.0, rope_scaling=YARN | dict(attention_factor=1.2079)),
+        "tied, all windowed, biases": TIED | dict(num_key_value_heads=4, sliding_window=9, attention_bias=True),
+        "nested rope": UNTIED
+        | dict(layer_types=ALTERNATING, sliding_window=6)
+        | dict(
+            rope_parameters=dict(
+                full_attention=YARN | dict(rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    },
     "phi3": {
         "window": UNTIED | dict(sliding_window=9),
         "partial, tied": TIED | dict(partial_rotary_factor=0.5),
         "longrope, longer": UNTIED | PHI3 | dict(rope_scaling=LONGROPE),
         "longrope, shorter": UNTIED | PHI3 | dict(original_max_position_embeddings=48, rope_scaling=LONGROPE),
+    },
+    "granite": {
+        "as released": TIED | MULTIPLIERS,
+        "untied, biases, yarn": UNTIED
+        | MULTIPLIERS
+        | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        "no multipliers": TIED | dict(rope_theta=1e6),
+    },
+    "cohere2": {
+        # Three windowed layers and one that does not rotate.
+        "as released": TIED
+        | LAYER_NORM
+        | dict(num_hidden_layers=4, sliding_window=6, rope_theta=5e4, logit_scale=0.25),
+        "untied, biases, yarn": UNTIED
+        | LAYER_NORM
+        | dict(layer_types=ALTERNATING, sliding_window=9, attention_bias=True, logit_scale=2.0, rope_scaling=YARN),
+        "all see all": TIED | LAYER_NORM | dict(layer_types=["full_attention"] * 3, sliding_window=6),
+    },
+    "cohere": {
+        "as released": TIED | LAYER_NORM | dict(logit_scale=0.8, rope_theta=4e6),
+        "untied, biases": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, attention_bias=True),
+        "linear": TIED | LAYER_NORM | dict(rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "glm4": {
+        "as released": UNTIED | dict(head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
+        "tied, no biases, default part": TIED | dict(head_dim=12, attention_bias=False),
+        "most of each head, linear": UNTIED
+        | dict(head_dim=8, partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "seed_oss": {
+        "as released": UNTIED | dict(head_dim=16, rope_theta=1e7),
+        "tied, other biases": TIED | dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+        "tied, every bias, yarn": TIED
+        | dict(head_dim=8, attention_bias=True, attention_out_bias=True, mlp_bias=True, rope_scaling=YARN),
+    },
+    "arcee": {
+        "as released": UNTIED | dict(head_dim=16, rope_scaling=YARN | dict(mscale=1.0)),
+        "tied, biases": TIED | dict(attention_bias=True, mlp_bias=True),
+        "llama3, silu": TIED | dict(num_key_value_heads=1, hidden_act="silu", rope_scaling=LLAMA3),
+    },
+    "starcoder2": {
+        "as released": TIED | dict(sliding_window=9, norm_epsilon=1e-5),
+        "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
+        "yarn": TIED | dict(rope_scaling=YARN),
+    },
+    "exaone4": {
+        "as released, large": UNTIED
+        | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)
+        | dict(head_dim=16),
+        "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
+        "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
@@ -111,10 +198,28 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
         | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
     },
+    "olmoe": {
+        "as released": UNTIED | EXPERTS | dict(num_key_value_heads=4, num_experts=6),
+        "tied, renormalised, biases": TIED
+        | EXPERTS
+        | dict(num_experts=4, norm_topk_prob=True, num_experts_per_tok=3, attention_bias=True),
+        "linear": UNTIED
+        | EXPERTS
+        | dict(num_experts=4, num_experts_per_tok=1, rope_scaling=dict(type="linear", factor=2.0)),
+    },
     "mixtral": {
         "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
         "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
         "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
+    },
+    "smollm3": {
+        "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
+        "by interval, biases, yarn": UNTIED
+        | dict(no_rope_layer_interval=2, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        # The list may be longer than the model is deep.
+        "windows, head dimension": TIED
+        | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
+        | dict(use_sliding_window=True, sliding_window=6),
     },
 }
 

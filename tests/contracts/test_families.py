@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import CONFIGS, config_json
+from contracts.family_configs import ALTERNATING, CONFIGS, YARN, config_json
 from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint.hf import load
 from cpt_jax.checkpoint.hf_write import hf_tensor, save
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
@@ -164,6 +165,28 @@ def packed_and_padded(ours: Ours) -> None:
         np.testing.assert_allclose(together[row, first : first + len(document)], expected, atol=2e-5)
 
 
+# What a config of a family may not ask for, and what is said.
+REFUSED = [
+    ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0, which is not supported for model_type olmoe"),
+    ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
+    ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
+    ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
+    ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),
+    (
+        "smollm3",
+        dict(no_rope_layers=[1, 0], layer_types=["full_attention"] * 3),
+        "no_rope_layers names 2 layers, num_hidden_layers 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "said"), REFUSED)
+def test_what_a_family_does_not_support_is_refused_by_name(model_type, changes, said):
+    raw = config_json(model_type, next(iter(CONFIGS[model_type]))) | changes
+    with pytest.raises(UserError, match=said):
+        family_for(raw).config_from_hf(raw)
+
+
 def test_activations_are_those_of_transformers():
     import torch
     from transformers.activations import ACT2FN
@@ -173,7 +196,7 @@ def test_activations_are_those_of_transformers():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
 def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
     import torch
 

@@ -64,6 +64,10 @@ FAMILIES = [
     ("gpt_neox", "as released"),
     ("qwen3_moe", "renormalised"),
     ("phi3", "longrope, longer"),
+    ("granite", "as released"),
+    ("cohere2", "as released"),
+    ("ministral3", "as released"),
+    ("smollm3", "windows, head dimension"),
 ]
 
 

@@ -4,22 +4,62 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    arcee,
+    cohere,
+    cohere2,
     composite,
+    exaone4,
+    gemma,
     gemma2,
     gemma3,
+    glm4,
     gpt_neox,
+    granite,
     llama,
+    ministral,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
+    smollm3,
+    starcoder2,
 )
 from cpt_jax.models.families.composite import Composite
 
-_FILES = (gemma2, gemma3, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe)
+_FILES = (
+    arcee,
+    cohere,
+    cohere2,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt_neox,
+    granite,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    seed_oss,
+    smollm3,
+    starcoder2,
+)
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 

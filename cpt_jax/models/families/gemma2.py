@@ -1,10 +1,10 @@
 """Gemma 2: scaled embeddings, norms with 1 + scale before and after, soft caps, a window in every other layer."""
 
 from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families import gemma
 from cpt_jax.models.families.schema import Names, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma2",)
-UNSUPPORTED = {"use_bidirectional_attention": (None, False)}
 NORMS = {
     "attention_norm": "input_layernorm",
     "attention_out_norm": "post_attention_layernorm",
@@ -14,7 +14,7 @@ NORMS = {
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
-    hf = read(raw, UNSUPPORTED)
+    hf = read(raw, gemma.UNSUPPORTED)
     biased = bool(hf.attention_bias)
     return config_of(
         hf,

@@ -2,12 +2,12 @@
 all, and another rotation in those."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families import gemma2
+from cpt_jax.models.families import gemma, gemma2
 from cpt_jax.models.families.schema import Names, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma3_text",)
 # transformers reads the soft caps of attention and does not apply them.
-UNSUPPORTED = gemma2.UNSUPPORTED | {"attn_logit_softcapping": (None,)}
+UNSUPPORTED = gemma.UNSUPPORTED | {"attn_logit_softcapping": (None,)}
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:

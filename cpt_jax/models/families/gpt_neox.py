@@ -2,7 +2,7 @@
 queries, keys and values of each head in one tensor."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import Names, Place, Rows, config_of, fused, linear, read
+from cpt_jax.models.families.schema import Names, Place, Rows, config_of, fused, linear, norm_name, read
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -25,7 +25,7 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 
 def weight_names(config: DecoderConfig) -> Names:
     names: Names = {"gpt_neox.embed_in.weight": (Place("embed"),)}
-    names |= _norm("gpt_neox.final_layer_norm", "final_norm", ())
+    names |= norm_name(config, "gpt_neox.final_layer_norm", "final_norm")
     if not config.tie_word_embeddings:
         names["embed_out.weight"] = (Place("head"),)
     head = config.head_dim
@@ -36,10 +36,6 @@ def weight_names(config: DecoderConfig) -> Names:
         names |= linear(f"{prefix}.attention.dense", "layers/attention/o", layer, config.attention_out_bias)
         names |= linear(f"{prefix}.mlp.dense_h_to_4h", "layers/mlp/up", layer, True)
         names |= linear(f"{prefix}.mlp.dense_4h_to_h", "layers/mlp/down", layer, True)
-        names |= _norm(f"{prefix}.input_layernorm", "layers/attention_norm", (layer,))
-        names |= _norm(f"{prefix}.post_attention_layernorm", "layers/mlp_norm", (layer,))
+        names |= norm_name(config, f"{prefix}.input_layernorm", "layers/attention_norm", (layer,))
+        names |= norm_name(config, f"{prefix}.post_attention_layernorm", "layers/mlp_norm", (layer,))
     return names
-
-
-def _norm(name: str, path: str, index: tuple[int, ...]) -> Names:
-    return {f"{name}.weight": (Place(f"{path}/scale", index),), f"{name}.bias": (Place(f"{path}/bias", index),)}

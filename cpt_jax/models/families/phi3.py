@@ -7,6 +7,7 @@ from cpt_jax.models.families.schema import (
     Rows,
     config_of,
     fused,
+    fused_mlp_names,
     linear,
     norm_names,
     outer_names,
@@ -22,23 +23,16 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 
 def weight_names(config: DecoderConfig) -> Names:
     names = outer_names(config)
-    queries, keys, inner = (
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-        config.intermediate_size,
-    )
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     whole = queries + 2 * keys
     qkv = {
         "layers/attention/q": Rows(whole, 0, queries),
         "layers/attention/k": Rows(whole, queries, queries + keys),
         "layers/attention/v": Rows(whole, queries + keys, whole),
     }
-    gate_up = {"layers/mlp/gate": Rows(2 * inner, 0, inner), "layers/mlp/up": Rows(2 * inner, inner, 2 * inner)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         names |= fused(f"{prefix}.self_attn.qkv_proj", qkv, layer, False)
         names |= linear(f"{prefix}.self_attn.o_proj", "layers/attention/o", layer, False)
-        names |= fused(f"{prefix}.mlp.gate_up_proj", gate_up, layer, False)
-        names |= linear(f"{prefix}.mlp.down_proj", "layers/mlp/down", layer, False)
-        names |= norm_names(layer, NORMS)
+        names |= fused_mlp_names(config, layer) | norm_names(config, layer, NORMS)
     return names

@@ -2,7 +2,7 @@
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import ExpertsConfig
-from cpt_jax.models.families.schema import Names, config_of, mixture_names, read
+from cpt_jax.models.families.schema import MLP, Names, config_of, mixture_names, read
 
 MODEL_TYPES = ("qwen3_moe",)
 UNSUPPORTED = {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}
@@ -28,4 +28,4 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 
 
 def weight_names(config: DecoderConfig) -> Names:
-    return mixture_names(config, "mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
+    return mixture_names(config, "mlp", MLP)

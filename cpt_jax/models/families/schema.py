@@ -2,18 +2,18 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import DecoderConfig, LayerKind
-from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Rope, Scaling, Yarn
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families.layer_kinds import kinds_of
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# The norms of most families: ours -> Hugging Face's.
+# The norms and the feed-forward of most families: ours -> Hugging Face's.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,112 +86,12 @@ def _not_supported(raw: dict, field: str) -> UserError:
     )
 
 
-def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
-    """The rotation that `rope_parameters` describe (of the whole model, or of one type of layer).
+def config_of(read: Any, *, rotated: Sequence[bool] | None = None, **differences: Any) -> DecoderConfig:
+    """Our configuration of a config as transformers reads it, with what is different in this family.
 
-    Raises:
-      UserError: a type that is not supported, a field that is missing or no number.
+    Args:
+      rotated: which layers turn queries and keys by their positions (default: all).
     """
-    kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")
-    original = int(parameters.get("original_max_position_embeddings") or context)
-    scaling: Scaling | None = None
-    try:
-        match kind:
-            case "default":
-                pass
-            case "linear":
-                scaling = Linear(factor=float(parameters["factor"]))
-            case "dynamic":
-                scaling = DynamicNTK(factor=float(parameters["factor"]), original_length=context)
-            case "llama3":
-                scaling = Llama3(
-                    factor=float(parameters["factor"]),
-                    low_frequency_factor=float(parameters["low_freq_factor"]),
-                    high_frequency_factor=float(parameters["high_freq_factor"]),
-                    original_length=original,
-                )
-            case "yarn":
-                factor = float(factor or context / original)
-                scaling = Yarn(
-                    factor=factor,
-                    original_length=original,
-                    attention_factor=_yarn_attention(parameters, factor),
-                    beta_fast=float(parameters.get("beta_fast") or 32),
-                    beta_slow=float(parameters.get("beta_slow") or 1),
-                    truncate=bool(parameters.get("truncate", True)),
-                )
-            case "longrope":
-                factor = float(factor or context / original)
-                scaling = LongRoPE(
-                    short_factor=tuple(map(float, parameters["short_factor"])),
-                    long_factor=tuple(map(float, parameters["long_factor"])),
-                    original_length=original,
-                    attention_factor=_longrope_attention(parameters, factor, original),
-                )
-            case _:
-                raise UserError(
-                    f"config.json asks for RoPE of type {kind!r}, which is not supported (linear, dynamic, llama3, yarn, longrope are)"
-                )
-        dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
-        return Rope(theta=float(parameters["rope_theta"]), dim=dim, scaling=scaling)
-    except KeyError as error:
-        raise UserError(f"config.json asks for RoPE of type {kind!r} without {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.json's RoPE of type {kind!r} has a field that is no number: {error}") from error
-
-
-def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float:
-    def magnitude(weight: float = 1.0) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if (given := parameters.get("attention_factor")) is not None:
-        return float(given)
-    whole, part = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return magnitude(whole) / magnitude(part) if whole and part else magnitude()
-
-
-def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: int) -> float:
-    if (given := parameters.get("attention_factor")) is not None:
-        return float(given)
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def kinds_of(read: Any, head_dim: int) -> dict[str, Any]:
-    """`layer_kinds` and `layer_pattern` of a config as transformers reads it.
-
-    What its class has no field for (a Llama's window, left over from the model that it was made of), its model does not
-    look at, though it is an attribute too.
-
-    Raises:
-      UserError: a rotation of a part of each head, in a family that turns whole heads.
-    """
-    known = type(read)()
-    window, types = (
-        getattr(read, name) if hasattr(known, name) else None for name in ("sliding_window", "layer_types")
-    )
-    context, parameters = read.max_position_embeddings, read.rope_parameters
-    for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
-        part = each.get("partial_rotary_factor")
-        if part not in (None, 1) and "partial_rotary_factor" not in known.rope_parameters:
-            raise UserError(
-                f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
-            )
-    if types is None:
-        return {"layer_kinds": (LayerKind(window=window, rope=rope_of(parameters, head_dim, context)),)}
-    windows = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(set(types) - windows.keys()):
-        raise UserError(f"config.json has layer_types of kind {unknown[0]!r}; supported: {', '.join(windows)}")
-    present = [kind for kind in windows if kind in types]
-    kinds = tuple(
-        LayerKind(window=windows[kind], rope=rope_of(parameters.get(kind, parameters), head_dim, context))
-        for kind in present
-    )
-    pattern = tuple(present.index(kind) for kind in types) if len(kinds) > 1 else None
-    return {"layer_kinds": kinds, "layer_pattern": pattern}
-
-
-def config_of(read: Any, **differences: Any) -> DecoderConfig:
-    """Our configuration of a config as transformers reads it, with what is different in this family."""
     heads, width = read.num_attention_heads, read.hidden_size
     head_dim = getattr(read, "head_dim", None) or width // heads
     common = {
@@ -205,7 +105,7 @@ def config_of(read: Any, **differences: Any) -> DecoderConfig:
         "tie_word_embeddings": bool(read.tie_word_embeddings),
         "max_position_embeddings": read.max_position_embeddings,
     }
-    common |= kinds_of(read, head_dim)
+    common |= kinds_of(read, head_dim, rotated)
     if "norm_epsilon" not in differences:
         common["norm_epsilon"] = float(read.rms_norm_eps)
     if "activation" not in differences:
@@ -230,10 +130,7 @@ def fused(name: str, parts: Mapping[str, Rows], layer: int, bias: bool) -> Names
 
 def outer_names(config: DecoderConfig) -> Names:
     """Embedding, final norm and head, as most families name them."""
-    names: Names = {
-        "model.embed_tokens.weight": (Place("embed"),),
-        "model.norm.weight": (Place("final_norm/scale"),),
-    }
+    names: Names = {"model.embed_tokens.weight": (Place("embed"),)} | norm_name(config, "model.norm", "final_norm")
     return names if config.tie_word_embeddings else names | {"lm_head.weight": (Place("head"),)}
 
 
@@ -248,26 +145,43 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     return names
 
 
-def mlp_names(config: DecoderConfig, layer: int) -> Names:
-    """The gated feed-forward."""
+def mlp_names(config: DecoderConfig, layer: int, matrices: Mapping[str, str]) -> Names:
+    """The feed-forward; without a gate, if the model has none."""
     names: Names = {}
-    for name in ("gate", "up", "down"):
-        names |= linear(f"model.layers.{layer}.mlp.{name}_proj", f"layers/mlp/{name}", layer, config.mlp_bias)
+    for ours, hf in matrices.items():
+        if ours != "gate" or config.gated:
+            names |= linear(f"model.layers.{layer}.mlp.{hf}", f"layers/mlp/{ours}", layer, config.mlp_bias)
     return names
 
 
-def norm_names(layer: int, norms: Mapping[str, str]) -> Names:
+def fused_mlp_names(config: DecoderConfig, layer: int) -> Names:
+    """The gated feed-forward whose two inner projections are one tensor."""
+    inner, prefix = config.intermediate_size, f"model.layers.{layer}.mlp"
+    parts = {"layers/mlp/gate": Rows(2 * inner, 0, inner), "layers/mlp/up": Rows(2 * inner, inner, 2 * inner)}
+    names = fused(f"{prefix}.gate_up_proj", parts, layer, config.mlp_bias)
+    return names | linear(f"{prefix}.down_proj", "layers/mlp/down", layer, config.mlp_bias)
+
+
+def norm_name(config: DecoderConfig, name: str, path: str, index: tuple[int, ...] = ()) -> Names:
+    """The tensors of a norm of hidden states."""
+    names: Names = {f"{name}.weight": (Place(f"{path}/scale", index),)}
+    biased = config.norm == "layer" and config.norm_bias
+    return names | ({f"{name}.bias": (Place(f"{path}/bias", index),)} if biased else {})
+
+
+def norm_names(config: DecoderConfig, layer: int, norms: Mapping[str, str]) -> Names:
     """The norms of hidden states within a block."""
-    return {
-        f"model.layers.{layer}.{hf}.weight": (Place(f"layers/{ours}/scale", (layer,)),) for ours, hf in norms.items()
-    }
+    names: Names = {}
+    for ours, hf in norms.items():
+        names |= norm_name(config, f"model.layers.{layer}.{hf}", f"layers/{ours}", (layer,))
+    return names
 
 
-def standard_names(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
-    """The names of a family that writes its tensors as Llama does, norms apart."""
+def standard_names(config: DecoderConfig, norms: Mapping[str, str], matrices: Mapping[str, str] = MLP) -> Names:
+    """The names of a family that writes its tensors as Llama does, norms apart, and the feed-forward's `matrices`."""
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | mlp_names(config, layer) | norm_names(layer, norms)
+        names |= attention_names(config, layer) | mlp_names(config, layer, matrices) | norm_names(config, layer, norms)
     return names
 
 
@@ -287,6 +201,6 @@ def mixture_names(config: DecoderConfig, block: str, matrices: Mapping[str, str]
     """The names of a family that is written as Llama is, but for experts in the place of each feed-forward."""
     names = outer_names(config)
     for layer in range(config.num_layers):
-        names |= attention_names(config, layer) | norm_names(layer, NORMS)
+        names |= attention_names(config, layer) | norm_names(config, layer, NORMS)
         names |= experts_names(config, layer, block, matrices)
     return names

@@ -1,0 +1,26 @@
+"""Granite 3 and the dense Granite 4 of its type: Llama with four multipliers, of embeddings, attention scores, what blocks
+add, and logits."""
+
+from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+
+MODEL_TYPES = ("granite",)
+
+
+def config_from_hf(raw: dict) -> DecoderConfig:
+    hf = read(raw, {})
+    biased = bool(hf.attention_bias)
+    return config_of(
+        hf,
+        qkv_bias=biased,
+        attention_out_bias=biased,
+        mlp_bias=bool(hf.mlp_bias),
+        embedding_scale=float(hf.embedding_multiplier),
+        attention_scale=float(hf.attention_multiplier),
+        residual_scale=float(hf.residual_multiplier),
+        logit_scale=1 / float(hf.logits_scaling),
+    )
+
+
+def weight_names(config: DecoderConfig) -> Names:
+    return standard_names(config, NORMS)
