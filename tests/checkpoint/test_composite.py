@@ -54,7 +54,7 @@ CONFIGS = {
     ),
     "llava": dict(text_config=TEXT | dict(model_type="llama"), vision_config=CLIP, image_token_index=3),
     "llava_next": dict(text_config=TEXT | dict(model_type="mistral"), vision_config=CLIP, image_token_index=3),
-    "mistral3": dict(text_config=TEXT | dict(model_type="mistral"), vision_config=PIXTRAL, image_token_index=3),
+    "mistral3": dict(text_config=TEXT | dict(model_type="ministral3"), vision_config=PIXTRAL, image_token_index=3),
     "qwen2_vl": dict(text_config=TEXT | dict(rope_parameters=ROTATION), vision_config=QWEN_SIGHT | dict(embed_dim=16)),
     "qwen2_5_vl": dict(
         text_config=TEXT | dict(rope_parameters=ROTATION), vision_config=QWEN_SIGHT, tie_word_embeddings=True
@@ -238,3 +238,6 @@ def test_an_adapter_leaves_what_sees_alone(models, tmp_path):
 def test_an_unknown_text_model_is_refused():
     with pytest.raises(UserError, match="the text model of this llava, bloom, is not supported"):
         family_for({"model_type": "llava", "text_config": {"model_type": "bloom"}})
+    raw = {"model_type": "llava", "text_config": TEXT | {"model_type": "granite", "logits_scaling": 8.0}}
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        family_for(raw).config_from_hf(raw)

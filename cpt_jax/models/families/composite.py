@@ -42,7 +42,12 @@ class Composite:
     prefix: str
 
     def config_from_hf(self, raw: dict) -> DecoderConfig:
-        return self.text.config_from_hf(_whole_text_config(raw))
+        config = self.text.config_from_hf(_whole_text_config(raw))
+        if config.logit_scale is not None or config.logit_softcap is not None:
+            raise UserError(
+                f"the text model of this {raw['model_type']} scales or caps its logits, which transformers' {raw['model_type']} does not do: it is not supported"
+            )
+        return config
 
     def weight_names(self, config: DecoderConfig) -> schema.Names:
         """By the names of transformers' modules, which are those of adapters too; files may have others."""
