@@ -162,10 +162,8 @@ def _domains(
     roles: list[Role] = [role for role, specs in given.items() for _ in specs]
     domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
     recipe = Recipe(name="domains", base="", domains=domains, stages=())
-    for path, value in overrides_of(overrides):
-        if path.startswith("domains."):
-            recipe = override(recipe, path, value)
-    return recipe.domains
+    of_domains = [(path, value) for path, value in overrides_of(overrides) if path.startswith("domains.")]
+    return override(recipe, *of_domains).domains
 
 
 def adapt_recipe(
