@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ def to_json(config: Any) -> Any:
         return {key: to_json(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
         return [to_json(value) for value in config]
-    return config
+    # JSON has no word for infinity (a stage that saves by no clock: checkpoint_seconds).
+    return str(config) if isinstance(config, float) and not math.isfinite(config) else config
 
 
 def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
@@ -47,6 +49,8 @@ def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
     if origin is Literal:
         _check(value in arguments, where, value, "one of " + ", ".join(map(str, arguments)))
         return value
+    if annotation is float and value in ("inf", "-inf", "nan"):
+        return float(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _check(type(value) is annotation, where, value, f"a value of type {annotation.__name__}")
@@ -129,7 +133,8 @@ def _replace(document: Any, annotation: Any, path: str, text: str, top: str) -> 
         given = f"one of its fields ({names})" + (", or null, which takes it away" if optional else "")
         raise UserError(f"override {path!r} names a group: give {given}; {_ANOTHER_KIND}")
     else:
-        value = text if isinstance(current, str) else _parse(text)
+        number = float in (annotation, *typing.get_args(annotation))
+        value = text if isinstance(current, str) and not number else _parse(text)
         # There and back, so that an object has the fields that were not given: a later change may be of one of them.
         node[key] = to_json(from_json(annotation, value, f"{top}.{path}"))
 

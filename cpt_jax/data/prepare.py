@@ -17,7 +17,7 @@ import numpy as np
 
 from cpt_jax.core.checksums import sha256
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import disk_full_is_told
+from cpt_jax.core.storage import disk_full_is_told, json_bytes
 from cpt_jax.data.place import Place
 from cpt_jax.data.sources import Format, SkipCounts
 from cpt_jax.data.statistics import Statistics
@@ -196,10 +196,6 @@ def write_manifest(
         place.write(file, content)
     place.write(MANIFEST, json_bytes(dataclasses.asdict(manifest)))
     return manifest
-
-
-def json_bytes(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def prepare(

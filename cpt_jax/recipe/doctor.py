@@ -29,6 +29,7 @@ from cpt_jax.recipe.mirror import examined
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.report.many import is_sweep
+from cpt_jax.report.run_report import evaluations_in
 from cpt_jax.training.ending import ended_early
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -153,7 +154,7 @@ class Patient:
         )
 
     def _evaluations(self) -> str:
-        entries = json.loads((self.path / "eval.json").read_text())
+        entries = evaluations_in((self.path / "eval.json").read_text())
         for entry in entries:
             if not math.isfinite(entry["bits_per_byte"]):
                 raise UserError(f"{entry['stage']} on {entry['domain']} has {entry['bits_per_byte']} bits per byte")

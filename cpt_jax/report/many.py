@@ -101,11 +101,11 @@ def _facts(location: Location, path: Path) -> RunFacts:
 
 
 def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
-    """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep are
-    left out, a line each.
+    """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep,
+    and those that have diverged, are left out, a line each.
 
     Raises:
-      UserError: a directory is neither, or no run has ended.
+      UserError: a directory is neither, or no run has ended with figures.
     """
     found, left_out = [], []
     for path in paths:
@@ -123,7 +123,13 @@ def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
                 left_out.append(str(error))
     if not found:
         raise UserError(f"no run in {', '.join(map(str, paths))} has ended yet: run the sweep again, it goes on")
-    return found, left_out
+    measured = [run for run in found if all(map(math.isfinite, run.final.values()))]
+    left_out += [
+        f"{run.path}: it has diverged, its bits per byte are no number" for run in found if run not in measured
+    ]
+    if not measured:
+        raise UserError(f"{left_out[-1]}: lower the learning rate")
+    return measured, left_out
 
 
 def is_sweep(location: Location) -> bool:

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import itertools
+import json
+import math
 
 import pytest
 
@@ -10,7 +12,7 @@ from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import Plan, clock, progress
-from cpt_jax.core.storage import atomic_directory, write_text_atomic
+from cpt_jax.core.storage import atomic_directory, numbers, write_json_atomic, write_text_atomic
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
 from cpt_jax.data.mixture import Ramp
 from cpt_jax.data.sources import Corpus
@@ -111,6 +113,18 @@ def test_differences_name_place_and_values():
     assert (
         fingerprint([{"alpha": 8}, True]) == fingerprint([{"alpha": 8.0}, True]) != fingerprint([{"alpha": 8.5}, True])
     )
+
+
+def test_what_is_no_finite_number_is_null_in_json_files(tmp_path):
+    write_json_atomic(tmp_path / "a.json", [{"zh": math.nan, "en": (1.5, math.inf)}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [{"zh": None, "en": [1.5, None]}]
+    assert math.isnan(numbers({"zh": None})["zh"])
+    # Of a recipe it is a setting, which a run's config.json holds.
+    never = override(recipe(), ("stages.0.checkpoint_seconds", "inf"))
+    write_json_atomic(tmp_path / "config.json", to_json(never))
+    saved = from_json(Recipe, json.loads((tmp_path / "config.json").read_text()))
+    assert saved == never != recipe()
+    assert override(saved, ("stages.0.checkpoint_seconds", "60")) == recipe()
 
 
 def test_partition_and_combine_are_inverse():

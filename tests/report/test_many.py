@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,28 @@ def test_what_is_none_of_the_experiment_s_runs_is_left_out_of_its_sweep(tmp_path
     assert left_out == [f"{tmp_path}/runs/b: the sweep's experiment does not have it"]
     page = write_runs_report([tmp_path / "runs" / "a"], tmp_path / "report.html").read_text()
     assert f"<h1>{tmp_path.name}</h1>" in page
+
+
+def test_runs_that_have_diverged_are_left_out_of_page_and_law(sweep, tmp_path):
+    write_run(tmp_path / "a", 0.25)
+    entries = json.loads((tmp_path / "a" / "eval.json").read_text())
+    write_json_atomic(tmp_path / "a" / "eval.json", [entry | {"bits_per_byte": math.inf} for entry in entries])
+    runs, left_out = find_runs([sweep, tmp_path / "a"])
+    assert len(runs) == 12
+    assert left_out == [f"{tmp_path}/a: it has diverged, its bits per byte are no number"]
+    assert left_out[0] in write_runs_report([sweep, tmp_path / "a"], tmp_path / "compare.html").read_text()
+    with pytest.raises(UserError, match="it has diverged, its bits per byte are no number: lower"):
+        find_runs([tmp_path / "a"])
+
+
+def test_figures_that_are_no_numbers_come_back_from_sweep_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = {"a": without_stages("zh")}
+    with ended(tmp_path / "sweep", **recipes) as directory:
+        directory.record("a", final={"zh": math.nan})
+    assert "NaN" not in (tmp_path / "sweep" / "sweep.json").read_text()
+    with SweepDirectory(tmp_path / "sweep", directory.experiment, recipes) as found:
+        assert "nan (+nan%)" in found.table()
 
 
 def test_no_run_has_ended(tmp_path):
