@@ -21,6 +21,8 @@ SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
 # JSON can spell what is no text: half of a pair.
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# Why a document may not be learnt from.
+HELD_OUT = "held out"
 _NAME_IT = "name the one with text: --text-field NAME, or of one corpus of a run --domains.0.corpus.text_field NAME"
 
 
@@ -75,7 +77,8 @@ def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
 def nothing_usable(corpus: Corpus, skipped: Mapping[str, int]) -> UserError:
     """Says why a corpus has nothing to learn from."""
     reasons = counted(skipped) or "it is empty"
-    remedy = _other_fields(corpus) or "give one that does"
+    apart = "give more documents" if HELD_OUT in skipped else "give one that does"
+    remedy = _other_fields(corpus) or apart
     return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): {remedy}")
 
 

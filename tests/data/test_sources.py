@@ -10,7 +10,7 @@ from inputs import english, write_jsonl
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.prepare import NOT_LEARNT, decode_record, encode_record, read_manifest
-from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, nothing_usable, read
 
 TEXTS = ["first document", "второй", "第三 篇"]
 
@@ -244,6 +244,24 @@ def test_a_corpus_of_which_nothing_can_be_measured_says_which_setting_helps(tmp_
         UserError, match=r"no document fell into the held-out share of 1e-09.*--domains\.0\.heldout\.share"
     ):
         write_heldout(corpus, Holdout(share=1e-9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group", "told"),
+    [(None, r"it is one document, .*: cut it into several"), ("book", r"all its documents have the same 'book'")],
+)
+def test_a_corpus_of_one_document_is_told_to_be_cut_and_may_be_measured_alone(tmp_path, group, told):
+    """A larger share would not help: what is held out is not learnt from."""
+    records = [{"text": f"page {number}", "book": "one"} for number in range(3 if group else 1)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    corpus = Corpus(name="c", spec=str(tmp_path / "c.jsonl"), group_field=group)
+    for share in (0.1, 0.999):
+        with pytest.raises(UserError, match=told):
+            write_heldout(corpus, Holdout(share=share), tmp_path)
+    write_heldout(corpus, Holdout(share=1), tmp_path)
+    assert len(read_heldout(tmp_path)) == len(records)
+    with pytest.raises(UserError, match=r"x held out\): give more documents"):
+        raise nothing_usable(corpus, {"held out": 3})
 
 
 def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):
