@@ -111,7 +111,8 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
         skipped["not UTF-8"] += 1
         return None
     if not isinstance(text, str):
-        skipped[f"no text field {corpus.text_field!r}{_chat_hint(corpus, record)}"] += 1
+        what = f"no text field {corpus.text_field!r}" if text is None else f"{corpus.text_field!r} is {_kind(text)}"
+        skipped[f"{what}{_chat_hint(corpus, record)}"] += 1
         return None
     if not text.strip():
         skipped["empty"] += 1
@@ -126,6 +127,12 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
         skipped["half a UTF-16 pair"] += 1
         return None
     return Document(text, key, tuple(messages))
+
+
+def _kind(value: object) -> str:
+    """What stands where a text should."""
+    kinds = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return f"{kinds.get(type(value), type(value).__name__)}, not a text"
 
 
 def _chat_hint(corpus: Corpus, fields: Iterable[str]) -> str:

@@ -54,6 +54,22 @@ def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
     }
 
 
+def test_a_text_field_that_holds_no_text_is_counted_as_what_it_holds(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    values = ["good", None, ["a", "b"], {"a": "b"}, 1.5, True]
+    lines = [json.dumps({"text": value}) for value in values]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    skipped = SkipCounts()
+    assert [document.text for document in read(Corpus(name="c", spec=str(tmp_path / "a.jsonl")), skipped)] == ["good"]
+    kinds = ("a list", "an object", "a number", "true or false")
+    assert skipped == {"no text field 'text'": 1} | {f"'text' is {kind}, not a text": 1 for kind in kinds}
+    pyarrow.parquet.write_table(pa.table({"text": [["a", "b"], ["c"]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 x 'text' is a list, not a text"):
+        texts_of(tmp_path / "a.parquet")
+
+
 def test_a_document_that_is_not_utf8_is_left_out_whole(tmp_path):
     path = tmp_path / "old.TXT"
     path.write_bytes("good\n\nplain\nschön\nplain\nschön\n\ngood too\n".encode("latin-1"))
