@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method
+from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
@@ -113,8 +113,7 @@ def _method(name: str, grows: bool, layers: int) -> Method:
     if name in ("lora", "dora"):
         return LoRA(rank=16, alpha=32, new_rows=grows, dora=name == "dora")
     if name == "expand":
-        # LLaMA Pro adds 8 blocks to 32.
-        return Expand(blocks=max(1, layers // 4))
+        return Expand(blocks=usual_blocks(layers))
     return Full() if name == "full" else Embeddings(rows="new" if grows else "all")
 
 
