@@ -49,7 +49,7 @@ def grow_tokenizer(
         before, after = Tokenizer(base), Tokenizer(pending)
         corpora = [compare(name, before, after, texts) for name, texts in heldout.items()]
         use = piece_use(before, after, new(), extension.candidates)
-        check(before, after, heldout, corpora, old_names, use, vocabulary.limits)
+        check(before, after, heldout, corpora, old_names, use, vocabulary.limits, extension)
         shutil.rmtree(out, ignore_errors=True)
         pending.replace(out)
     finally:
