@@ -15,6 +15,7 @@ from cpt_jax.core import processes
 from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
+from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
@@ -291,7 +292,7 @@ def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
     lines = [f"cpt adapt: {recipe.base}"]
     lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
     lines += [
-        f"  {stage.name:<12} {stage.steps} step{'s' * (stage.steps != 1)}, learning rate {stage.optimizer.learning_rate:g}, "
+        f"  {stage.name:<12} {number_of(stage.steps, 'step')}, learning rate {stage.optimizer.learning_rate:g}, "
         f"tokens: {described(stage.mixture)}"
         for stage in recipe.stages
     ]

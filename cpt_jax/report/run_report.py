@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from cpt_jax.checkpoint.hub import name_of_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
-from cpt_jax.core.progress import clock
+from cpt_jax.core.progress import clock, number_of
 from cpt_jax.core.storage import numbers, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
 from cpt_jax.report.goodput import GOODPUT_STYLE, goodput_section
@@ -191,7 +191,7 @@ def _training_section(directories: dict[str, Path], plots: Path) -> str:
     ]  # fmt: skip
     table = html_table(["stage", "steps", "tokens", "time", "tokens per second"], rows)
     left_out = [
-        f"{count:,} documents of {html.escape(key.partition('/')[2])} in {html.escape(name)}"
+        f"{number_of(int(count), 'document')} of {html.escape(key.partition('/')[2])} in {html.escape(name)}"
         for name, lines in stages.items()
         for key, count in lines[-1].items()
         if key.startswith("unreadable/")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import clock, quiet_libraries, say
+from cpt_jax.core.progress import clock, number_of, quiet_libraries, say
 from cpt_jax.core.stores import Location, is_address, write_json
 from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
@@ -216,7 +216,7 @@ def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manne
 
     done = {name for name in recipes if directory.is_done(name, manner.exports)}
     left = {name: recipe for name, recipe in recipes.items() if name not in done}
-    lines = [f"{len(recipes)} runs in {directory.location}, {len(done)} of them done"]
+    lines = [f"{number_of(len(recipes), 'run')} in {directory.location}, {len(done)} of them done"]
     lines += [f"  {name}: done" for name in recipes if name in done]
     if manner.queue is not None:
         return lines + [f"  a job on {manner.queue}: {name}" for name in left]

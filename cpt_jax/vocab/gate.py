@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import number_of
 from cpt_jax.vocab.extend import Extension, Union
 from cpt_jax.vocab.segmentation import kind_of
 from cpt_jax.vocab.sentencepiece_model import processor
@@ -182,7 +183,8 @@ def check(
     for corpus in compared:
         if corpus["round_trip_failures"]:
             raise UserError(
-                f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer"
+                f"{number_of(corpus['round_trip_failures'], 'document')} of {corpus['name']} would not come back from the extended "
+                "tokenizer: extend the base anew"
             )
         if corpus["name"] in old:
             what = f"of the old documents ({corpus['name']}) are tokenised differently"
@@ -231,7 +233,7 @@ def moved_ids(base: Tokenizer, extended: Tokenizer) -> list[str]:
 def _check_kept(base: Tokenizer, extended: Tokenizer) -> None:
     if moved := moved_ids(base, extended):
         raise UserError(
-            f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
+            f"the extended tokenizer changed {number_of(len(moved), 'id')} of the base, {moved[0]!r} first: extend the base anew"
         )
     for what, before, after in (
         ("special tokens", base.document["added_tokens"], extended.document["added_tokens"]),

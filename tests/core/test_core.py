@@ -11,7 +11,7 @@ import pytest
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import Plan, clock, progress
+from cpt_jax.core.progress import Plan, clock, number_of, progress
 from cpt_jax.core.storage import atomic_directory, numbers, write_json_atomic, write_text_atomic
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
 from cpt_jax.data.mixture import Ramp
@@ -125,6 +125,11 @@ def test_what_is_no_finite_number_is_null_in_json_files(tmp_path):
     saved = from_json(Recipe, json.loads((tmp_path / "config.json").read_text()))
     assert saved == never != recipe()
     assert override(saved, ("stages.0.checkpoint_seconds", "60")) == recipe()
+
+
+def test_one_thing_is_told_as_one():
+    told = [number_of(count, "document") for count in (0, 1, 2345)]
+    assert told == ["0 documents", "1 document", "2,345 documents"]
 
 
 def test_partition_and_combine_are_inverse():

@@ -95,7 +95,7 @@ def test_documents_that_do_not_come_back_are_refused_and_counted(bases, good, tm
         document["normalizer"] = {"type": "Replace", "pattern": {"String": "国务院"}, "content": "国"}
 
     count = sum("国务院" in text for text in NEW)
-    with pytest.raises(UserError, match=f"^{count} documents of chinese do not come back"):
+    with pytest.raises(UserError, match=f"^{count} documents of chinese would not come back"):
         pass_gate(bases["gpt2"], altered(good["gpt2"], tmp_path / "out", shorten))
 
 
