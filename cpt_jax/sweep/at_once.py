@@ -65,7 +65,7 @@ def run_at_once(directory: SweepDirectory, left: dict[str, Recipe], manner: Mann
                         waiting.append((child.name, child.tries + 1))
                         continue
                     _ended(directory, child, manner)
-                    pace.did([left[child.name]])
+                    pace.ended(left[child.name], failed=child.name in directory.failed())
                     if waiting or children:
                         say(
                             f"sweep: {len(waiting) + len(children)} of {len(directory.recipes)} runs to go{pace.left()}"

@@ -143,7 +143,9 @@ class SweepDirectory:
     def failed_now(self, name: str, error: Exception | str) -> None:
         told = isinstance(error, UserError | str)
         message = str(error) if told else f"{type(error).__name__}: {error}"
-        self.record(name, status="failed", error=message.splitlines()[0] if message else type(error).__name__)
+        error_line = message.splitlines()[0] if message else type(error).__name__
+        # What an earlier recipe of this name has come to is not this one's.
+        self.record(name, status="failed", error=error_line, final={})
         say(f"sweep: run {name} failed: {self.of(name)['error']}")
         if isinstance(error, Exception) and not told:
             write_text_atomic(self.log(name), "".join(traceback.format_exception(error)))

@@ -171,7 +171,8 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
                 on_failure=failed,
                 on_done=done,
             )
-            pace.did([left[name] for name in names])
+            for name in names:
+                pace.ended(left[name], failed=name in directory.failed())
 
 
 def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[str, str, list[str]]:
@@ -195,8 +196,12 @@ class Pace:
         self._clock, self._started = clock_, clock_()
         self._whole, self._done = sum(map(_tokens, recipes)), 0
 
-    def did(self, recipes: Sequence[Recipe]) -> None:
-        self._done += sum(map(_tokens, recipes))
+    def ended(self, recipe: Recipe, *, failed: bool) -> None:
+        """A run that has failed is no work any more, and was none that tells the pace."""
+        if failed:
+            self._whole -= _tokens(recipe)
+        else:
+            self._done += _tokens(recipe)
 
     def left(self) -> str:
         """ "; 3 min 20 s left", or nothing as long as nothing is done."""

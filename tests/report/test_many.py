@@ -323,6 +323,10 @@ def test_a_long_message_moves_no_other_line(tmp_path, monkeypatch):
         after = directory.table().splitlines()
     assert before[:3] == after[:3]
     assert after[3].endswith("long")
+    # Figures of an earlier try are not those of the run that failed.
+    assert "1.000" in before[3]
+    assert "1.000" not in after[3]
+    assert directory.of("b")["final"] == {}
 
 
 def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):
