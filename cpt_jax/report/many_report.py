@@ -102,7 +102,7 @@ def _trade(
 def _law(runs: Sequence[RunFacts], new: str, old: str, plots: Path) -> tuple[list[str], str]:
     """The answer for the top of the page, if there is a law, and the law's section."""
     of_law, others = alike(runs)
-    if len({run.replay for run in of_law}) == 1:
+    if len({run.planned for run in of_law}) == 1:
         return [], ""
     points = points_of(of_law)
     try:

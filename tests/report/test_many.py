@@ -13,6 +13,7 @@ from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus
+from cpt_jax.laws.fit import fit_law
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
@@ -21,7 +22,7 @@ from cpt_jax.report.many import find_runs, mean_shares, read_run
 from cpt_jax.report.many_plots import points_plot
 from cpt_jax.report.many_report import write_runs_report
 from cpt_jax.report.plots import curves_plot, new_figure, saved
-from cpt_jax.report.side_by_side import columns_of, pareto_front, settings_of_runs
+from cpt_jax.report.side_by_side import columns_of, pareto_front, points_of, settings_of_runs
 from cpt_jax.sweep import at_once
 from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.sweep.sweep import Manner, _check_exports, _report, planned
@@ -205,6 +206,25 @@ def test_where_the_mixture_does_not_tell_the_share_is_that_of_what_was_learnt(tm
     for action, expected in (("stop: en is 3% worse", 0.25), (f"{RAISED} from 5.0% to 7.5%: en is 3% worse", 0.4)):
         (stage / WATCHED).write_text(json.dumps({"step": 5, "bits_per_byte": {}, "action": action}) + "\n")
         assert share() == expected
+
+
+def test_seeds_that_read_near_one_share_are_one_share_of_the_law(tmp_path):
+    """A law fitted with a share's other seeds would know what it is to predict."""
+    shares = (0.02, 0.05, 0.1, 0.25, 0.5)
+    for share in shares:
+        for seed, off in enumerate((0.98, 1.0, 1.01)):
+            write_run(tmp_path / "runs" / f"{share}-{seed}", share, seed, noise=0.002)
+            changed_stage(tmp_path / "runs" / f"{share}-{seed}", max_epochs={"zh": 9})
+            metrics = tmp_path / "runs" / f"{share}-{seed}" / "stages/1-lora/metrics.jsonl"
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+            read = {"read/en": 1000 * share * off, "read/zh": 1000 - 1000 * share * off}
+            metrics.write_text("".join(json.dumps(line | read) + "\n" for line in lines))
+    points = points_of(find_runs([tmp_path])[0])
+    law = fit_law(points, "en", is_new=False, draws=2)
+    assert len({point.share for point in law.points}) == 15
+    assert [each.share for each in law.held_out] == [share for share in shares for _ in range(3)]
+    with pytest.raises(UserError, match="shares of replay, and there are 2"):
+        fit_law([point for point in points if point.asked in (0.1, 0.25)], "en", is_new=False)
 
 
 def test_what_is_none_of_the_experiment_s_runs_is_left_out_of_its_sweep(tmp_path):
