@@ -12,6 +12,7 @@ import numpy as np
 
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
+from cpt_jax.report.run_report import evaluations_in
 from experiments.replay_share import SHARES
 
 RESULTS, PLOTS = Path("experiments/results"), Path("experiments/plots")
@@ -25,7 +26,7 @@ def collect(sweep: Path) -> None:
     found = json.loads(out.read_text()) if out.exists() else {}
     for path in sorted(sweep.glob("runs/*/eval.json")):
         stages = [stage["name"] for stage in json.loads((path.parent / "config.json").read_text())["stages"]]
-        entries = json.loads(path.read_text())
+        entries = evaluations_in(path.read_text())
         if not any(entry["stage"] == stages[-1] for entry in entries):
             continue
         figures: dict[str, dict[str, float]] = {}

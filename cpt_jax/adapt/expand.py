@@ -51,6 +51,11 @@ class Expand:
         return path.startswith("layers/added_")
 
 
+def usual_blocks(layers: int) -> int:
+    """LLaMA Pro adds 8 blocks to 32."""
+    return max(1, layers // 4)
+
+
 def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
     """The config.json of the deeper model, each copy of its original's kind.
 

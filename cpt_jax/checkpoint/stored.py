@@ -22,6 +22,7 @@ from cpt_jax.checkpoint.intact import CHECKSUMS, LATER
 from cpt_jax.checkpoint.keep import METRIC, Keep
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.processes import WAIT_SECONDS
+from cpt_jax.core.storage import json_line, numbers
 from cpt_jax.core.stores import Store
 
 # Of the files below state/, those that differ between processes.
@@ -128,7 +129,7 @@ class StoredCheckpoints:
             self._stage.write("metrics.jsonl", self._metrics.read_bytes())
             self._log()
             loss = json.loads((local / "metrics" / "metrics").read_text())[METRIC]
-            self._store.write(f"{step}.json", json.dumps({"loss": loss, "files": listed}).encode())
+            self._store.write(f"{step}.json", json_line({"loss": loss, "files": listed}).encode())
             self._prune()
         _all_here(f"{self._store.address}/{step} is listed")
 
@@ -136,7 +137,8 @@ class StoredCheckpoints:
         """Removes what does not stay, and what a process that was killed left of an upload."""
         names = self._store.names()
         self._losses = {
-            step: self._losses[step] if step in self._losses else self._listing(step)["loss"] for step in _listed(names)
+            step: self._losses[step] if step in self._losses else numbers(self._listing(step))["loss"]
+            for step in _listed(names)
         }
         kept = self._keep.kept(self._losses)
         gone = {part for part in (name.partition("/")[0] for name in names) if int(part.partition(".")[0]) not in kept}

@@ -156,11 +156,10 @@ def model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.find import find_model
-    from cpt_jax.recipe.inspect_command import method_named, model_inspect
+    from cpt_jax.recipe.inspect_command import model_inspect
 
-    method = method_named(arguments.method, arguments.rank, arguments.targets)
-    settings = _named(arguments, "optimizer", "new_tokens")
-    model_inspect(find_model(arguments.model), method=method, json_path=arguments.json, **settings)
+    names = ("method", "rank", "targets", "optimizer", "new_tokens")
+    model_inspect(find_model(arguments.model), json_path=arguments.json, **_named(arguments, *names))
 
 
 def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -208,11 +208,17 @@ def parser() -> argparse.ArgumentParser:
         model, "inspect", handlers.model_inspect, "Family, sizes, the table of parameters, and what would train."
     )
     sub.add_argument("--model", required=True)
-    sub.add_argument("--method", choices=("lora", "full", "embeddings", "all-embeddings"), help="show what it trains")
+    methods = ("lora", "dora", "full", "embeddings", "all-embeddings", "expand", "by-path")
+    sub.add_argument("--method", choices=methods, help="show what it trains")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="whose state is counted")
     sub.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
     sub.add_argument(
-        "--targets", action="extend", nargs="+", default=[], metavar="LINEAR", help="of LoRA (default: all)"
+        "--targets",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="LINEAR",
+        help="of LoRA (default: all); of by-path, patterns of weights",
     )
     sub.add_argument("--new-tokens", type=int, default=0, metavar="N", help="rows that the vocabulary would gain")
     json_out(sub)

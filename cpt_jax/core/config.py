@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ def to_json(config: Any) -> Any:
         return {key: to_json(value) for key, value in config.items()}
     if isinstance(config, tuple | list):
         return [to_json(value) for value in config]
-    return config
+    # JSON has no word for infinity (a stage that saves by no clock: checkpoint_seconds).
+    return str(config) if isinstance(config, float) and not math.isfinite(config) else config
 
 
 def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
@@ -47,6 +49,8 @@ def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
     if origin is Literal:
         _check(value in arguments, where, value, "one of " + ", ".join(map(str, arguments)))
         return value
+    if annotation is float and value in ("inf", "-inf", "nan"):
+        return float(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _check(type(value) is annotation, where, value, f"a value of type {annotation.__name__}")
@@ -56,7 +60,7 @@ def from_json(annotation: Any, value: Any, where: str = "config") -> Any:
 def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in choices:
         return None
-    classes = {getattr(choice, "__name__", ""): choice for choice in choices if dataclasses.is_dataclass(choice)}
+    classes = {_name(choice): choice for choice in choices if dataclasses.is_dataclass(choice)}
     plain_objects = [choice for choice in choices if typing.get_origin(choice) is dict]
     # One of the choices may be a plain object, whose names are the user's.
     if plain_objects and isinstance(value, dict) and not isinstance(value.get(KIND), str):
@@ -71,6 +75,10 @@ def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         _check(False, where, value, objects + (", or null" if type(None) in choices else ""))
     (plain,) = [choice for choice in choices if choice is not type(None)]
     return from_json(plain, value, where)
+
+
+def _name(choice: Any) -> str:
+    return choice.__name__
 
 
 def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
@@ -93,25 +101,31 @@ def _check(good: bool, where: str, value: Any, expected: str) -> None:
         raise UserError(f"{where} is {value!r}: give {expected}")
 
 
-def override(config: Config, path: str, text: str) -> Config:
-    """A copy with the value at a dotted path replaced, its text read as JSON where that is what the field holds.
+def override(config: Config, *changes: tuple[str, str]) -> Config:
+    """A copy with the values at dotted paths replaced, their texts read as JSON where that is what the fields hold.
 
-    `override(recipe, "stages.1.optimizer.learning_rate", "1e-3")`: digits index tuples; `null` or `none` takes away what
-    is optional.
+    `override(recipe, ("stages.1.optimizer.learning_rate", "1e-3"))`: digits index tuples; `null` or `none` takes away
+    what is optional. What the changes make together is checked, so that their order does not matter.
 
     Raises:
       UserError: no such name (the nearest is given), or a value that does not fit.
     """
-    document = to_json(config)
+    document, top = to_json(config), type(config).__name__.lower()
+    for path, text in changes:
+        _replace(document, type(config), path, text, top)
+    return from_json(type(config), document, top)
+
+
+def _replace(document: Any, annotation: Any, path: str, text: str, top: str) -> None:
     *parents, last = path.split(".")
-    holder: Any = config
     node, walked = document, []
     for name in parents:
         key = _key(node, name, walked)
-        node, holder = node[key], getattr(holder, name) if dataclasses.is_dataclass(holder) else holder[key]
+        node, annotation = node[key], _held(annotation, node, key)
         walked.append(name)
     key = _key(node, last, walked)
-    current, optional = node[key], _is_optional(holder, last)
+    current, annotation = node[key], _held(annotation, node, key)
+    optional = type(None) in typing.get_args(annotation)
     if optional and text.lower() in ("null", "none"):
         node[key] = None
     elif isinstance(current, dict):
@@ -119,14 +133,22 @@ def override(config: Config, path: str, text: str) -> Config:
         given = f"one of its fields ({names})" + (", or null, which takes it away" if optional else "")
         raise UserError(f"override {path!r} names a group: give {given}; {_ANOTHER_KIND}")
     else:
-        node[key] = text if isinstance(current, str) else _parse(text)
-    return from_json(type(config), document, type(config).__name__.lower())
+        number = float in (annotation, *typing.get_args(annotation))
+        value = text if isinstance(current, str) and not number else _parse(text)
+        # There and back, so that an object has the fields that were not given: a later change may be of one of them.
+        node[key] = to_json(from_json(annotation, value, f"{top}.{path}"))
 
 
-def _is_optional(holder: Any, field: str) -> bool:
-    return dataclasses.is_dataclass(holder) and type(None) in typing.get_args(
-        typing.get_type_hints(type(holder))[field]
-    )
+def _held(annotation: Any, node: Any, key: Any) -> Any:
+    """The annotation of what a node, the JSON of a value of the annotated type, holds at a key."""
+    union = typing.get_origin(annotation) in (Union, types.UnionType)
+    choices = typing.get_args(annotation) if union else (annotation,)
+    for choice in choices:
+        if dataclasses.is_dataclass(choice) and isinstance(node, dict) and node.get(KIND) == _name(choice):
+            return typing.get_type_hints(choice)[key]
+    kind = tuple if isinstance(node, list) else dict
+    (inner,) = (typing.get_args(choice) for choice in choices if typing.get_origin(choice) is kind)
+    return inner[0] if kind is tuple else inner[1]
 
 
 def _key(node: Any, name: str, walked: list[str]) -> Any:

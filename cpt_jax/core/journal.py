@@ -1,12 +1,11 @@
 """A run's events with their times, an object a line: what became of its wall time can be told from them."""
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from cpt_jax.core.storage import disk_full_is_told
+from cpt_jax.core.storage import disk_full_is_told, json_line
 
 JOURNAL = "events.jsonl"
 
@@ -20,7 +19,7 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         if self._path is None:
             return
-        line = json.dumps({"at": round(time.time(), 3), "event": event, **fields}) + "\n"
+        line = json_line({"at": round(time.time(), 3), "event": event, **fields})
         with disk_full_is_told(self._path), self._path.open("ab+") as file:
             # A line that was cut off takes no other with it.
             file.write((line if _ends_a_line(file) else "\n" + line).encode())

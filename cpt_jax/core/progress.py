@@ -23,6 +23,11 @@ def clock(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def number_of(count: int, thing: str) -> str:
+    """ "1 document", "2,345 documents"."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def _figure(value: float) -> str:
     """ "2.345", "12,345"."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -57,18 +57,30 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
 def write_json_atomic(path: Path, value: object) -> None:
     """Writes a JSON file whole or not at all."""
-    write_text_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_bytes_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """What a JSON file holds. A figure that is no finite number is null, for which JSON has no other word."""
+    return (json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """An object in a line of its own. A figure that is no finite number is null, for which JSON has no other word."""
+    """The same, of an object in a line of its own."""
     return json.dumps(_finite(value), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as they were before they were written, but for their infinities: what is null is NaN again."""
+    return {name: math.nan if value is None else value for name, value in figures.items()}
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:

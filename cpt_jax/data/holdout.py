@@ -11,7 +11,7 @@ from pathlib import Path
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.data.conversations import plain_text
-from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
+from cpt_jax.data.sources import HELD_OUT, Corpus, Document, SkipCounts, read
 
 
 def _unit_hash(text: str) -> float:
@@ -50,13 +50,17 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     training.
 
     Raises:
-      UserError: the hash held out none (the corpus is too small).
+      UserError: the hash held out none (the corpus is too small), or the corpus is one document.
     """
     hashes: set[bytes] = set()
     # The first max_bytes by hash, without keeping the rest: a heap with the largest hash on top.
     chosen: list[tuple[float, str, Document]] = []
     size, shortest = 0, None
+    # Of what is only measured, all may be one document.
+    first, several = None, holdout.share == 1
     for document in read(corpus, SkipCounts()):
+        first = document.key if first is None else first
+        several = several or document.key != first
         if not holdout.holds_out(document):
             continue
         digest = text_hash(document.text)
@@ -70,6 +74,8 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
         size += length
         while size > holdout.max_bytes and len(chosen) > 1:
             size -= len(heapq.heappop(chosen)[1].encode())
+    if not several:
+        raise _one_document(corpus)
     if not chosen:
         raise _nothing_held_out(corpus, holdout, shortest)
     records = [
@@ -80,6 +86,18 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     (directory / "heldout_hashes.bin").write_bytes(b"".join(sorted(hashes)))
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text_atomic(directory / "heldout.jsonl", "".join(lines))
+
+
+def _one_document(corpus: Corpus) -> UserError:
+    group = corpus.group_field
+    what = "it is one document" if group is None else f"all its documents have the same {group!r}"
+    cut = (
+        "cut it into several (in .txt, empty lines part them)" if group is None else "give another group_field, or none"
+    )
+    return UserError(
+        f"corpus {corpus.name}: {what}, which is held out or learnt from, not both: {cut}; where it is only measured, hold out "
+        "all of it (heldout.share 1 of the domain; --heldout-share 1 of a tokenizer)"
+    )
 
 
 def _nothing_held_out(corpus: Corpus, holdout: Holdout, shortest: int | None) -> UserError:
@@ -137,7 +155,7 @@ def heldout_hashes(directory: Path) -> set[bytes]:
 def heldout_reason(document: Document, holdout: Holdout, hashes: set[bytes]) -> str | None:
     """Why a document may not be learnt from, where it is held out or equal to one that is."""
     if holdout.holds_out(document):
-        return "held out"
+        return HELD_OUT
     return "equal to a held-out text" if text_hash(document.text) in hashes else None
 
 

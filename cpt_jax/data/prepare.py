@@ -17,7 +17,8 @@ import numpy as np
 
 from cpt_jax.core.checksums import sha256
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import disk_full_is_told
+from cpt_jax.core.progress import number_of
+from cpt_jax.core.storage import disk_full_is_told, json_bytes
 from cpt_jax.data.place import Place
 from cpt_jax.data.sources import Format, SkipCounts
 from cpt_jax.data.statistics import Statistics
@@ -73,7 +74,8 @@ class Manifest:
         """The counts in a line."""
         left_out = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.items()) or "none"
         learnt = f" ({self.trained_tokens:,} of them learnt)" if self.format == "chat" else ""
-        return f"{self.records:,} documents, {self.bytes:,} bytes, {self.tokens:,} tokens{learnt}; left out: {left_out}"
+        documents = number_of(self.records, "document")
+        return f"{documents}, {self.bytes:,} bytes, {self.tokens:,} tokens{learnt}; left out: {left_out}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,10 +198,6 @@ def write_manifest(
         place.write(file, content)
     place.write(MANIFEST, json_bytes(dataclasses.asdict(manifest)))
     return manifest
-
-
-def json_bytes(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def prepare(

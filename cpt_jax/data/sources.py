@@ -21,6 +21,8 @@ SkipCounts = collections.Counter
 Format = Literal["text", "chat"]
 # JSON can spell what is no text: half of a pair.
 _SURROGATES = re.compile("[\ud800-\udfff]")
+# Why a document may not be learnt from.
+HELD_OUT = "held out"
 _NAME_IT = "name the one with text: --text-field NAME, or of one corpus of a run --domains.0.corpus.text_field NAME"
 
 
@@ -75,7 +77,8 @@ def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
 def nothing_usable(corpus: Corpus, skipped: Mapping[str, int]) -> UserError:
     """Says why a corpus has nothing to learn from."""
     reasons = counted(skipped) or "it is empty"
-    remedy = _other_fields(corpus) or "give one that does"
+    apart = "give more documents" if HELD_OUT in skipped else "give one that does"
+    remedy = _other_fields(corpus) or apart
     return UserError(f"corpus {corpus.name}={corpus.spec} holds no usable document ({reasons}): {remedy}")
 
 
@@ -108,7 +111,8 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
         skipped["not UTF-8"] += 1
         return None
     if not isinstance(text, str):
-        skipped[f"no text field {corpus.text_field!r}{_chat_hint(corpus, record)}"] += 1
+        what = f"no text field {corpus.text_field!r}" if text is None else f"{corpus.text_field!r} is {_kind(text)}"
+        skipped[f"{what}{_chat_hint(corpus, record)}"] += 1
         return None
     if not text.strip():
         skipped["empty"] += 1
@@ -123,6 +127,12 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
         skipped["half a UTF-16 pair"] += 1
         return None
     return Document(text, key, tuple(messages))
+
+
+def _kind(value: object) -> str:
+    """What stands where a text should."""
+    kinds = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return f"{kinds.get(type(value), type(value).__name__)}, not a text"
 
 
 def _chat_hint(corpus: Corpus, fields: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.core.config import fingerprint, to_json
+from cpt_jax.core.storage import json_bytes
 from cpt_jax.core.stores import Location
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
@@ -33,7 +34,6 @@ from cpt_jax.data.prepare import (
     Shard,
     Written,
     encoded,
-    json_bytes,
     manifest_of,
     shard_name,
     write_manifest,

@@ -5,10 +5,11 @@ Ours has one feature, "tokens", whose value is the bytes of a uint32 array (`tfd
 dtype=np.uint32, encoding="bytes")`): some 24 bytes before the array itself, which need no protobuf library.
 """
 
-import json
 import re
 
 import numpy as np
+
+from cpt_jax.core.storage import json_bytes
 
 FEATURE = "tokens"
 DATASET_INFO, FEATURES = "dataset_info.json", "features.json"
@@ -80,8 +81,4 @@ def dataset_files(name: str, description: str, shards: dict[str, int], size: int
         "fileFormat": "array_record",
         "splits": [split],
     }
-    return {DATASET_INFO: _json(info), FEATURES: _json(features)}
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    return {DATASET_INFO: json_bytes(info), FEATURES: json_bytes(features)}

@@ -20,7 +20,7 @@ LEAST_DELTA, EFFICIENT = 1e-3, 1.345
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The loss at one share of replay, and what the law said of it when fitted on the other shares."""
+    """The loss at one share of replay (that was asked for), and what the law said of it when fitted on the other shares."""
 
     share: float
     measured: float
@@ -56,9 +56,8 @@ class Law:
         """Settings at these shares of replay."""
         one = np.ones(len(replay))
         own = 1.0 if size is None or self.size_unit == 1.0 else size / self.size_unit
-        return Settings(
-            size=one * own, tokens=one * tokens / self.token_unit, share=1 - replay if self.is_new else replay
-        )
+        share = 1 - replay if self.is_new else replay
+        return Settings(size=one * own, tokens=one * tokens / self.token_unit, share=share, asked=share)
 
     def predict(self, replay: np.ndarray, tokens: float, size: float | None) -> Float[np.ndarray, "replay"]:
         """Losses at shares of replay."""
@@ -116,7 +115,10 @@ def fit_law(points: Sequence[Point], domain: str, *, is_new: bool, draws: int = 
             f"the model size is known of some runs only: add it for {missing[0]!r}, or leave the column out"
         )
     at, size_unit, token_unit = settings_of(
-        [p.size for p in used], [p.tokens for p in used], [1 - p.share if is_new else p.share for p in used]
+        [p.size for p in used],
+        [p.tokens for p in used],
+        [1 - p.share if is_new else p.share for p in used],
+        [p.asked for p in used],
     )
     losses = np.array([point.losses[domain] for point in used])
     unit, random = float(losses.mean()), np.random.default_rng(seed)
@@ -244,8 +246,8 @@ def _held_out(
 ) -> tuple[HeldOut, ...]:
     """Each share's runs, predicted by a law fitted on the other shares'; none where those are too few for any."""
     entries: list[HeldOut] = []
-    for share in sorted(set(at.share.tolist())):
-        left_out = at.share == share
+    for share in sorted(set(at.asked.tolist())):
+        left_out = at.asked == share
         try:
             form = form_for(at.of(~left_out), domain)
         except UserError:
@@ -254,5 +256,5 @@ def _held_out(
         said = unit * predict(form.parameters(coordinates[None]), at.of(left_out))[0]
         for index, predicted in zip(np.flatnonzero(left_out), said.tolist(), strict=True):
             point = used[int(index)]
-            entries.append(HeldOut(share=point.share, measured=point.losses[domain], predicted=predicted))
+            entries.append(HeldOut(share=point.asked, measured=point.losses[domain], predicted=predicted))
     return tuple(sorted(entries, key=lambda each: each.share))

@@ -40,22 +40,25 @@ Values = Float[np.ndarray, "points"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Where a domain was measured: model size relative to `size_unit`, tokens relative to `token_unit`, and the domain's
-    own share of the tokens, a value a point."""
+    own share of the tokens, a value a point; and the share that was asked for, which tells shares apart."""
 
     size: Values
     tokens: Values
     share: Values
+    asked: Values
 
     def __len__(self) -> int:
         return len(self.share)
 
     def of(self, chosen: np.ndarray) -> "Settings":
         """Those of a mask or of indices."""
-        return Settings(size=self.size[chosen], tokens=self.tokens[chosen], share=self.share[chosen])
+        return Settings(
+            size=self.size[chosen], tokens=self.tokens[chosen], share=self.share[chosen], asked=self.asked[chosen]
+        )
 
     @property
     def distinct(self) -> int:
-        return len(set(zip(self.size.tolist(), self.tokens.tolist(), self.share.tolist(), strict=True)))
+        return len(set(zip(self.size.tolist(), self.tokens.tolist(), self.asked.tolist(), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ def form_for(at: Settings, domain: str) -> Form:
     Raises:
       UserError: too few runs; it says how many are needed, and which.
     """
-    sizes, tokens, shares = (len(set(values.tolist())) for values in (at.size, at.tokens, at.share))
+    sizes, tokens, shares = (len(set(values.tolist())) for values in (at.size, at.tokens, at.asked))
     if shares < SHARES_NEEDED:
         missing = SHARES_NEEDED - shares
         raise UserError(
@@ -198,7 +201,7 @@ def form_for(at: Settings, domain: str) -> Form:
 
 
 def settings_of(
-    sizes: Sequence[float | None], tokens: Sequence[float], shares: Sequence[float]
+    sizes: Sequence[float | None], tokens: Sequence[float], shares: Sequence[float], asked: Sequence[float]
 ) -> tuple[Settings, float, float]:
     """Settings relative to the geometric means of sizes and tokens, and these two units. Sizes that are not all known
     count as one."""
@@ -207,7 +210,12 @@ def settings_of(
     seen = np.asarray(tokens, float)
     size_unit, token_unit = (float(np.exp(np.log(values).mean())) for values in (own, seen))
     return (
-        Settings(size=own / size_unit, tokens=seen / token_unit, share=np.asarray(shares, float)),
+        Settings(
+            size=own / size_unit,
+            tokens=seen / token_unit,
+            share=np.asarray(shares, float),
+            asked=np.asarray(asked, float),
+        ),
         size_unit,
         token_unit,
     )

@@ -18,12 +18,14 @@ class Point:
     """One run: the loss on each domain after `tokens` tokens, of which `share` (0 to 1) was replay.
 
     A point of 0 tokens is the base, before any training. `size` is the model's number of parameters, `None` where it
-    is not known; losses are above 0, in any unit (bits per byte, nats a token).
+    is not known; losses are above 0, in any unit (bits per byte, nats a token). `planned` is the share that was asked
+    for, where `share` is what was read: runs with the same differ by chance, and are one share where shares are counted.
     """
 
     losses: Mapping[str, float]
     tokens: float
     share: float
+    planned: float | None = None
     size: float | None = None
     seed: int = 0
     name: str = ""
@@ -39,6 +41,11 @@ class Point:
         for domain, loss in self.losses.items():
             if not (loss > 0 and math.isfinite(loss)):
                 raise UserError(f"{where}: the loss on {domain!r} is {loss}: give a number above 0, or leave it empty")
+
+    @property
+    def asked(self) -> float:
+        """The share that was asked for."""
+        return self.share if self.planned is None else self.planned
 
 
 def trained(points: Sequence[Point], domain: str) -> list[Point]:

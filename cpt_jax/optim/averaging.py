@@ -15,8 +15,8 @@ class EMA:
     """average = d average + (1 - d) weights after each step, d = min(decay, (1 + step) / (10 + step)): early weights
     count less.
 
-    With `every` > 1 it is moved after every so many steps only, by d ** `every`: about the same average, for less
-    memory traffic. With `on_host` it lies in the host's memory, and comes to the devices when it is moved (and, for a
+    With `every` > 1 it is moved after every so many steps only, by d ** `every`, however many of them were skipped: about
+    the same average, for less memory traffic. With `on_host` it lies in the host's memory, and comes to the devices when it is moved (and, for a
     mean teacher, in every step).
     """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from cpt_jax.core.progress import number_of
 from cpt_jax.plan.collectives import Collective, collectives
 from cpt_jax.plan.hardware import Hardware
 from cpt_jax.plan.hlo import parse
@@ -162,7 +163,7 @@ def explain(plan: StagePlan) -> str:
             f"  estimate (roofline, no step was run): operations {line.local:.3f} s; collectives {exchange}",
             f"    all collectives beside the operations: {first}",
             f"    one after the other: {last}",
-            f"  {stage.tokens:,} tokens, {stage.steps:,} steps: {_long(plan)}",
+            f"  {stage.tokens:,} tokens, {number_of(stage.steps, 'step')}: {_long(plan)}",
         ]
     return "\n".join(lines)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 
-from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method
+from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
 from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import default_precision
+from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
@@ -113,8 +114,7 @@ def _method(name: str, grows: bool, layers: int) -> Method:
     if name in ("lora", "dora"):
         return LoRA(rank=16, alpha=32, new_rows=grows, dora=name == "dora")
     if name == "expand":
-        # LLaMA Pro adds 8 blocks to 32.
-        return Expand(blocks=max(1, layers // 4))
+        return Expand(blocks=usual_blocks(layers))
     return Full() if name == "full" else Embeddings(rows="new" if grows else "all")
 
 
@@ -162,10 +162,8 @@ def _domains(
     roles: list[Role] = [role for role, specs in given.items() for _ in specs]
     domains = tuple(Domain(corpus=corpus, role=role) for corpus, role in zip(corpora, roles, strict=True))
     recipe = Recipe(name="domains", base="", domains=domains, stages=())
-    for path, value in overrides_of(overrides):
-        if path.startswith("domains."):
-            recipe = override(recipe, path, value)
-    return recipe.domains
+    of_domains = [(path, value) for path, value in overrides_of(overrides) if path.startswith("domains.")]
+    return override(recipe, *of_domains).domains
 
 
 def adapt_recipe(
@@ -294,7 +292,7 @@ def explain(recipe: Recipe, reasons: dict[str, str]) -> str:
     lines = [f"cpt adapt: {recipe.base}"]
     lines += [f"  {name:<12} {reason}" for name, reason in reasons.items()]
     lines += [
-        f"  {stage.name:<12} {stage.steps} step{'s' * (stage.steps != 1)}, learning rate {stage.optimizer.learning_rate:g}, "
+        f"  {stage.name:<12} {number_of(stage.steps, 'step')}, learning rate {stage.optimizer.learning_rate:g}, "
         f"tokens: {described(stage.mixture)}"
         for stage in recipe.stages
     ]

@@ -15,7 +15,7 @@ from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.checksums import difference
 from cpt_jax.core.config import from_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import quiet_libraries
+from cpt_jax.core.progress import number_of, quiet_libraries
 from cpt_jax.core.storage import read_objects
 from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
@@ -29,6 +29,7 @@ from cpt_jax.recipe.mirror import examined
 from cpt_jax.recipe.model import load_model
 from cpt_jax.recipe.recipe import Recipe, Stage
 from cpt_jax.report.many import is_sweep
+from cpt_jax.report.run_report import evaluations_in
 from cpt_jax.training.ending import ended_early
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ def examine_run(run: Location, json_path: Location | None = None) -> bool:
             print(f"{'good ' if finding.good else 'WRONG'}  {finding.part}: {finding.says}", flush=True)
             findings.append(finding)
     wrong = [finding for finding in findings if not finding.good]
-    print(f"{len(wrong)} of {len(findings)} parts are wrong" if wrong else "all is as it was written")
+    print(f"wrong: {len(wrong)} of {number_of(len(findings), 'part')}" if wrong else "all is as it was written")
     if json_path is not None:
         write_json(json_path, {"good": not wrong, "findings": [dataclasses.asdict(f) for f in findings]})
     return not wrong
@@ -114,7 +115,9 @@ class Patient:
             if (wrong := difference(self.path, marks[name].get("files", {}))) is not None:
                 raise UserError(f"{wrong}: run the recipe again, which does {name} anew")
         begun = [name for name in names if not self._done(name)]
-        return f"{len(names) - len(begun)} stations are done" + (f"; not finished: {', '.join(begun)}" if begun else "")
+        return f"done: {number_of(len(names) - len(begun), 'station')}" + (
+            f"; not finished: {', '.join(begun)}" if begun else ""
+        )
 
     def _data(self, name: str) -> str:
         directory = self.path / "data" / name
@@ -127,7 +130,7 @@ class Patient:
         expected = {shard: written.sha256 for shard, written in manifest.shards.items()}
         if (wrong := difference(directory, expected)) is not None:
             raise UserError(f"{wrong}: put it back, or remove {directory} to have it prepared again")
-        return f"{manifest.records:,} documents in {len(manifest.shards)} shards"
+        return f"{number_of(manifest.records, 'document')} in {number_of(len(manifest.shards), 'shard')}"
 
     def _stage(self, stage: Stage, directory: Path) -> str:
         there = steps(directory / "checkpoints")
@@ -139,7 +142,7 @@ class Patient:
         if written != list(range(1, len(written) + 1)):
             raise UserError(f"metrics.jsonl has {len(written)} lines that do not count the steps from 1")
         if not self._done(f"stage-{stage.name}"):
-            return f"not finished; {len(there)} checkpoints, the newest of step {there[0] if there else 0}"
+            return f"not finished; {number_of(len(there), 'checkpoint')}, the newest of step {there[0] if there else 0}"
         last, why = ended_early(directory) or (stage.steps, "")
         if not there or there[0] != last:
             raise UserError(
@@ -148,12 +151,12 @@ class Patient:
         if len(written) != last:
             raise UserError(f"metrics.jsonl has {len(written)} steps of {last}")
         leaves = flatten(read_trained(directory / "checkpoints")["last"])
-        return f"{len(there)} checkpoints; that of step {last} opens ({len(leaves)} weights)" + (
+        return f"{number_of(len(there), 'checkpoint')}; that of step {last} opens ({len(leaves)} weights)" + (
             f"; it ended there: {why}" if why else ""
         )
 
     def _evaluations(self) -> str:
-        entries = json.loads((self.path / "eval.json").read_text())
+        entries = evaluations_in((self.path / "eval.json").read_text())
         for entry in entries:
             if not math.isfinite(entry["bits_per_byte"]):
                 raise UserError(f"{entry['stage']} on {entry['domain']} has {entry['bits_per_byte']} bits per byte")

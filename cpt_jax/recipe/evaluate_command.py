@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.core.progress import progress, quiet_libraries, say
+from cpt_jax.core.progress import number_of, progress, quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, is_address, write_json
 from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
@@ -77,7 +77,7 @@ def _domain(
             )
         documents = usable
     if skipped:
-        say(f"{corpus.name}: {len(documents):,} documents; left out: {counted(skipped)}")
+        say(f"{corpus.name}: {number_of(len(documents), 'document')}; left out: {counted(skipped)}")
     return _Domain(documents=documents, chat=corpus.format == "chat", template=template)
 
 

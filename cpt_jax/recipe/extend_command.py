@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import quiet_libraries
+from cpt_jax.core.progress import number_of, quiet_libraries
 from cpt_jax.core.stores import Location, refuse_existing, write_json, written_to
 from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import corpora_of, texts_of
@@ -62,12 +62,12 @@ def model_extend(
         probe = Probe(steps=(0, probe_steps))
         rows, results = best_rows(growth, candidates, heldout, probe)
         growth.save(rows, local)
-    table = [["rows: bits per byte, held out", "at once", f"after {probe_steps} steps", "seconds to make"]]
+    table = [["rows: bits per byte, held out", "at once", f"after {number_of(probe_steps, 'step')}", "seconds to make"]]
     for result in results:
         before, after = result.bits_per_byte.values()
         table.append([result.name, f"{before:.3f}", f"{after:.3f}", f"{result.seconds:.0f}"])
     print(text_table(table))
-    print(f"{out}: {results[0].name}, the best after {probe_steps} steps")
+    print(f"{out}: {results[0].name}, the best after {number_of(probe_steps, 'step')}")
     if json_path is not None:
         write_json(json_path, {"chosen": results[0].name, "probe": [dataclasses.asdict(r) for r in results]})
 

@@ -129,9 +129,7 @@ def apply_overrides(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     Raises:
       UserError: a name that does not exist (the nearest is named), or a value of another type.
     """
-    for path, value in overrides_of(arguments):
-        recipe = override(recipe, path, value)
-    return recipe
+    return override(recipe, *overrides_of(arguments))
 
 
 def overrides_of(arguments: Sequence[str]) -> list[tuple[str, str]]:

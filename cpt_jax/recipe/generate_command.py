@@ -11,7 +11,7 @@ from typing import Literal
 from cpt_jax.checkpoint.hf import named_ids
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.core.progress import quiet_libraries, say
+from cpt_jax.core.progress import number_of, quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, write_json
 from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.models.generate import Generation, check_room
@@ -112,7 +112,7 @@ class Speed:
 
     def __str__(self) -> str:
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:.1f} tokens per second"
-        return f"{self.tokens:,} tokens{rate}; {self.waiting:.1f} s to compile and to read the prompts"
+        return f"{number_of(self.tokens, 'token')}{rate}; {self.waiting:.1f} s to compile and to read the prompts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.vocab.extend import extend
@@ -45,11 +45,11 @@ def grow_tokenizer(
     extension, pending = vocabulary.extension, out.with_name(out.name + ".unchecked")
     try:
         done = extend(base, extension, new(), old(), pending, drop_unreachable=vocabulary.drop_unreachable)
-        say(f"tokenizer: checking {done.new_pieces:,} new pieces")
+        say(f"tokenizer: checking {number_of(done.new_pieces, 'new piece')}")
         before, after = Tokenizer(base), Tokenizer(pending)
         corpora = [compare(name, before, after, texts) for name, texts in heldout.items()]
         use = piece_use(before, after, new(), extension.candidates)
-        check(before, after, heldout, corpora, old_names, use, vocabulary.limits)
+        check(before, after, heldout, corpora, old_names, use, vocabulary.limits, extension)
         shutil.rmtree(out, ignore_errors=True)
         pending.replace(out)
     finally:

@@ -20,7 +20,7 @@ from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
 from cpt_jax.recipe.recipe import Domain, Export
-from cpt_jax.report.run_report import write_report
+from cpt_jax.report.run_report import evaluations_in, write_report
 from cpt_jax.report.samples_page import Sample, samples_page
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ class Results(RunContext):
         """The model card of an export, by what has been evaluated so far."""
         manifests = {d.name: self._data(d) for d in self.recipe.domains if (self._data(d) / "manifest.json").exists()}
         tokens = {name: read_manifest(directory).tokens for name, directory in manifests.items()}
-        entries = json.loads((self.path / "eval.json").read_text())
+        entries = evaluations_in((self.path / "eval.json").read_text())
         if export != self.recipe.export:
             # What was evaluated as it left is another one.
             entries = [entry for entry in entries if entry["stage"] != "export"]

@@ -1,7 +1,6 @@
 """The pipeline: every station of a recipe, in order, each skipped when it is done."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stages import Stages
 from cpt_jax.recipe.stations import Workdir
 from cpt_jax.recipe.vocabulary_stations import VocabularyStations
-from cpt_jax.report.run_report import domain_table
+from cpt_jax.report.run_report import domain_table, evaluations_in
 from cpt_jax.sharding.mesh import MeshShape
 from cpt_jax.training.guard import HANG_SECONDS, ends_when_asked
 from cpt_jax.training.profile import ProfiledSteps
@@ -72,7 +71,7 @@ def run(
         pipeline.run(only)
     if not processes.is_first():
         return
-    entries = json.loads((claimed.path / "eval.json").read_text())
+    entries = evaluations_in((claimed.path / "eval.json").read_text())
     print(domain_table(entries, [domain.name for domain in recipe.domains]))
     if only is None:
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")

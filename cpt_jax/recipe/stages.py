@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cpt_jax.core.config import fingerprint, to_json
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.tree import Tree
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import domains_of, mean_shares
@@ -122,7 +122,7 @@ class Stages(Watched):
             most = (stage.max_epochs or {}).get(name)
             if most is not None and epochs > most:
                 say(
-                    f"stage {stage.name}: {name} is small: after {most} epochs (of {epochs:.1f}) its share goes to the others"
+                    f"stage {stage.name}: {name} is small: after {number_of(most, 'epoch')} (of {epochs:.1f}) its share goes to the others"
                 )
             elif epochs > 4:
                 say(f"stage {stage.name}: {name} will be read {epochs:.1f} times; more than 4 repetitions teach little")

@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import progress, say
+from cpt_jax.core.progress import number_of, progress, say
 from cpt_jax.core.stores import Location, is_address, refuse_existing, write_json, written_beside, written_to
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import HeldApart, Holdout
@@ -78,7 +78,7 @@ def _sample(corpus: Corpus, max_bytes: int) -> list[str]:
     texts, size, total = sampled((document.text for document in read(corpus, skipped)), max_bytes)
     of_all = f" of {total:,}" if size < total else ""
     left_out = "".join(f"; left out: {count:,} x {reason}" for reason, count in skipped.items())
-    say(f"{corpus.name}: {len(texts):,} documents, {size:,}{of_all} bytes{left_out}")
+    say(f"{corpus.name}: {number_of(len(texts), 'document')}, {size:,}{of_all} bytes{left_out}")
     return texts
 
 
@@ -106,7 +106,7 @@ def tokenizer_extend(
         measured = {corpus.name: _sample(corpus, MEASURED_BYTES) for corpus in new}
         kept = {corpus.name: HeldApart(corpus, _holdout(heldout_share), Path(place)) for corpus in old}
         measured |= {name: parts.measured() for name, parts in kept.items()}
-        say(f"tokenizer: learning {extension.new_tokens:,} new pieces")
+        say(f"tokenizer: learning {number_of(extension.new_tokens, 'new piece')}")
         figures = grow_tokenizer(
             source,
             Vocabulary(extension=extension, drop_unreachable=drop_unreachable, limits=limits),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cpt_jax.core.config import to_json
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.data.holdout import read_heldout, training_documents
 from cpt_jax.data.sources import SkipCounts
@@ -40,7 +40,7 @@ class VocabularyStations(Results):
         upstream = [self.marks[f"hold-out-{name}"] for name in roles]
 
         def extend() -> None:
-            say(f"tokenizer: learning {vocabulary.extension.new_tokens:,} new pieces")
+            say(f"tokenizer: learning {number_of(vocabulary.extension.new_tokens, 'new piece')}")
             heldout = {domain.name: read_heldout(self._data(domain)) for domain in recipe.domains}
             grow_tokenizer(
                 self.source,

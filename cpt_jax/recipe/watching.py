@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.storage import numbers, write_json_atomic
 from cpt_jax.data.mixture import domains_of
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
 from cpt_jax.recipe.model import Model
@@ -62,7 +62,7 @@ class Watched(Results):
         """
         if stage.watch is None:
             return None
-        base = processes.told(json.loads(self._base_file(stage).read_text()) if processes.is_first() else None)
+        base = processes.told(numbers(json.loads(self._base_file(stage).read_text())) if processes.is_first() else None)
         domains, export = self.watched_domains(stage), self.recipe.export
         of_export = export.weights == "ema" and stage is self.recipe.stages[-1]
         replayed = set(self.recipe.named("replay"))

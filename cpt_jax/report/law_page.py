@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.laws.answer import Answer, Budget, Estimate, answer, between, percent
+from cpt_jax.laws.answer import Answer, Budget, answer, between, percent
 from cpt_jax.laws.critical import CriticalLaw, critical_law
 from cpt_jax.laws.fit import Law
 from cpt_jax.laws.form import PARAMETERS
@@ -52,7 +52,7 @@ class Study:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Figures; `null` for a share that no run was enough for."""
+        """Figures; infinite for a share that no run was enough for, NaN for the R² of runs with one and the same loss."""
         return {
             "answer": self.asked.sentence,
             "budgets": [_answer_json(each) for each in (self.asked, *self.others)],
@@ -60,15 +60,6 @@ class Study:
             "critical_ratio": None if self.critical is None else _critical_json(self.critical),
             "notes": list(self.asked.notes),
         }
-
-
-def _number(value: float) -> float | None:
-    """As JSON has it, which knows no infinity and no NaN (the R² of runs with one and the same loss)."""
-    return value if math.isfinite(value) else None
-
-
-def _estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in dataclasses.asdict(estimate).items()}
 
 
 def _answer_json(given: Answer) -> dict[str, Any]:
@@ -79,8 +70,8 @@ def _answer_json(given: Answer) -> dict[str, Any]:
         "base": given.base,
         "tokens": given.tokens,
         "size": given.size,
-        "replay": _estimate_json(given.replay),
-        "cost_on_new": _estimate_json(given.cost),
+        "replay": dataclasses.asdict(given.replay),
+        "cost_on_new": dataclasses.asdict(given.cost),
     }
 
 
@@ -95,10 +86,10 @@ def _law_json(law: Law) -> dict[str, Any]:
             for name in law.form.free
             if name not in ("E", "A", "B", "C")
         },
-        "r_squared": _number(law.r_squared),
+        "r_squared": law.r_squared,
         "held_out": [dataclasses.asdict(each) for each in law.held_out],
         "held_out_error": law.held_out_error if law.held_out else None,
-        "held_out_r_squared": _number(law.held_out_r_squared) if law.held_out else None,
+        "held_out_r_squared": law.held_out_r_squared if law.held_out else None,
     }
 
 

@@ -29,7 +29,7 @@ Curve = list[tuple[int, float]]
 class RunFacts:
     """What one run contributes: bits per byte of its base and of its result by domain, what it was trained on, and every
     setting of its recipe by its path. `tokens` were trained on; `replay` is the share of them that was replay, the recipe's
-    or, where a stage came to another (`_shares`), what was read; `parameters` are the base's, grown, `None` if it is not
+    or, where a stage came to another (`_shares`), what was read, and `planned` the recipe's; `parameters` are the base's, grown, `None` if it is not
     there; `losses` (nats a token, in training) and `watched` (bits per byte, held out) are curves over the tokens so far."""
 
     path: Location
@@ -39,6 +39,7 @@ class RunFacts:
     tokens: int
     parameters: int | None
     replay: float
+    planned: float
     roles: Mapping[str, str]
     base: Mapping[str, float]
     final: Mapping[str, float]
@@ -52,6 +53,7 @@ class RunFacts:
             losses=self.final,
             tokens=self.tokens,
             share=self.replay,
+            planned=self.planned,
             size=self.parameters,
             seed=self.seed,
             name=self.name,
@@ -92,6 +94,7 @@ def _facts(location: Location, path: Path) -> RunFacts:
         tokens=tokens,
         parameters=_parameters(f"{location}/base") or _parameters(config["base"]),
         replay=_replay(path, config, roles, trained) / tokens if tokens else 0.0,
+        planned=_planned(path, config, roles),
         roles=roles,
         base={name: cells[labels[0], name]["bits_per_byte"] for name in names},
         final={name: cells[final, name]["bits_per_byte"] for name in names},
@@ -101,11 +104,11 @@ def _facts(location: Location, path: Path) -> RunFacts:
 
 
 def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
-    """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep are
-    left out, a line each.
+    """The runs among directories of runs and directories of sweeps (their runs lie in runs/), and why others of a sweep,
+    and those that have diverged, are left out, a line each.
 
     Raises:
-      UserError: a directory is neither, or no run has ended.
+      UserError: a directory is neither, or no run has ended with figures.
     """
     found, left_out = [], []
     for path in paths:
@@ -123,7 +126,13 @@ def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
                 left_out.append(str(error))
     if not found:
         raise UserError(f"no run in {', '.join(map(str, paths))} has ended yet: run the sweep again, it goes on")
-    return found, left_out
+    measured = [run for run in found if all(map(math.isfinite, run.final.values()))]
+    left_out += [
+        f"{run.path}: it has diverged, its bits per byte are no number" for run in found if run not in measured
+    ]
+    if not measured:
+        raise UserError(f"{left_out[-1]}: lower the learning rate")
+    return measured, left_out
 
 
 def is_sweep(location: Location) -> bool:
@@ -179,6 +188,14 @@ def _replay(run: Path, config: dict, roles: Mapping[str, str], trained: Sequence
         for name, share in _shares(run, _stage(run, number, stage), stage).items()
         if roles[name] == "replay"
     )
+
+
+def _planned(run: Path, config: dict, roles: Mapping[str, str]) -> float:
+    stages = [(stage["tokens"], mean_shares(stage["mixture"], run)) for stage in config["stages"]]
+    replay = sum(
+        tokens * share for tokens, shares in stages for name, share in shares.items() if roles[name] == "replay"
+    )
+    return replay / max(1, sum(tokens for tokens, _ in stages))
 
 
 def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, written_beside
 from cpt_jax.laws.answer import Budget, fit_both
@@ -71,7 +72,7 @@ def _write(runs: Sequence[RunFacts], left_out: Sequence[str], out: Path, *, of_o
     ]
     seeds = f", {len(runs)} with their seeds" if len(settings) < len(runs) else ""
     title = html.escape(out.parent.resolve().name if of_one else "Runs compared")
-    subtitle = f"{len(settings)} settings{seeds}; changes are from each run's own base"
+    subtitle = f"{number_of(len(settings), 'setting')}{seeds}; changes are from each run's own base"
     write_text_atomic(out, page(title, subtitle, "".join(sections) + SCRIPT, STYLE))
 
 
@@ -101,7 +102,7 @@ def _trade(
 def _law(runs: Sequence[RunFacts], new: str, old: str, plots: Path) -> tuple[list[str], str]:
     """The answer for the top of the page, if there is a law, and the law's section."""
     of_law, others = alike(runs)
-    if len({run.replay for run in of_law}) == 1:
+    if len({run.planned for run in of_law}) == 1:
         return [], ""
     points = points_of(of_law)
     try:
@@ -109,7 +110,7 @@ def _law(runs: Sequence[RunFacts], new: str, old: str, plots: Path) -> tuple[lis
     except UserError as error:
         return [], f"<h2>How much to replay</h2><p>No law was fitted: {html.escape(str(error))}.</p>"
     apart = f"; {len(others)} that differ in other settings are left out" if others else ""
-    note = f"<p class=note>Fitted on {len(of_law)} runs{apart}.</p>"
+    note = f"<p class=note>Fitted on {number_of(len(of_law), 'run')}{apart}.</p>"
     return [html.escape(study.asked.sentence)], study_section(study, "bits per byte", plots) + note
 
 

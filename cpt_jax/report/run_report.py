@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from cpt_jax.checkpoint.hub import name_of_base
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
-from cpt_jax.core.progress import clock
-from cpt_jax.core.storage import write_text_atomic
+from cpt_jax.core.progress import clock, number_of
+from cpt_jax.core.storage import numbers, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals_are_told
 from cpt_jax.report.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.report.page import page
@@ -37,7 +37,12 @@ def load_run(run: Path) -> tuple[dict, list[dict]]:
         raise UserError(
             f"{run} is no run's directory, or nothing was evaluated in it yet (no config.json or eval.json)"
         )
-    return json.loads((run / "config.json").read_text()), json.loads((run / "eval.json").read_text())
+    return json.loads((run / "config.json").read_text()), evaluations_in((run / "eval.json").read_text())
+
+
+def evaluations_in(text: str) -> list[dict]:
+    """Those of an eval.json; NaN where a model that has diverged was measured."""
+    return [numbers(entry) for entry in json.loads(text)]
 
 
 def stage_label(entry: dict) -> str:
@@ -186,7 +191,7 @@ def _training_section(directories: dict[str, Path], plots: Path) -> str:
     ]  # fmt: skip
     table = html_table(["stage", "steps", "tokens", "time", "tokens per second"], rows)
     left_out = [
-        f"{count:,} documents of {html.escape(key.partition('/')[2])} in {html.escape(name)}"
+        f"{number_of(int(count), 'document')} of {html.escape(key.partition('/')[2])} in {html.escape(name)}"
         for name, lines in stages.items()
         for key, count in lines[-1].items()
         if key.startswith("unreadable/")

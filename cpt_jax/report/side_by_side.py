@@ -122,7 +122,7 @@ def alike(runs: Sequence[RunFacts]) -> tuple[list[RunFacts], list[RunFacts]]:
     for run in runs:
         rest = {path: value for path, value in run.settings.items() if not _OF_A_POINT.fullmatch(path)}
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    largest = max(families.values(), key=lambda family: (len({run.replay for run in family}), len(family)))
+    largest = max(families.values(), key=lambda family: (len({run.planned for run in family}), len(family)))
     return largest, [run for run in runs if run not in largest]
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.report.page import page
 from cpt_jax.report.run_report import pieces_to_look_at, visible
@@ -73,11 +74,9 @@ def _unrelated(figures: dict) -> str:
 
 
 def _pieces_sentence(figures: dict) -> str:
-    sentence = (
-        f"{figures['new_pieces']:,} new pieces, {figures['unreachable_pieces']:,} of them never used in this text"
-    )
+    sentence = f"{number_of(figures['new_pieces'], 'new piece')}, {figures['unreachable_pieces']:,} of them never used in this text"
     if steps := figures.get("steps_to_candidates"):
-        sentence += f", and {steps:,} steps to candidates"
+        sentence += f", and {number_of(steps, 'step')} to candidates"
     if dropped := figures.get("dropped"):
         sentence += f"; {dropped:,} unreachable ones dropped"
     return sentence
@@ -122,7 +121,9 @@ def write_page(
         title = f"{name} → {html.escape(_name(extended))}"
         sizes = figures["vocabulary"]
         documents = sum(corpus["documents"] for corpus in figures["corpora"])
-        subtitle = f"two tokenizers, {sizes['base']:,} → {sizes['extended']:,} ids, on {documents:,} documents"
+        subtitle = (
+            f"two tokenizers, {sizes['base']:,} → {sizes['extended']:,} ids, on {number_of(documents, 'document')}"
+        )
         sections = [_answer(figures), _corpora_section(figures), _examples_section(figures, base, extended, texts),
                     _pieces_section(figures), _speed_section(figures)]  # fmt: skip
     if "curve" in figures:
@@ -157,7 +158,7 @@ def _corpora_section(figures: dict) -> str:
     for corpus in figures["corpora"]:
         before, after = corpus["base"], corpus["extended"]
         rows.append([
-            f"<td>{html.escape(corpus['name'])}<small>{corpus['documents']:,} documents, {corpus['bytes'] / 1e6:,.2f} MB</small></td>",
+            f"<td>{html.escape(corpus['name'])}<small>{number_of(corpus['documents'], 'document')}, {corpus['bytes'] / 1e6:,.2f} MB</small></td>",
             f"{before['tokens_per_character']:.3f} → {after['tokens_per_character']:.3f}",
             f"{before['bytes_per_token']:.2f} → {after['bytes_per_token']:.2f}",
             f"{before['tokens_per_word']:.2f} → {after['tokens_per_word']:.2f}",

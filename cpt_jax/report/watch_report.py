@@ -4,6 +4,7 @@ import html
 import json
 from pathlib import Path
 
+from cpt_jax.core.storage import numbers
 from cpt_jax.report.plots import watch_plot
 from cpt_jax.report.tables import html_table
 from cpt_jax.training.ending import ended_early
@@ -26,7 +27,7 @@ def watch_section(run: Path, directories: dict[str, Path], plots: Path) -> str:
     if not stages:
         return ""
     files = {name: run / "evaluations" / f"watch-base-{name}.json" for name in stages}
-    base = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    base = {name: numbers(json.loads(path.read_text())) for name, path in files.items() if path.exists()}
     rows = [
         [html.escape(name), f"{line['step']:,}", html.escape(line["action"])]
         for name, lines in stages.items()

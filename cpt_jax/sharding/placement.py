@@ -1,5 +1,6 @@
 """Weights onto devices: each process reads a share of a leaf, and no more."""
 
+import math
 from typing import Any
 
 import jax
@@ -19,7 +20,10 @@ def place(leaf: Any, dtype: Any, sharding: Sharding) -> jax.Array:
     reading = _by_rows(leaf, sharding)
     if reading is None:
         return _read(leaf, dtype, sharding)
-    return jax.jit(lambda array: array, out_shardings=sharding, donate_argnums=0)(_read(leaf, dtype, reading))
+    # Only what is as large elsewhere, too, can lie where it lay: of what is copied, JAX would warn.
+    held = [math.prod(each.shard_shape(leaf.shape)) for each in (reading, sharding)]
+    donated = (0,) if held[0] == held[1] else ()
+    return jax.jit(lambda array: array, out_shardings=sharding, donate_argnums=donated)(_read(leaf, dtype, reading))
 
 
 def spread(array: np.ndarray, sharding: Sharding) -> jax.Array:

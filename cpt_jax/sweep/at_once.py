@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple
 
 from cpt_jax.core.errors import TRY_AGAIN, UserError
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import number_of, say
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.sweep.sweep import Manner, Pace, command_of
@@ -49,7 +49,7 @@ def run_at_once(directory: SweepDirectory, left: dict[str, Recipe], manner: Mann
     gpus = visible_gpus()
     count = manner.at_once if isinstance(manner.at_once, int) else by_memory(directory, left, gpus)
     count = min(count, len(left))
-    say(f"sweep: {len(left)} runs, {count} at a time; what they say is in {directory.path / 'logs'}")
+    say(f"sweep: {number_of(len(left), 'run')}, {count} at a time; what they say is in {directory.path / 'logs'}")
     waiting, children, pace = [(name, 1) for name in left], [], Pace(list(left.values()))
     try:
         with ends_when_asked():
@@ -65,7 +65,7 @@ def run_at_once(directory: SweepDirectory, left: dict[str, Recipe], manner: Mann
                         waiting.append((child.name, child.tries + 1))
                         continue
                     _ended(directory, child, manner)
-                    pace.did([left[child.name]])
+                    pace.ended(left[child.name], failed=child.name in directory.failed())
                     if waiting or children:
                         say(
                             f"sweep: {len(waiting) + len(children)} of {len(directory.recipes)} runs to go{pace.left()}"

@@ -12,7 +12,7 @@ from cpt_jax.core.config import differences, fingerprint, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock, say
-from cpt_jax.core.storage import objects_in, write_json_atomic, write_text_atomic
+from cpt_jax.core.storage import json_bytes, numbers, objects_in, write_json_atomic, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, location, state_of
 from cpt_jax.data.sources import files_of
 from cpt_jax.recipe.mirror import MARKS
@@ -21,7 +21,7 @@ from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
 from cpt_jax.report.many import SWEEP
 from cpt_jax.report.many_report import write_runs_report
-from cpt_jax.report.run_report import final_label, stage_label
+from cpt_jax.report.run_report import evaluations_in, final_label, stage_label
 from cpt_jax.report.tables import text_table
 
 
@@ -55,7 +55,11 @@ class SweepDirectory:
             raise UserError(
                 f"{self.location} belongs to the experiment {content['experiment']!r}, not {self.experiment!r}: choose another --workdir"
             )
-        return {record["name"]: record for record in content["runs"]}
+        figures = ("base", "final")
+        return {
+            record["name"]: record | {name: numbers(record[name]) for name in figures if name in record}
+            for record in content["runs"]
+        }
 
     def _read(self, name: str) -> str | None:
         if self._store is not None:
@@ -110,7 +114,7 @@ class SweepDirectory:
 
     def write(self) -> None:
         if self._store is not None:
-            self._store.write(SWEEP, json.dumps(self.content(), ensure_ascii=False, indent=2).encode())
+            self._store.write(SWEEP, json_bytes(self.content()))
         else:
             write_json_atomic(self.path / SWEEP, self.content())
 
@@ -139,7 +143,9 @@ class SweepDirectory:
     def failed_now(self, name: str, error: Exception | str) -> None:
         told = isinstance(error, UserError | str)
         message = str(error) if told else f"{type(error).__name__}: {error}"
-        self.record(name, status="failed", error=message.splitlines()[0] if message else type(error).__name__)
+        error_line = message.splitlines()[0] if message else type(error).__name__
+        # What an earlier recipe of this name has come to is not this one's.
+        self.record(name, status="failed", error=error_line, final={})
         say(f"sweep: run {name} failed: {self.of(name)['error']}")
         if isinstance(error, Exception) and not told:
             write_text_atomic(self.log(name), "".join(traceback.format_exception(error)))
@@ -194,7 +200,7 @@ class SweepDirectory:
     def scores(self, name: str) -> dict[str, dict[str, float]]:
         """Bits per byte by domain: the base's, and the final ones."""
         recipe = self.recipes[name]
-        entries = json.loads(self._read(f"runs/{name}/eval.json") or "[]")
+        entries = evaluations_in(self._read(f"runs/{name}/eval.json") or "[]")
         kinds = {"base": "base", "final": final_label(to_json(recipe))}
         return {
             kind: {e["domain"]: e["bits_per_byte"] for e in entries if stage_label(e) == label}

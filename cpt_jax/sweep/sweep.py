@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import clock, quiet_libraries, say
+from cpt_jax.core.progress import clock, number_of, quiet_libraries, say
 from cpt_jax.core.stores import Location, is_address, write_json
 from cpt_jax.recipe.experiment import find_experiment
 from cpt_jax.recipe.recipe import Recipe
@@ -171,7 +171,8 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
                 on_failure=failed,
                 on_done=done,
             )
-            pace.did([left[name] for name in names])
+            for name in names:
+                pace.ended(left[name], failed=name in directory.failed())
 
 
 def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[str, str, list[str]]:
@@ -195,8 +196,12 @@ class Pace:
         self._clock, self._started = clock_, clock_()
         self._whole, self._done = sum(map(_tokens, recipes)), 0
 
-    def did(self, recipes: Sequence[Recipe]) -> None:
-        self._done += sum(map(_tokens, recipes))
+    def ended(self, recipe: Recipe, *, failed: bool) -> None:
+        """A run that has failed is no work any more, and was none that tells the pace."""
+        if failed:
+            self._whole -= _tokens(recipe)
+        else:
+            self._done += _tokens(recipe)
 
     def left(self) -> str:
         """ "; 3 min 20 s left", or nothing as long as nothing is done."""
@@ -216,7 +221,7 @@ def planned(directory: SweepDirectory, recipes: dict[str, Recipe], manner: Manne
 
     done = {name for name in recipes if directory.is_done(name, manner.exports)}
     left = {name: recipe for name, recipe in recipes.items() if name not in done}
-    lines = [f"{len(recipes)} runs in {directory.location}, {len(done)} of them done"]
+    lines = [f"{number_of(len(recipes), 'run')} in {directory.location}, {len(done)} of them done"]
     lines += [f"  {name}: done" for name in recipes if name in done]
     if manner.queue is not None:
         return lines + [f"  a job on {manner.queue}: {name}" for name in left]

@@ -1,7 +1,6 @@
 """metrics.jsonl: one object a step."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import IO, Any
 
 import jax
 
-from cpt_jax.core.storage import disk_full_is_told, json_line, read_objects, write_text_atomic
+from cpt_jax.core.storage import disk_full_is_told, json_line, numbers, read_objects, write_text_atomic
 
 METRICS = "metrics.jsonl"
 
@@ -18,11 +17,6 @@ METRICS = "metrics.jsonl"
 def read_metrics(directory: Path) -> list[dict[str, float]]:
     """A stage's lines in order; what is null there is NaN again."""
     return [numbers(line) for line in read_objects(directory / METRICS)]
-
-
-def numbers(line: Mapping[str, float | None]) -> dict[str, float]:
-    """Figures as they were before `json_line` wrote them, but for their infinities."""
-    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 class MetricsFile:

@@ -12,14 +12,13 @@ from cpt_jax.core import processes
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import say
-from cpt_jax.core.storage import disk_full_is_told, json_line, read_objects, write_text_atomic
+from cpt_jax.core.storage import disk_full_is_told, json_line, numbers, read_objects, write_text_atomic
 from cpt_jax.core.tree import Tree, combine
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.mixture import Raised
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
 from cpt_jax.models.decoder import Network
 from cpt_jax.optim.averaging import EMA
-from cpt_jax.training.metrics import numbers
 from cpt_jax.training.state import TrainState
 
 WATCHED = "watch.jsonl"

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import say
+from cpt_jax.core.progress import number_of, say
 from cpt_jax.vocab.merges import Pair, PairCounts
 from cpt_jax.vocab.segmentation import CharacterBPE, Segmentation
 from cpt_jax.vocab.selection import Selection
@@ -79,9 +79,9 @@ class ContinuedLearning:
         text = self.kind.text(self.kind.pieces[pair[0]] + self.kind.pieces[pair[1]])
         what = repr(text) if text else "a part of a character"
         say(
-            f"tokenizer: {len(self.kept_apart):,} pairs stay apart for the old text's sake, in which they are a hundred times rarer: "
+            f"tokenizer: kept apart for the old text's sake: {number_of(len(self.kept_apart), 'pair')} a hundred times rarer there, "
             f"above all {what}, {self.kept_apart[pair]:,} x in the new text and {old:,} x in the old; --tolerance 0.01 (of a run "
-            "--vocabulary.extension.tolerance 0.01) merges them"
+            "--vocabulary.extension.tolerance 0.01) merges what is so rare"
         )
 
     def _allowed(self, pair: Pair) -> bool:

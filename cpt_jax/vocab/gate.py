@@ -5,8 +5,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.progress import number_of
+from cpt_jax.vocab.extend import Extension, Union
+from cpt_jax.vocab.segmentation import kind_of
 from cpt_jax.vocab.sentencepiece_model import processor
 from cpt_jax.vocab.tokenizer import Tokenizer
+
+_FEWER = "lower the number of new pieces (--new-tokens; of a run --vocabulary.extension.new_tokens)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,18 +148,21 @@ def check(
     old: Sequence[str],
     use: PieceUse,
     limits: Limits,
+    extension: Extension,
 ) -> None:
     """Refuses an extended tokenizer.
 
     Args:
       corpora: held-out text by name; compared: `fertility.compare` of it.
       old: names of the corpora whose text is to stay as it was.
+      extension: what the tokenizer was made by, for the ways out.
 
     Raises:
       UserError: an id or a special token changed, a text does not come back, slow and fast tokenizer differ, too much
       old text is tokenised differently, or too many pieces are never used.
     """
     _check_kept(base, extended)
+    others = _other_ways(base, extension)
     fuzz = fuzzed_texts(1000)
     for text, before, after in zip(fuzz, base.encode_documents(fuzz), extended.encode_documents(fuzz), strict=True):
         if base.decode(before) == text and extended.decode(after) != text:
@@ -170,38 +178,49 @@ def check(
             limits.slow_fast_differences,
             "slow_fast_differences",
             f"of the documents of {name} are cut differently by tokenizer.model and tokenizer.json",
-            "use --scores below-base",
+            others or [_FEWER],
         )
     for corpus in compared:
         if corpus["round_trip_failures"]:
             raise UserError(
-                f"{corpus['round_trip_failures']} documents of {corpus['name']} do not come back from the extended tokenizer"
+                f"{number_of(corpus['round_trip_failures'], 'document')} of {corpus['name']} would not come back from the extended "
+                "tokenizer: extend the base anew"
             )
         if corpus["name"] in old:
-            advice = "lower the number of new pieces (--new-tokens)"
             what = f"of the old documents ({corpus['name']}) are tokenised differently"
             limit = limits.old_documents_changed
             if limit:
                 # Of 17 documents one is 5.9%: that is chance.
                 limit = max(limit, 1 / len(corpora[corpus["name"]]))
-            _within(corpus["documents_changed"], limit, "old_documents_changed", what, advice)
+            _within(corpus["documents_changed"], limit, "old_documents_changed", what, [_FEWER, *others])
             what = f"more tokens are needed for the old documents ({corpus['name']})"
-            _within(corpus["tokens_change"], limits.old_tokens_added, "old_tokens_added", what, advice)
+            _within(corpus["tokens_change"], limits.old_tokens_added, "old_tokens_added", what, [_FEWER, *others])
     _within(
         use.unreachable_pieces / max(1, use.new_pieces),
         limits.unreachable_pieces,
         "unreachable_pieces",
         "of the new pieces are never used in the text they were learnt from",
-        "drop them (--drop-unreachable; of a run --vocabulary.drop_unreachable true), lower their number (--new-tokens)",
+        ["drop them (--drop-unreachable; of a run --vocabulary.drop_unreachable true)", _FEWER, *others],
     )
 
 
-def _within(value: float, limit: float, name: str, what: str, advice: str) -> None:
+def _other_ways(base: Tokenizer, extension: Extension) -> list[str]:
+    """How else the pieces may be found, where that is known to ask less of old text, of the two files and of the limits
+    (docs/vocabulary.md)."""
+    ways = []
+    if isinstance(extension, Union) and extension.scores != "below-base":
+        ways.append("use --scores below-base (of a run --vocabulary.extension.scores below-base)")
+    if isinstance(extension, Union) and kind_of(base) != "unigram":
+        ways.append("use --method continued-bpe (in a recipe ContinuedBPE)")
+    return ways
+
+
+def _within(value: float, limit: float, name: str, what: str, ways: Sequence[str]) -> None:
     if value > limit:
         flag = "--max-" + name.removesuffix("_pieces").replace("_", "-")
         raise UserError(
-            f"{value:.1%} {what}, more than the limit of {limit:.1%}: {advice}, or raise the limit ({flag}; of a run "
-            f"--vocabulary.limits.{name})"
+            f"{value:.1%} {what}, more than the limit of {limit:.1%}: {', '.join(ways)}, or raise the limit ({flag}; of a run "
+            f"--vocabulary.limits.{name}); a run that has begun takes another setting with --update"
         )
 
 
@@ -214,7 +233,7 @@ def moved_ids(base: Tokenizer, extended: Tokenizer) -> list[str]:
 def _check_kept(base: Tokenizer, extended: Tokenizer) -> None:
     if moved := moved_ids(base, extended):
         raise UserError(
-            f"the extended tokenizer changed {len(moved)} ids of the base, {moved[0]!r} first: extend the base anew"
+            f"the extended tokenizer changed {number_of(len(moved), 'id')} of the base, {moved[0]!r} first: extend the base anew"
         )
     for what, before, after in (
         ("special tokens", base.document["added_tokens"], extended.document["added_tokens"]),

@@ -111,7 +111,7 @@ def test_methods_come_back_from_json():
     class Holder:
         method: Method
 
-    holder = override(Holder(method=LoRA(rank_pattern={"q": 2})), "method.rank_pattern.q", "5")
+    holder = override(Holder(method=LoRA(rank_pattern={"q": 2})), ("method.rank_pattern.q", "5"))
     assert holder.method == LoRA(rank_pattern={"q": 5})
     with pytest.raises(UserError, match="alpha/rank"):
         from_json(Method, to_json(LoRA()) | {"scaling": "alpha"})

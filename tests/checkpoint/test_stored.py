@@ -1,6 +1,7 @@
 """Checkpoints of two processes that have no disk in common."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_what_stays_is_looked_at_once_however_many_stay(tmp_path, monkeypatch):
     assert stored.steps() == [6, 5, 4, 2]
     assert {name.partition("/")[0].partition(".")[0] for name in store.below("checkpoints").names()} == set("2456")
     assert sorted(looked_at) == [f"{step}.json" for step in range(1, 7)]
+
+
+def test_a_loss_that_is_no_number_is_listed_and_never_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(conf, "file", {"auto_mkdir": True})
+    store = Store(f"file://{tmp_path}/store")
+    (tmp_path / "metrics.jsonl").touch()
+    for step, loss in enumerate((math.nan, 5.0, math.nan), start=1):
+        metrics = tmp_path / "checkpoints" / str(step) / "metrics" / "metrics"
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({METRIC: loss}))
+        # As by a process each, which reads what the one before has listed.
+        stored = StoredCheckpoints(store, tmp_path, Keep(last=1, best=1))
+        stored.put(step)
+        stored.wait()
+    assert stored.steps() == [3, 2]
+    assert json.loads(store.read("checkpoints/3.json") or "")["loss"] is None
 
 
 def test_each_writes_and_fetches_its_part_whole_though_one_is_slow(tmp_path):

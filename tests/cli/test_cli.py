@@ -1,6 +1,7 @@
 """What is typed: one line where it is wrong, and nothing of the user's is replaced."""
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -74,6 +75,10 @@ WRONG = {
         ("model", "inspect", "--model", "{model}", "--new-tokens", "-5"),
         "--new-tokens is -5: give 0 or more",
     ),
+    "weights of no pattern": (
+        ("model", "inspect", "--model", "{model}", "--method", "by-path"),
+        "give patterns, as in 'layers/mlp/*'",
+    ),
     "rows by no seed": (
         ("model", "extend", "--model", "{model}", "--tokenizer", "{model}", "--out", "grown", "--seed", "-1"),
         "--seed is -1: give 0 or more",
@@ -107,6 +112,25 @@ def test_wrong_input_is_told_in_one_line(place, tiny_model, capsys, arguments, m
     assert not any("usage:" in line for line in lines)
     assert told.out == ""
     assert {path: path.read_bytes() for path in (place / "kept").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [
+        (("dora",), ("/lora_a", "/lora_b", "/magnitude")),
+        (("expand",), ("layers/added_0/",)),
+        (("by-path", "--targets", "final_norm/scale", "layers/mlp/*"), ("layers/mlp/", "final_norm/scale")),
+    ],
+)
+def test_what_a_method_would_train_is_shown(place, tiny_model, method, trains):
+    main(["model", "inspect", "--model", str(tiny_model), "--json", "a.json", "--method", *method])
+    rows = json.loads((place / "a.json").read_text())["weights"]
+    trained = [row["weight"] for row in rows if row["trains"]]
+    assert trained
+    assert all(any(mark in name for name in trained) for mark in trains)
+    assert all(any(mark in name for mark in trains) for name in trained)
+    # Of blocks that are added, too: they are copies of what is in the files.
+    assert all(row["dtype"] for row in rows if "kernel" in row["weight"].split("/")[-1:])
 
 
 def test_whole_numbers_as_people_write_them():

@@ -2,15 +2,19 @@
 
 import dataclasses
 import errno
+import itertools
+import json
+import math
 
 import pytest
 
 from cpt_jax.adapt import Embeddings, LoRA
 from cpt_jax.core.config import differences, fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.progress import Plan, clock, progress
-from cpt_jax.core.storage import atomic_directory, write_text_atomic
+from cpt_jax.core.progress import Plan, clock, number_of, progress
+from cpt_jax.core.storage import atomic_directory, numbers, write_json_atomic, write_text_atomic
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
+from cpt_jax.data.mixture import Ramp
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
@@ -38,29 +42,29 @@ def test_a_recipe_comes_back_from_its_json():
 
 
 def test_overrides_reach_everywhere_and_keep_types():
-    changed = override(recipe(), "stages.1.optimizer.learning_rate", "2e-3")
+    changed = override(recipe(), ("stages.1.optimizer.learning_rate", "2e-3"))
     assert changed.stages[1].optimizer.learning_rate == 2e-3
     assert changed.stages[0] == recipe().stages[0]
-    assert override(recipe(), "stages.0.tokens", "2048").stages[0].tokens == 2048
-    assert override(recipe(), "stages.0.tokens", "1e6").stages[0].tokens == 1_000_000
-    assert override(recipe(), "name", "12").name == "12"
+    assert override(recipe(), ("stages.0.tokens", "2048")).stages[0].tokens == 2048
+    assert override(recipe(), ("stages.0.tokens", "1e6")).stages[0].tokens == 1_000_000
+    assert override(recipe(), ("name", "12")).name == "12"
 
 
 @pytest.mark.parametrize("nothing", ["null", "none", "None"])
 def test_what_is_optional_is_taken_away(nothing):
-    without = override(recipe(), "stages.0.ema", nothing)
+    without = override(recipe(), ("stages.0.ema", nothing))
     assert without.stages[0].ema is None
-    assert override(without, "stages.0.ema", '{"kind": "EMA", "decay": 0.9}').stages[0] == recipe().stages[0]
-    assert override(without, "stages.0.ema", nothing) == without
-    given = override(recipe(), "domains.0.corpus.group_field", "url")
-    assert override(given, "domains.0.corpus.group_field", nothing) == recipe()
-    assert override(recipe(), "name", nothing).name == nothing
+    assert override(without, ("stages.0.ema", '{"kind": "EMA", "decay": 0.9}')).stages[0] == recipe().stages[0]
+    assert override(without, ("stages.0.ema", nothing)) == without
+    given = override(recipe(), ("domains.0.corpus.group_field", "url"))
+    assert override(given, ("domains.0.corpus.group_field", nothing)) == recipe()
+    assert override(recipe(), ("name", nothing)).name == nothing
     second_alone = dataclasses.replace(recipe(), stages=recipe().stages[1:])
-    assert override(second_alone, "vocabulary", nothing).vocabulary is None
-    limited = override(recipe(), "stages.1.max_epochs", '{"zh": 4}')
-    assert override(limited, "stages.1.max_epochs", nothing) == recipe()
+    assert override(second_alone, ("vocabulary", nothing)).vocabulary is None
+    limited = override(recipe(), ("stages.1.max_epochs", '{"zh": 4}'))
+    assert override(limited, ("stages.1.max_epochs", nothing)) == recipe()
     with pytest.raises(UserError, match=r"decay, every, on_host\), or null, which takes it away; another kind is for"):
-        override(recipe(), "stages.0.ema", "0.9")
+        override(recipe(), ("stages.0.ema", "0.9"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,22 @@ def test_what_is_optional_is_taken_away(nothing):
 )
 def test_wrong_overrides_are_told(path, value, message):
     with pytest.raises(UserError, match=message):
-        override(recipe(), path, value)
+        override(recipe(), (path, value))
+
+
+def test_changes_are_checked_together_in_any_order():
+    averaged = override(recipe(), ("stages.1.ema", '{"kind": "EMA", "decay": 0.9}'), ("export.weights", "ema"))
+    for changes in itertools.permutations([("stages.1.ema", "none"), ("export.weights", "last")]):
+        assert override(averaged, *changes) == recipe()
+    with pytest.raises(UserError, match="the last stage keeps none"):
+        override(averaged, ("stages.1.ema", "none"))
+    # Of an object that one of them gives, another may change a field, also one that was not given.
+    given = override(recipe(), ("stages.1.ema", '{"kind": "EMA", "decay": 0.9}'), ("stages.1.ema.every", "2"))
+    assert given.stages[1].ema == EMA(decay=0.9, every=2)
+    # Shares that add up to 1 together only.
+    mixed = dataclasses.replace(recipe().stages[1], mixture=Ramp(start={"zh": 1.0}, end={"zh": 0.5, "en": 0.5}))
+    both = override(mixed, ("mixture.end.zh", "0.9"), ("mixture.end.en", "0.1"))
+    assert both.mixture == Ramp(start={"zh": 1.0}, end={"zh": 0.9, "en": 0.1})
 
 
 def test_differences_name_place_and_values():
@@ -94,6 +113,23 @@ def test_differences_name_place_and_values():
     assert (
         fingerprint([{"alpha": 8}, True]) == fingerprint([{"alpha": 8.0}, True]) != fingerprint([{"alpha": 8.5}, True])
     )
+
+
+def test_what_is_no_finite_number_is_null_in_json_files(tmp_path):
+    write_json_atomic(tmp_path / "a.json", [{"zh": math.nan, "en": (1.5, math.inf)}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [{"zh": None, "en": [1.5, None]}]
+    assert math.isnan(numbers({"zh": None})["zh"])
+    # Of a recipe it is a setting, which a run's config.json holds.
+    never = override(recipe(), ("stages.0.checkpoint_seconds", "inf"))
+    write_json_atomic(tmp_path / "config.json", to_json(never))
+    saved = from_json(Recipe, json.loads((tmp_path / "config.json").read_text()))
+    assert saved == never != recipe()
+    assert override(saved, ("stages.0.checkpoint_seconds", "60")) == recipe()
+
+
+def test_one_thing_is_told_as_one():
+    told = [number_of(count, "document") for count in (0, 1, 2345)]
+    assert told == ["0 documents", "1 document", "2,345 documents"]
 
 
 def test_partition_and_combine_are_inverse():

@@ -10,7 +10,7 @@ from inputs import english, write_jsonl
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.prepare import NOT_LEARNT, decode_record, encode_record, read_manifest
-from cpt_jax.data.sources import Corpus, Document, SkipCounts, read
+from cpt_jax.data.sources import Corpus, Document, SkipCounts, nothing_usable, read
 
 TEXTS = ["first document", "второй", "第三 篇"]
 
@@ -52,6 +52,22 @@ def test_bad_records_are_skipped_and_counted_by_reason(tmp_path):
         "not UTF-8": 1,
         "not a JSON object": 1,
     }
+
+
+def test_a_text_field_that_holds_no_text_is_counted_as_what_it_holds(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    values = ["good", None, ["a", "b"], {"a": "b"}, 1.5, True]
+    lines = [json.dumps({"text": value}) for value in values]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    skipped = SkipCounts()
+    assert [document.text for document in read(Corpus(name="c", spec=str(tmp_path / "a.jsonl")), skipped)] == ["good"]
+    kinds = ("a list", "an object", "a number", "true or false")
+    assert skipped == {"no text field 'text'": 1} | {f"'text' is {kind}, not a text": 1 for kind in kinds}
+    pyarrow.parquet.write_table(pa.table({"text": [["a", "b"], ["c"]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 x 'text' is a list, not a text"):
+        texts_of(tmp_path / "a.parquet")
 
 
 def test_a_document_that_is_not_utf8_is_left_out_whole(tmp_path):
@@ -244,6 +260,24 @@ def test_a_corpus_of_which_nothing_can_be_measured_says_which_setting_helps(tmp_
         UserError, match=r"no document fell into the held-out share of 1e-09.*--domains\.0\.heldout\.share"
     ):
         write_heldout(corpus, Holdout(share=1e-9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group", "told"),
+    [(None, r"it is one document, .*: cut it into several"), ("book", r"all its documents have the same 'book'")],
+)
+def test_a_corpus_of_one_document_is_told_to_be_cut_and_may_be_measured_alone(tmp_path, group, told):
+    """A larger share would not help: what is held out is not learnt from."""
+    records = [{"text": f"page {number}", "book": "one"} for number in range(3 if group else 1)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    corpus = Corpus(name="c", spec=str(tmp_path / "c.jsonl"), group_field=group)
+    for share in (0.1, 0.999):
+        with pytest.raises(UserError, match=told):
+            write_heldout(corpus, Holdout(share=share), tmp_path)
+    write_heldout(corpus, Holdout(share=1), tmp_path)
+    assert len(read_heldout(tmp_path)) == len(records)
+    with pytest.raises(UserError, match=r"x held out\): give more documents"):
+        raise nothing_usable(corpus, {"held out": 3})
 
 
 def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):

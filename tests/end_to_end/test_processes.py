@@ -106,6 +106,7 @@ def test_several_processes_are_as_one(place, alone, processes, devices, mesh, co
     assert "bits per byte" in done[0].stdout
     assert all("bits per byte" not in each.stdout for each in done[1:])
     assert all("steps" not in each.stderr for each in done[1:])
+    assert all("donated" not in each.stderr for each in done)
     if command == "train":
         # Another command, by one process, goes on with what they left.
         assert not (place / name / "export").exists()

@@ -311,5 +311,7 @@ def test_the_time_left_follows_from_the_tokens():
     pace = Pace(recipes, lambda: now[0])
     assert pace.left() == ""
     now[0] = 10.0
-    pace.did(recipes[:1])
+    pace.ended(recipes[0], failed=False)
     assert pace.left() == "; 30 s left"
+    pace.ended(swept.one(tokens=200), failed=True)
+    assert pace.left() == "; 10 s left"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.sources import Corpus
+from cpt_jax.laws.fit import fit_law
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
@@ -20,7 +22,7 @@ from cpt_jax.report.many import find_runs, mean_shares, read_run
 from cpt_jax.report.many_plots import points_plot
 from cpt_jax.report.many_report import write_runs_report
 from cpt_jax.report.plots import curves_plot, new_figure, saved
-from cpt_jax.report.side_by_side import columns_of, pareto_front, settings_of_runs
+from cpt_jax.report.side_by_side import columns_of, pareto_front, points_of, settings_of_runs
 from cpt_jax.sweep import at_once
 from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.sweep.sweep import Manner, _check_exports, _report, planned
@@ -206,6 +208,25 @@ def test_where_the_mixture_does_not_tell_the_share_is_that_of_what_was_learnt(tm
         assert share() == expected
 
 
+def test_seeds_that_read_near_one_share_are_one_share_of_the_law(tmp_path):
+    """A law fitted with a share's other seeds would know what it is to predict."""
+    shares = (0.02, 0.05, 0.1, 0.25, 0.5)
+    for share in shares:
+        for seed, off in enumerate((0.98, 1.0, 1.01)):
+            write_run(tmp_path / "runs" / f"{share}-{seed}", share, seed, noise=0.002)
+            changed_stage(tmp_path / "runs" / f"{share}-{seed}", max_epochs={"zh": 9})
+            metrics = tmp_path / "runs" / f"{share}-{seed}" / "stages/1-lora/metrics.jsonl"
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+            read = {"read/en": 1000 * share * off, "read/zh": 1000 - 1000 * share * off}
+            metrics.write_text("".join(json.dumps(line | read) + "\n" for line in lines))
+    points = points_of(find_runs([tmp_path])[0])
+    law = fit_law(points, "en", is_new=False, draws=2)
+    assert len({point.share for point in law.points}) == 15
+    assert [each.share for each in law.held_out] == [share for share in shares for _ in range(3)]
+    with pytest.raises(UserError, match="shares of replay, and there are 2"):
+        fit_law([point for point in points if point.asked in (0.1, 0.25)], "en", is_new=False)
+
+
 def test_what_is_none_of_the_experiment_s_runs_is_left_out_of_its_sweep(tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path / "runs" / name, 0.25)
@@ -215,6 +236,28 @@ def test_what_is_none_of_the_experiment_s_runs_is_left_out_of_its_sweep(tmp_path
     assert left_out == [f"{tmp_path}/runs/b: the sweep's experiment does not have it"]
     page = write_runs_report([tmp_path / "runs" / "a"], tmp_path / "report.html").read_text()
     assert f"<h1>{tmp_path.name}</h1>" in page
+
+
+def test_runs_that_have_diverged_are_left_out_of_page_and_law(sweep, tmp_path):
+    write_run(tmp_path / "a", 0.25)
+    entries = json.loads((tmp_path / "a" / "eval.json").read_text())
+    write_json_atomic(tmp_path / "a" / "eval.json", [entry | {"bits_per_byte": math.inf} for entry in entries])
+    runs, left_out = find_runs([sweep, tmp_path / "a"])
+    assert len(runs) == 12
+    assert left_out == [f"{tmp_path}/a: it has diverged, its bits per byte are no number"]
+    assert left_out[0] in write_runs_report([sweep, tmp_path / "a"], tmp_path / "compare.html").read_text()
+    with pytest.raises(UserError, match="it has diverged, its bits per byte are no number: lower"):
+        find_runs([tmp_path / "a"])
+
+
+def test_figures_that_are_no_numbers_come_back_from_sweep_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = {"a": without_stages("zh")}
+    with ended(tmp_path / "sweep", **recipes) as directory:
+        directory.record("a", final={"zh": math.nan})
+    assert "NaN" not in (tmp_path / "sweep" / "sweep.json").read_text()
+    with SweepDirectory(tmp_path / "sweep", directory.experiment, recipes) as found:
+        assert "nan (+nan%)" in found.table()
 
 
 def test_no_run_has_ended(tmp_path):
@@ -300,6 +343,10 @@ def test_a_long_message_moves_no_other_line(tmp_path, monkeypatch):
         after = directory.table().splitlines()
     assert before[:3] == after[:3]
     assert after[3].endswith("long")
+    # Figures of an earlier try are not those of the run that failed.
+    assert "1.000" in before[3]
+    assert "1.000" not in after[3]
+    assert directory.of("b")["final"] == {}
 
 
 def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):

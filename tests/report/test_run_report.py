@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.report.plots import _smooth
 from cpt_jax.report.run_report import write_report
 from cpt_jax.report.samples_page import Sample, read_samples, samples_page
@@ -90,7 +91,7 @@ def test_a_model_that_has_diverged_has_a_report_too(run):
     for entry in entries:
         if entry["stage"] == "lora":
             entry["bits_per_byte"] = {"zh": math.nan, "en": math.inf}[entry["domain"]]
-    (path / "eval.json").write_text(json.dumps(entries))
+    write_json_atomic(path / "eval.json", entries)
     page = write_report(path).read_text()
     assert "from 2.000 to <b>nan bits per byte" in page
     assert "nothing was forgotten" not in page

@@ -19,7 +19,7 @@ from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 
 PROCESS = """
-import json, sys
+import json, sys, warnings
 from pathlib import Path
 import jax, numpy as np
 process, port, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -41,6 +41,8 @@ def counted(self, name, rows=None):
     read += array.nbytes
     return array
 safetensors_file.SafetensorsFile.read = counted
+# As that of a buffer that is donated and of no use.
+warnings.simplefilter("error", UserWarning)
 where = flatten(shardings(network.logical_axes, network.shapes, make_mesh(shape=MeshShape(fsdp=4, tensor=2))))
 for path, leaf in flatten(leaves).items():
     array = place(leaf, np.float32, where[path])

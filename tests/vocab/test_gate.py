@@ -19,6 +19,7 @@ from cpt_jax.vocab.sentencepiece_model import append_pieces, processor, read_mod
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 OLD, NEW = english(60, seed=5), chinese(60, seed=5)
+CONTINUED = ContinuedBPE(new_tokens=60)
 ANYTHING = {"old_documents_changed": 1.0, "old_tokens_added": 1.0, "unreachable_pieces": 1.0}
 
 
@@ -32,12 +33,12 @@ def good(bases, tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-def pass_gate(base: Path, extended: Path, old=OLD, learnt=None, **limits) -> None:
+def pass_gate(base: Path, extended: Path, old=OLD, learnt=None, made_by=CONTINUED, **limits) -> None:
     before, after = Tokenizer(base), Tokenizer(extended)
     corpora = {"english": old, "chinese": NEW}
     compared = [compare(name, before, after, texts) for name, texts in corpora.items()]
     use = piece_use(before, after, chinese(400) if learnt is None else learnt)
-    check(before, after, corpora, compared, ["english"], use, Limits(**limits))
+    check(before, after, corpora, compared, ["english"], use, Limits(**limits), made_by)
 
 
 def altered(directory: Path, out: Path, change: Callable[[dict], None], file: str = "tokenizer.json") -> Path:
@@ -94,7 +95,7 @@ def test_documents_that_do_not_come_back_are_refused_and_counted(bases, good, tm
         document["normalizer"] = {"type": "Replace", "pattern": {"String": "国务院"}, "content": "国"}
 
     count = sum("国务院" in text for text in NEW)
-    with pytest.raises(UserError, match=f"^{count} documents of chinese do not come back"):
+    with pytest.raises(UserError, match=f"^{count} documents of chinese would not come back"):
         pass_gate(bases["gpt2"], altered(good["gpt2"], tmp_path / "out", shorten))
 
 
@@ -128,9 +129,33 @@ def test_files_that_disagree_are_refused_with_the_share(bases, good, tmp_path, k
 
 def test_scores_of_zero_are_refused_where_the_two_files_cannot_agree(bases, tmp_path):
     """Of pieces with one score SentencePiece merges the leftmost; merges have an order."""
-    extend(bases["bpe"], Union(new_tokens=60, scores="zero"), chinese(400), [], tmp_path / "out")
-    with pytest.raises(UserError, match=r"cut differently .*: use --scores below-base, or raise the limit"):
-        pass_gate(bases["bpe"], tmp_path / "out", old=[*OLD, *chinese(300)], **ANYTHING)
+    zero = Union(new_tokens=60, scores="zero")
+    extend(bases["bpe"], zero, chinese(400), [], tmp_path / "out")
+    with pytest.raises(UserError, match=r"cut differently .*: use --scores below-base .*, use --method continued-bpe"):
+        pass_gate(bases["bpe"], tmp_path / "out", old=[*OLD, *chinese(300)], made_by=zero, **ANYTHING)
+
+
+@pytest.mark.parametrize(
+    ("kind", "made_by", "ways"),
+    [
+        ("gpt2", ContinuedBPE(new_tokens=60), {"--new-tokens"}),
+        ("gpt2", Union(new_tokens=60), {"--new-tokens", "--method"}),
+        ("bpe", Union(new_tokens=60, scores="own"), {"--new-tokens", "--scores", "--method"}),
+        ("unigram", Union(new_tokens=60, scores="own"), {"--new-tokens", "--scores"}),
+        ("unigram", Union(new_tokens=60), {"--new-tokens"}),
+    ],
+)
+def test_a_refusal_names_the_ways_out_that_there_are(bases, good, kind, made_by, ways):
+    """No other method for a unigram, no scores where there are none, and what a run in its directory needs besides."""
+    with pytest.raises(UserError) as refused:
+        pass_gate(bases[kind], good[kind], old=OLD[:45] + chinese(15), made_by=made_by)
+    told = str(refused.value)
+    named = {flag for flag in ("--new-tokens", "--scores", "--method") if f"{flag} " in told or f"({flag};" in told}
+    assert named == ways
+    assert told.endswith(
+        "or raise the limit (--max-old-documents-changed; of a run "
+        "--vocabulary.limits.old_documents_changed); a run that has begun takes another setting with --update"
+    )
 
 
 def test_where_the_base_s_files_disagree_is_no_fault_of_the_extension(bases, tmp_path):
