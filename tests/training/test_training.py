@@ -178,6 +178,30 @@ def test_an_average_is_moved_on_its_steps_by_the_steps_that_were_taken(every):
         np.testing.assert_allclose(state.average["x"], average, rtol=1e-5, err_msg=f"step {number}")
 
 
+def test_each_part_of_each_step_draws_anew_and_the_loss_is_the_mean_over_tokens():
+    def loss(weights, batch, key, held):
+        place = batch["place"].sum(0)
+        return (place * weights["x"]).sum(), {"tokens": 2 * place, "drawn": place * jax.random.uniform(key)}
+
+    optimizer = optax.scale(1.0)
+    step = jax.jit(make_train_step(loss, optimizer, None, accumulate=2))
+    start, rows = initial_state({"x": jnp.array([3.0, 5.0])}, optimizer, False), {"place": jnp.eye(2)}
+
+    def draws(seed):
+        controls = Controls(np.float32(0.1), seed=np.uint32(seed))
+        first, of_first = step(start, {}, {}, rows, controls)
+        of_second = step(first, {}, {}, rows, controls)[1]
+        assert of_first["loss"] == (3 + 5) / 4
+        return [*of_first["drawn"].tolist(), *of_second["drawn"].tolist()]
+
+    assert len({*draws(0), *draws(1)}) == 8
+    assert draws(0) == draws(0)
+    # Without a token to learn there is nothing to learn, and no 0 / 0.
+    nothing, metrics = step(start, {}, {}, {"place": jnp.zeros((2, 2))}, Controls(np.float32(0.1)))
+    assert metrics["loss"] == 0
+    np.testing.assert_array_equal(nothing.trainable["x"], start.trainable["x"])
+
+
 def test_a_row_that_is_not_in_the_batch_hardly_moves():
     optimizer = AdamW(learning_rate=1e-2, new_rows_epsilon=1e-4)
     weights = {"embed": {"new": jnp.zeros((2, 4))}}
