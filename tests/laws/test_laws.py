@@ -1,15 +1,17 @@
 """Laws against published figures and against data whose law is known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.laws import critical, fit
 from cpt_jax.laws.answer import Answer, Budget, Estimate, _first, answer, fit_both, percent
 from cpt_jax.laws.critical import critical_law, fit_power
-from cpt_jax.laws.fit import Law, fit_law
-from cpt_jax.laws.form import PARAMETERS, USUAL_RANGES, Form, form_for, predict, settings_of, slopes
+from cpt_jax.laws.fit import HeldOut, Law, _cost, _draws, _fit, fit_law
+from cpt_jax.laws.form import PARAMETERS, USUAL, USUAL_RANGES, Form, form_for, predict, settings_of, slopes
 from cpt_jax.laws.points import Point
 from experiments.published_figures import CHEMISTRY, CHEMISTRY_SHARE, CRITICAL_RATIOS, CRITICAL_SHARES, GERMAN
 from experiments.synthetic_laws import Truth, runs
@@ -246,6 +248,13 @@ def test_the_answer_is_for_the_longest_run_of_the_largest_model():
     assert found.cost.low < found.cost.best < found.cost.high
     assert found.replay.low < found.replay.best < found.replay.high
     assert not found.notes
+    generous = answer(points, (old, new), Budget.parse("300%"))
+    assert generous.replay == Estimate(best=0, low=0, high=0)
+    assert "no replay is needed: at 0%" in generous.sentence
+    again = Point(losses={"old": 1.02 * base}, tokens=0, share=0, size=1e9)
+    assert answer([*points, again], (old, new), Budget.parse("1%")).base == pytest.approx(1.01 * base)
+    with pytest.raises(UserError, match="the base's loss on 'old' of size 5e\\+08 is not known"):
+        answer(points, (old, new), Budget.parse("1%"), size=5e8)
     longer = answer(points, (old, new), Budget.parse("1%"), tokens=1e10)
     assert longer.notes == ("1e+10 tokens is outside what was run (1e+09 to 4e+09): an extrapolation",)
     alike = dataclasses.replace(old, points=tuple(point for point in old.points if point.tokens == 4e9))
@@ -280,3 +289,70 @@ def test_an_answer_says_what_the_draws_allow(measured, replay, sentence):
         cost=Estimate(best=0.05, low=0.04, high=0.06), doubts=(), notes=(),
     ).sentence  # fmt: skip
     assert said.startswith(f"With at most 1% more loss on old, {sentence}")
+
+
+def test_held_out_errors_are_relative_and_of_fits_that_did_not_see_the_share():
+    shares = np.array([0, 0.01, 0.03, 0.05, 0.1, 0.2, 0.35, 0.5])
+    truth = 0.9 + 0.35 * (shares + 0.01) ** -0.25
+    losses = truth * np.where(shares == 0, 1.1, 1.0)
+    points = [Point(losses={"old": y}, tokens=1e8, share=r) for r, y in zip(shares, losses, strict=True)]
+    law = fit_law(points, "old", is_new=False, draws=0)
+    assert law.held_out[0].measured == losses[0]
+    assert law.held_out[0].predicted == pytest.approx(truth[0], rel=1e-2)
+    assert law.held_out[0].error == pytest.approx(1 / 1.1 - 1, abs=1e-2)
+    two = tuple(HeldOut(share=0.1, measured=2.0, predicted=predicted) for predicted in (2.2, 1.8))
+    assert dataclasses.replace(law, held_out=two).held_out_error == pytest.approx(0.1)
+
+
+def test_the_width_within_which_residuals_are_squared_is_that_of_their_spread():
+    random, at = np.random.default_rng(0), settings_of([1.0] * 96, [1.0] * 96, np.tile(np.linspace(0, 0.5, 12), 8))[0]
+    form = Form(free=("E", "C", "gamma"), fixed={"A": 0.0, "B": 0.0} | USUAL)
+    truth = np.log(predict(form.parameters(np.log([[0.9, 0.2, 0.3]])), at)[0])
+    for noise, width in ((0.03, 1.345 * 0.03), (0.0, 1e-3)):
+        assert _fit(form, at, truth + random.normal(0, noise, 96), random)[1] == pytest.approx(width, rel=0.15)
+    level = Form(free=("E",), fixed=dict.fromkeys(("A", "B", "C"), 0.0) | USUAL | {"gamma": 1.0})
+    one = settings_of([1.0], [1.0], [0.1])[0]
+    for residual, cost in ((0.01, 0.01**2 / 2), (-0.05, 0.02 * (0.05 - 0.01))):
+        assert _cost(level, one, np.zeros((1, 1)), np.array([[residual]]), 0.02) == pytest.approx(cost)
+
+
+def test_data_drawn_anew_are_as_wide_as_the_freedom_that_is_left_allows(monkeypatch):
+    """Of n runs and p parameters: residuals n / (n - p) larger, squared, times the mean of a chi-square's inverse."""
+    drawn, count, n, p = [], 20_000, 14, 3
+    form = Form(free=("E", "C", "gamma"), fixed={"A": 0.0, "B": 0.0} | USUAL)
+    at = settings_of([1.0] * n, [1.0] * n, np.linspace(0, 0.5, n))[0]
+    best, random = np.log([0.9, 0.2, 0.3]), np.random.default_rng(0)
+    fitted = np.log(predict(form.parameters(best[None]), at)[0])
+    residuals = random.normal(0, 0.01, n)
+
+    def minimise(form, at, targets, starts, delta):
+        drawn.append((form, targets[:count]))
+        return starts, np.zeros(len(starts))
+
+    monkeypatch.setattr(fit, "_minimise", minimise)
+    _draws(form, at, fitted + residuals, best, 0.01, count, random)
+    ((given, targets),) = drawn
+    variance = ((targets - fitted) ** 2).mean()
+    assert variance == pytest.approx((residuals**2).mean() * n / (n - p) * (n - p) / (n - p - 2), rel=0.05)
+    # What the runs cannot tell is another in each draw.
+    assert len(set(given.fixed["epsilon"][:count])) == count
+
+
+def test_the_critical_ratio_has_the_interval_of_the_replay(monkeypatch):
+    replay = {tokens * 1e9: 0.1 * tokens**0.3 for tokens in (1, 2, 4, 8, 16)}
+
+    def said(points, _laws, _budget):
+        best = replay[max(point.tokens for point in points)]
+        # In the last, some draws find no share that is enough.
+        return SimpleNamespace(replay=Estimate(best=best, low=best - 0.02, high=best + 0.04 if best < 0.2 else np.inf))
+
+    monkeypatch.setattr(critical, "fit_both", lambda *_: None)
+    monkeypatch.setattr(critical, "answer", said)
+    points = [Point(losses={"old": 1.0}, tokens=tokens, share=0) for tokens in replay]
+    found = critical_law(points, "old", "new", Budget.parse("1%"))
+    assert list(found.ratios) == [1e9, 2e9, 4e9, 8e9]
+    ratio = found.ratios[1e9]
+    assert (ratio.low, ratio.best, ratio.high) == pytest.approx((0.86, 0.9, 0.92))
+    at = found.predict(2e9)
+    assert at.best == pytest.approx(1 - replay[2e9], abs=2e-3)
+    assert 0.3 * 0.06 < at.high - at.low < 0.06
