@@ -46,6 +46,7 @@ def test_attaching_changes_no_logit_and_merging_none(config, method):
 WRONG = {
     "target": (lambda: LoRA(targets=("w1",)), "'w1' matches no weight; there are: layers/attention/q"),
     "pattern of ranks": (lambda: LoRA(rank_pattern={"layers/ffn/*": 3}), "'layers/ffn/\\*' matches no weight"),
+    "pattern of alphas": (lambda: LoRA(alpha_pattern={"w1": 3.0}), "'w1' matches no weight"),
     "rank": (lambda: LoRA(rank_pattern={"q": 0}), "LoRA rank is 0"),
     "dropout": (lambda: LoRA(dropout=1.0), "dropout is 1.0"),
     "layers": (lambda: ByPath(patterns=("layers/*",), layers=(2, 2)), r"layers is \[2, 2\]"),
