@@ -19,15 +19,39 @@ SHAPES = {
     "layers/experts/router": (3, 6, 4),
 }
 SIZE = {path: int(np.prod(shape)) for path, shape in SHAPES.items()}
-# Every setting that concerns a group is unlike the others'.
-GROUPS = dict(weight_decay=0.3, old_rows_multiplier=0.5, new_rows_multiplier=2.0, lora_b_multiplier=16.0)
+# Every setting that concerns a group is unlike the others', and no setting is the default, which would hide that it has
+# no effect.
+GROUPS = dict(
+    weight_decay=0.3,
+    clip_norm=2.0,
+    old_rows_multiplier=0.5,
+    new_rows_multiplier=2.0,
+    new_rows_epsilon=2e-5,
+    lora_b_multiplier=16.0,
+)
 MULTIPLIERS = {"embed/base": 0.5, "embed/new": 2.0, "layers/attention/q/lora_b": 16.0}
 DECAYED = ("layers/attention/q/kernel", "layers/experts/gate/kernel")
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": AdamW(learning_rate=1e-2, **GROUPS),
-    "adafactor": Adafactor(learning_rate=1e-2, min_dim_size_to_factor=4, multiply_by_parameter_scale=True, **GROUPS),
-    "lion": Lion(learning_rate=1e-2, **GROUPS),
-    "muon": Muon(learning_rate=1e-2, **GROUPS),
+    "adamw": AdamW(learning_rate=1e-2, b1=0.8, b2=0.95, epsilon=1e-4, **GROUPS),
+    "adafactor": Adafactor(
+        learning_rate=1e-2,
+        decay_rate=0.7,
+        clipping_threshold=0.8,
+        min_dim_size_to_factor=4,
+        multiply_by_parameter_scale=True,
+        **GROUPS,
+    ),
+    "lion": Lion(learning_rate=1e-2, b1=0.8, b2=0.95, **GROUPS),
+    "muon": Muon(
+        learning_rate=1e-2,
+        beta=0.9,
+        newton_schulz_steps=6,
+        consistent_rms=0.3,
+        adam_b1=0.8,
+        adam_b2=0.95,
+        adam_epsilon=1e-4,
+        **GROUPS,
+    ),
 }
 
 

@@ -51,9 +51,7 @@ class EMA:
 
         def moved(average: Tree) -> Tree:
             here = self.at_hand(average)
-            new = jax.tree.map(
-                lambda a, w: jnp.where(taken, a * decay + w.astype(jnp.float32) * (1 - decay), a), here, weights
-            )
+            new = jax.tree.map(lambda a, w: jnp.where(taken, a * decay + w * (1 - decay), a), here, weights)
             return jax.device_put(new, jax.memory.Space.Host) if self.on_host else new
 
         if self.every == 1:

@@ -19,11 +19,9 @@ def group_of(path: str) -> Group:
         return "lora_a"
     if name == "lora_b":
         return "lora_b"
-    return "matrices" if path.startswith("layers/") and name == "kernel" else "others"
+    return "matrices" if name == "kernel" else "others"
 
 
 def stacked_axes(path: str, rank: int) -> int:
     """How many of a leaf's first axes count layers (and experts), and are no part of its matrix or vector."""
-    if not path.startswith("layers/"):
-        return 0
     return rank - (1 if path.rpartition("/")[2] in _VECTORS else 2)

@@ -150,8 +150,13 @@ def _layer_bytes(network: Network, item: int, keys: int) -> int:
         kept += 4 * (queries + groups)
     if config.norm_placement in ("after", "both"):
         kept += 8 * config.hidden_size
-    inner = config.intermediate_size * (1 if config.experts is None else config.experts.per_token)
-    kept += item * inner * (2 if config.gated else 1)
+    if config.experts is None:
+        kept += item * config.intermediate_size * (2 if config.gated else 1)
+    else:
+        # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
+        # with three steps of the activation and the product, that rounded, and the result; and the router's input.
+        of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
+        kept += config.experts.per_token * of_expert + 4 * config.hidden_size
     # Adapters: the products with A, float32, and rounded.
     return kept + (4 + item) * sum(_ranks(network))
 

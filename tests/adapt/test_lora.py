@@ -186,3 +186,13 @@ def test_a_pattern_gives_its_linears_their_rank_and_the_first_counts():
     assert model.lora is not None
     scales = {name: model.lora.adapter(name).scale for name in ("q", "k", "gate", "down")}
     assert scales == {"q": 3 / 4, "k": 2, "gate": 8 / 6, "down": 4}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_part_of_a_merged_kernel_is_that_part_of_the_whole(dora):
+    """As devices and files read it: DoRA's norms are of whole columns."""
+    method = LoRA(rank=4, alpha=8, dora=dora)
+    merged = flatten(trained(model_of(tiny_config()).adapted(method, 0), method).merged().weights)
+    for path in ("layers/attention/o/kernel", "layers/mlp/up/kernel"):
+        part = (slice(1, 2), slice(3, 9), slice(2, 7))
+        np.testing.assert_allclose(merged[path][part], np.asarray(merged[path])[part], rtol=1e-6)

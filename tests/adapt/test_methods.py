@@ -10,12 +10,13 @@ from contracts.test_families import reference_model
 from inputs import tiny_config
 from method_inputs import ANYWHERE, CONFIGS, DENSE, TOKENS, forward, model_of, trained
 
-from cpt_jax.adapt import ByPath, Embeddings, Expand, LoRA, Method
+from cpt_jax.adapt import ByPath, Embeddings, Expand, LoRA, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.config import from_json, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.families import family_for
 from cpt_jax.recipe.model import load_model
 
 CASES = [
@@ -45,6 +46,7 @@ def test_attaching_changes_no_logit_and_merging_none(config, method):
 WRONG = {
     "target": (lambda: LoRA(targets=("w1",)), "'w1' matches no weight; there are: layers/attention/q"),
     "pattern of ranks": (lambda: LoRA(rank_pattern={"layers/ffn/*": 3}), "'layers/ffn/\\*' matches no weight"),
+    "pattern of alphas": (lambda: LoRA(alpha_pattern={"w1": 3.0}), "'w1' matches no weight"),
     "rank": (lambda: LoRA(rank_pattern={"q": 0}), "LoRA rank is 0"),
     "dropout": (lambda: LoRA(dropout=1.0), "dropout is 1.0"),
     "layers": (lambda: ByPath(patterns=("layers/*",), layers=(2, 2)), r"layers is \[2, 2\]"),
@@ -64,6 +66,7 @@ ABSENT = {
     "layers of nothing": ("llama", ByPath(patterns=("embed/*",), layers=(0, 1)), "no pattern matches a weight of the"),
     "more than there are": ("llama", Expand(blocks=3), "the model has 2 layers"),
     "tied": ("llama", Embeddings(tables="output"), "head is its embedding"),
+    "tied input": ("llama", Embeddings(tables="input"), "head is its embedding"),
     "dora of experts": ("experts", LoRA(dora=True), "LoRA on experts has no dora"),
     "dropout of experts": ("experts", LoRA(dropout=0.1), "LoRA on experts has no dropout"),
 }
@@ -91,6 +94,8 @@ def test_each_method_trains_what_it_says():
     assert paths(Embeddings(tables="input")) == {"embed/new"}
     assert paths(Embeddings(tables="output", rows="all")) == {"head/base", "head/new"}
     assert paths(Embeddings()) == {"embed/new", "head/new"}
+    factors = {f"layers/attention/q/{leaf}" for leaf in ("lora_a", "lora_b")}
+    assert paths(LoRA(targets=("q",))) == factors | {"embed/new", "head/new"}
     norms = {"layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"}
     adapters = {f"layers/attention/q/{leaf}" for leaf in ("lora_a", "lora_b", "magnitude")}
     assert paths(LoRA(targets=("q",), dora=True, norms=True, new_rows=False)) == adapters | norms
@@ -98,9 +103,36 @@ def test_each_method_trains_what_it_says():
         "layers/chosen/attention/q/kernel",
         "layers/chosen/attention/q/bias",
     }
+    chosen = ByPath(patterns=("layers/*",), layers=(1, 3)).layout(tiny_config(num_layers=4))
+    assert chosen.layer_groups == (("before", 1), ("chosen", 2), ("after", 1))
     added = paths(Expand(blocks=2))
     assert {path.split("/")[1] for path in added} == {"added_0", "added_1"}
     assert len(added) == 2 * sum(path.startswith("layers/") for path in flatten(abstract_decoder(config).shapes))
+
+
+def test_an_added_block_is_a_copy_behind_its_original_that_adds_nothing_yet():
+    base = model_of(tiny_config(num_layers=4))
+    given, grown = flatten(base.weights), flatten(base.adapted(Expand(blocks=2), 0).weights)
+    for path in (path for path in given if path.startswith("layers/")):
+        inner, zero = path.removeprefix("layers/"), path.startswith(("layers/attention/o/", "layers/mlp/down/"))
+        for number, layers in enumerate((slice(0, 2), slice(2, 4))):
+            original = np.asarray(given[path][layers])
+            np.testing.assert_array_equal(grown[f"layers/kept_{number}/{inner}"], original)
+            np.testing.assert_array_equal(grown[f"layers/added_{number}/{inner}"], original[1:] * (not zero))
+
+
+def test_a_deeper_model_s_config_says_what_each_layer_is_or_is_refused():
+    def grown(model_type, name, **changes):
+        given = config_json(model_type, name) | changes
+        layout = Expand(blocks=2).layout(family_for(given).config_from_hf(given))
+        return expanded_hf_config(given, layout)
+
+    full, sliding = "full_attention", "sliding_attention"
+    assert grown("qwen3", "tied, head dimension", layer_types=[full] * 3)["layer_types"] == [full] * 5
+    assert grown("qwen2", "untied, window above")["layer_types"] == [full] * 2 + [sliding] * 3
+    # A fourth layer would have a window.
+    with pytest.raises(UserError, match=r"config\.json of qwen2 cannot describe the deeper model"):
+        grown("qwen2", "untied, window above", max_window_layers=3)
 
 
 def test_methods_come_back_from_json():

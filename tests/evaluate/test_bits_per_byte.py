@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from inputs import english
+from inputs import chinese, english
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT64, Precision
@@ -37,9 +37,18 @@ def test_documents_packed_are_documents_alone(tiny_model):
     from transformers import AutoModelForCausalLM
 
     tokenizer, model = Tokenizer(tiny_model), load_model(tiny_model)
-    documents = english(25, seed=4)
+    documents = [*english(24, seed=4), *(text[:10] for text in chinese(1, seed=4))]
     packed = pack_documents(tokenizer, documents, 128)
-    result = bits_per_byte(model.network, model.on_device(FLOAT32), packed, batch_size=3, precision=FLOAT32)
+    # A document's positions begin at 0; several are in a row.
+    for positions, ids in zip(packed.rows["positions"], packed.rows["segment_ids"], strict=True):
+        for document in range(1, ids.max() + 1):
+            np.testing.assert_array_equal(positions[ids == document], np.arange((ids == document).sum()))
+    assert packed.rows["segment_ids"].max() > 1
+    done: list[int] = []
+    result = bits_per_byte(
+        model.network, model.on_device(FLOAT32), packed, batch_size=3, precision=FLOAT32, on_progress=done.append
+    )
+    assert sum(done) == len(packed)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     nats = reference_nats(reference, tokenizer, documents)
     size = sum(len(document.encode()) for document in documents)

@@ -12,6 +12,7 @@ from cpt_jax.core.precision import FLOAT32
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.evaluate.by_character import TextBits, bits_by_character, text_bits
 from cpt_jax.evaluate.token_scores import token_log_likelihoods
+from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -39,9 +40,10 @@ def test_each_token_has_the_log_likelihood_that_transformers_gives(tiny_model, l
         np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [16, 33, 256])
-def test_characters_sum_to_the_bits_of_the_text_in_windows_too(loaded, length):
+@pytest.mark.parametrize(("length", "softcap"), [(16, None), (33, 2.0), (256, None)])
+def test_characters_sum_to_the_bits_of_the_text_in_windows_too(loaded, length, softcap):
     tokenizer, network, weights = loaded
+    network = abstract_decoder(dataclasses.replace(network.config, logit_softcap=softcap))
     for found in text_bits(tokenizer, network, weights, TEXTS, max_length=length, batch_tokens=128, precision=FLOAT32):
         packed = pack_documents(tokenizer, [found.text], length)
         expected = bits_per_byte(network, weights, packed, batch_size=2, precision=FLOAT32)

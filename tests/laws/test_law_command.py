@@ -148,7 +148,9 @@ def test_what_cannot_be_answered_is_told(table, arguments, told, capsys):
         ("runs.csv", "tokens,en\n1e9,1.2\n", "row 1 has no share of replay"),
         ("runs.csv", "tokens,share,en\n1e9,ten,1.2\n", "row 1: 'share' is 'ten', which is no number"),
         ("runs.csv", "tokens,share,en\n1e9,25,1.2\n", "the share of replay is 25: give 0 to 1"),
+        ("runs.csv", "tokens,share,en\ninf,0.1,1.2\n", "tokens is inf: give 0 (the base) or more"),
         ("runs.csv", "tokens,share,en\n1e9,0.1,-1\n", "the loss on 'en' is -1.0"),
+        ("runs.csv", "tokens,share,en\n1e9,0.1,inf\n", "the loss on 'en' is inf"),
         ("runs.csv", "tokens,share,size,en\n1e9,0.1,0,1.2\n", "size is 0: give the number of parameters"),
         ("runs.csv", "tokens,share,seed,en\n1e9,0.1,nan,1.2\n", "row 1: seed is nan: give a whole number"),
         ("runs.jsonl", '{"tokens": 1e9, "share": 0.1\n', "line 1 is no JSON"),
@@ -173,8 +175,9 @@ def test_a_table_that_is_not_there(tmp_path):
 
 
 def test_empty_cells_are_domains_that_were_not_measured(tmp_path):
-    # A space behind a comma is nothing either.
-    (tmp_path / "runs.csv").write_text("tokens, share, en, zh\n0,,1.2,\n1e9, 0.1, , 1.5\n")
+    # A space behind a comma is nothing either, nor is the mark that some editors put in front.
+    (tmp_path / "runs.csv").write_text("\ufefftokens, share, en, zh, seed\n0,,1.2,\n1e9, 0.1, , 1.5, 3\n")
     base, run = read_points(tmp_path / "runs.csv")
+    assert (base.seed, run.seed) == (0, 3)
     assert (base.losses, base.tokens, base.share) == ({"en": 1.2}, 0, 0)
     assert (run.losses, run.tokens, run.share, run.size) == ({"zh": 1.5}, 1e9, 0.1, None)

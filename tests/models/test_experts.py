@@ -1,5 +1,7 @@
 """Experts spread over devices compute what one device computes; adapters on them merge; loads are counted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from inputs import random_weights, tiny_config
 
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.decoder import abstract_decoder, apply
+from cpt_jax.models.decoder import abstract_decoder, apply, apply_with_balance
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
 from cpt_jax.models.linear import LoRAConfig, merge_lora
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
@@ -65,6 +67,28 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
         np.testing.assert_allclose(
             leaf, reference, rtol=1e-3, atol=1e-4 * float(jnp.abs(reference).max()), err_msg=path
         )
+
+
+def test_the_balance_of_what_is_no_padding_is_in_the_loss_once_a_token_that_is_learnt():
+    config, given = tiny_config(experts=EXPERTS), batch(2)
+    given["segment_ids"][:, 10:] = 0
+    given["weights"][:, 5:] = 0
+    without = dataclasses.replace(config, experts=dataclasses.replace(EXPERTS, balance_coefficient=0.0))
+
+    @jax.jit
+    def totals(weights, batch):
+        either = [
+            make_loss(abstract_decoder(each), jnp.dtype("float32"), lambda path: True, ("text",))(weights, batch)[0]
+            for each in (config, without)
+        ]
+        arguments = (batch[name] for name in ("inputs", "positions", "segment_ids"))
+        real = (batch["segment_ids"] > 0).astype(jnp.float32)
+        balance = apply_with_balance(abstract_decoder(config), weights, *arguments, real, compute_dtype="float32")[1]
+        return *either, balance
+
+    total, plain, balance = totals(weights_on_device(random_weights(config)), given)
+    assert balance > 1
+    assert total - plain == pytest.approx(0.1 * float(balance) * 2 * 5, rel=1e-3)
 
 
 def test_adapters_of_experts_merge():

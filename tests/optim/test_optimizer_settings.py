@@ -10,6 +10,7 @@ from cpt_jax.adapt import Full
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
+from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Adafactor, AdamW, Lion, Muon, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides
@@ -45,6 +46,7 @@ def test_configuration_is_json_and_overrides_name_the_fields_of_the_optimizer_at
     ("make", "changes"),
     [
         (AdamW, dict(learning_rate=0.0)),
+        (AdamW, dict(clip_norm=0.0)),
         (AdamW, dict(b1=1.0)),
         (AdamW, dict(lora_b_multiplier=-1.0)),
         (AdamW, dict(moments="int8")),
@@ -63,3 +65,10 @@ def test_a_setting_that_cannot_be_is_refused_where_it_is_made(make, changes):
     ((field, value),) = changes.items()
     with pytest.raises(UserError, match=f"{field} is {value}: give"):
         make(**(dict(learning_rate=1e-3) | changes))
+
+
+@pytest.mark.parametrize("changes", [dict(decay=1.0), dict(decay=-0.1), dict(every=0)], ids=str)
+def test_an_average_that_cannot_be_is_refused(changes):
+    ((field, value),) = changes.items()
+    with pytest.raises(UserError, match=f"EMA {field} is {value}: give"):
+        EMA(**changes)

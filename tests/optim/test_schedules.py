@@ -23,11 +23,15 @@ def rates(schedule: Schedule, steps: int) -> np.ndarray:
     ("schedule", "expected"),
     [
         (Constant(warmup=0.1), {0: 0.2, 9: 2.0, 50: 2.0, 99: 2.0}),
+        # 0.29 * 100 is a little less than 29.
+        (Constant(warmup=0.29), {13: 2.0 * 14 / 29, 27: 2.0 * 28 / 29, 28: 2.0}),
         (Cosine(warmup=0.1, final=0.1), {0: 0.2, 9: 2.0, 10: 2.0, 99: 0.2}),
+        (Cosine(warmup=0.01, final=0.0), {0: 2.0, 1: 2.0, 50: 1.0, 99: 0.0}),
         (Linear(warmup=0.1, final=0.1), {0: 0.2, 9: 2.0, 10: 2.0, 99: 0.2}),
         (Linear(warmup=0.01, final=0.0), {0: 2.0, 1: 2.0, 50: 1.0, 99: 0.0}),
         (InverseSqrt(warmup=0.04), {0: 0.5, 3: 2.0, 15: 1.0, 63: 0.5, 99: 0.4}),
         (WarmupStableDecay(warmup=0.1, decay=0.2, final=0.1), {0: 0.2, 9: 2.0, 80: 2.0, 99: 0.2}),
+        (WarmupStableDecay(warmup=0.0, decay=0.21, final=0.0), {79: 2.0, 89: 1.0, 99: 0.0}),
         (
             Infinite(warmup=0.1, cooldown=0.3, constant=0.5, annealing=0.2, final=0.125),
             # The cosine's middle is between peak and constant; the annealing's is their geometric mean.
@@ -45,11 +49,14 @@ def test_characteristic_steps(schedule, expected):
 def test_however_few_the_steps_the_last_one_has_decayed(steps):
     assert rates(WarmupStableDecay(warmup=0, decay=0.3, final=0.1), steps)[-1] == pytest.approx(0.1 * PEAK)
     assert rates(WarmupStableDecay(warmup=0, decay=0, final=0.1), steps)[-1] == PEAK
+    # One alone is at the peak.
+    assert rates(WarmupStableDecay(warmup=0, decay=0.3, final=0.1), 1) == PEAK
 
 
 def test_shares_that_make_up_the_whole_run_are_taken():
     Infinite(warmup=0.33, cooldown=0.56, annealing=0.11)
     WarmupStableDecay(warmup=0.7, decay=0.30000000000000004)
+    WarmupStableDecay(warmup=0.0, decay=1.0)
 
 
 @pytest.mark.parametrize("schedule", ALL)
@@ -90,6 +97,7 @@ def test_configuration_is_json(schedule):
     [
         (lambda: Linear(final=1.5), "final is 1.5"),
         (lambda: InverseSqrt(warmup=-0.1), "warmup is -0.1"),
+        (lambda: WarmupStableDecay(warmup=0.6, decay=0.5), "more than the whole run"),
         (lambda: Infinite(warmup=0.5, cooldown=0.5, annealing=0.1), "more than the whole run"),
         (lambda: Infinite(final=0.0), "final 0.0 is not above 0"),
         (lambda: Infinite(constant=0.1, final=0.2), "final 0.2 .* constant, 0.1"),

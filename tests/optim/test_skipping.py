@@ -70,6 +70,28 @@ def test_a_norm_far_above_the_usual_is_skipped_once_there_is_a_usual_one():
     assert skipped(state) == (1, 0)
 
 
+def test_the_usual_norm_is_the_mean_over_the_last_hundred_that_were_taken():
+    """Against a loop over NumPy: the first 20 are taken whatever their norms are."""
+    norms = np.random.default_rng(0).uniform(1, 2, 150)
+    norms[[5, 19, 20, 60, 140]], norms[[7, 70]] = 100, np.nan
+    above, usual, taken, expected = 4.0, 0.0, 0, []
+    for norm in norms:
+        if np.isfinite(norm) and (taken < 20 or norm <= above * usual):
+            taken += 1
+            usual += (norm - usual) / min(taken, 100)
+        expected.append((taken, usual))
+    transform = skip_bad_steps(optax.identity(), above)
+
+    def step(state, norm):
+        state = transform.update({"x": norm[None]}, state)[1]
+        return state, (state.taken, state.usual_norm)
+
+    start = transform.init({"x": jnp.zeros(1)})
+    found = jax.lax.scan(step, start, jnp.asarray(norms, jnp.float32))[1]
+    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-5)
+    assert taken == 146
+
+
 @pytest.mark.parametrize("above", [None, 10.0])
 def test_good_steps_are_bit_for_bit_those_without(above):
     # The older emitters of fusions, which compile quickly, round a sum of products by what else is in the program.

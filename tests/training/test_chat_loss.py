@@ -96,6 +96,7 @@ def test_packed_conversations_have_the_losses_of_torch_each_alone(model, tmp_pat
             np.testing.assert_allclose(metrics["nats"], [total, 0], rtol=1e-6)
             # What is counted by domain are the tokens that are learnt.
             np.testing.assert_array_equal(metrics["tokens"], [alone["weights"].sum(), 0])
+            np.testing.assert_array_equal(metrics["positions"], [(batch["segment_ids"] > 0).sum(), 0])
             sums[tuple(batch["targets"][inside])] = float(total)
             parts.append(float(total))
         assert float(loss(weights, batch)[0]) == pytest.approx(sum(parts), rel=1e-5)

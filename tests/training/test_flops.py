@@ -15,7 +15,7 @@ from cpt_jax.core.tree import combine, partition
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.sharding.hardware import peak_flops
-from cpt_jax.training.flops import token_flops
+from cpt_jax.training.flops import token_flops, visible_keys
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.retention import Anchor, Held, MeanTeacher, start_of
 
@@ -62,8 +62,9 @@ def program_flops(config, method, retention=()) -> float:
         (Embeddings(rows="new"), 3),
         (Embeddings(rows="all", tables="output"), 0),
         (ByPath(patterns=("layers/mlp/*",), layers=(1, 2)), 2),
+        (ByPath(patterns=("final_norm/scale",)), 0),
     ],
-    ids=["full", "lora and rows", "lora of some", "new rows", "head", "a layer"],
+    ids=["full", "lora and rows", "lora of some", "new rows", "head", "a layer", "the last norm"],
 )
 def test_the_program_does_what_is_counted_and_the_other_half_of_attention(method, backward):
     untied = isinstance(method, Embeddings) and method.tables == "output"
@@ -108,6 +109,9 @@ def test_a_window_and_experts():
     full, seen = (token_flops(abstract_decoder(each), Full().trains, LENGTH).forward for each in (config, windowed))
     keys = sum(min(place + 1, 8) for place in range(LENGTH)) / LENGTH
     assert full - seen == pytest.approx(3 * 4 * config.num_heads * config.head_dim * ((LENGTH + 1) / 2 - keys))
+    kinds = [dataclasses.replace(config.layer_kinds[0], window=window) for window in (None, 8, 5000)]
+    mixture = tiny_config(**SIZES, layer_kinds=tuple(kinds), layer_pattern=(1, 0, 2))
+    assert visible_keys(mixture, LENGTH) == pytest.approx([keys, (LENGTH + 1) / 2, (LENGTH + 1) / 2])
     experts = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
     mixed = token_flops(abstract_decoder(tiny_config(**SIZES, experts=experts)), Full().trains, LENGTH).forward
     # Two feed-forwards instead of one, and the router.

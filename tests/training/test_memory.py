@@ -10,23 +10,25 @@ from inputs import tiny_config
 from jax.interpreters.partial_eval import dce_jaxpr
 from training_inputs import training
 
-from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
+from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA, Method
 from cpt_jax.checkpoint.train_state import Checkpoints
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import combine, flatten, partition
 from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.linear import LINEARS
 from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.loop import train
 from cpt_jax.training.loss import make_loss
-from cpt_jax.training.memory import stage_memory
+from cpt_jax.training.memory import StageMemory, stage_memory
 from cpt_jax.training.retention import Anchor, L2ToStart, start_of
 from cpt_jax.training.training import Training, place_weights
 
 ROWS, LENGTH = 2, 256
+EXPERTS = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
 
@@ -74,6 +76,68 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
         scores=attention == "xla",
     )
     assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
+
+
+KINDS = {
+    "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
+    "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
+    "experts": (dict(experts=EXPERTS), Full()),
+    "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
+}
+
+
+@pytest.mark.parametrize(("changes", "method"), KINDS.values(), ids=KINDS)
+def test_layers_of_every_kind_keep_what_is_on_paper(changes, method):
+    config = method.layout(tiny_config(**SIZES | changes, attention="blocks"))
+    expected = kept_by_layers(config, method, "bfloat16")
+    assert paper_of(config, method).activations == pytest.approx(expected, rel=0.05)
+
+
+def paper_of(config, method, **changes) -> StageMemory:
+    return stage_memory(
+        abstract_decoder(config, method.lora_config()),
+        method.trains,
+        AdamW(learning_rate=1.0),
+        **dict(precision=Precision(compute="bfloat16"), rows=ROWS, sequence_length=LENGTH) | changes,
+    )
+
+
+def test_products_of_experts_are_not_kept():
+    config = tiny_config(**SIZES, experts=EXPERTS, attention="blocks")
+    products = dataclasses.replace(config, remat=Remat(products=True))
+    kept = paper_of(products, Full()).activations - paper_of(config, Full()).activations / SIZES["num_layers"]
+    assert kept == pytest.approx(kept_by_layers(products, Full(), "bfloat16"), rel=0.05)
+
+
+def test_what_is_named_is_kept_at_its_width_and_products_with_those_of_adapters():
+    def activations(remat, method: Method, **changes) -> float:
+        config = tiny_config(**SIZES, attention="blocks", remat=remat)
+        return paper_of(config, method, **changes).activations
+
+    tokens = ROWS * LENGTH * SIZES["num_layers"]
+    widths = dict(queries=96, keys=32, values=32, attention_out=96, mlp_gate=256, mlp_up=256)
+    for name, width in widths.items():
+        more = activations(Remat(keep=(name,)), Full()) - activations(Remat(), Full())
+        assert more == 2 * tokens * width, name
+    low, high = (activations(Remat(products=True), LoRA(rank=rank, alpha=8)) for rank in (4, 64))
+    # Kept in float32, and of the layer whose gradient is computed rounded as well.
+    assert high - low == ROWS * LENGTH * len(LINEARS) * 60 * (4 * SIZES["num_layers"] + 6)
+    # Of layers that are cut over devices the residual stream is whole.
+    stream = 4 * tokens * SIZES["hidden_size"]
+    whole, cut = (activations(None, Full(), tensor=parts) for parts in (1, 4))
+    assert cut - 2 * stream == (whole - 2 * stream) / 4
+    whole, cut = (activations(Remat(products=True), Full(), tensor=parts) for parts in (1, 4))
+    of_one_layer = 2 * stream / SIZES["num_layers"]
+    assert cut - stream - of_one_layer == (whole - stream - of_one_layer) / 4
+
+
+def test_logits_are_those_of_a_chunk_and_what_is_greater_counts_within_a_step():
+    config = tiny_config(vocab_size=300, new_rows=20, row_multiple=8)
+    # 304 and 24 rows; logits, exponentials and the rounded gradient.
+    assert paper_of(config, Full(), rows=1, sequence_length=100).logits == 100 * (8 + 2) * 328
+    assert paper_of(config, Full(), rows=4, sequence_length=256).logits == 512 * (8 + 2) * 328
+    paper = StageMemory(weights=1, optimizer=2, average=3, start=4, gradients=50, activations=6, logits=70)
+    assert (paper.held, paper.temporary, paper._replace(gradients=80).temporary) == (10, 76, 86)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,10 @@ def test_ten_steps_are_those_of_float64(method, part):
         taught = np.float32(teacher_weight((part,), number, STEPS))
         state, metrics = step(state, frozen, start, data, Controls(np.float32(RATE), taught))
     assert ("divergence" in metrics) == (not isinstance(part, L2ToStart))
+    if not isinstance(part, L2ToStart):
+        divergence = metrics["divergence"] if part.domains is None else metrics["divergence"][NAMES.index("old")]
+        total = metrics["nats"].sum() + taught * divergence.sum()
+        assert metrics["loss"] * metrics["tokens"].sum() == pytest.approx(float(total), rel=1e-5)
     found = flatten(state.trainable) | {f"average/{path}": leaf for path, leaf in flatten(state.average).items()}
     for path, leaf in found.items():
         moved = np.abs(expected[path] - flatten(weights)[path.removeprefix("average/")]).max()
@@ -140,13 +144,19 @@ def test_ten_steps_are_those_of_float64(method, part):
 def test_parts_are_checked_and_saved():
     for parts, mixture, ema, message in (
         ((MeanTeacher(), Anchor()), ("a",), True, "give one teacher"),
+        ((L2ToStart(weight=0.1), L2ToStart(weight=0.2)), ("a",), True, "one L2ToStart at most"),
         ((MeanTeacher(),), ("a",), False, "needs the stage's EMA"),
         ((Anchor(domains=("b",)),), ("a",), True, "names the domain 'b'; the stage mixes a"),
     ):
         with pytest.raises(UserError, match=message):
             check_retention(parts, mixture, ema)
-    with pytest.raises(UserError, match="weight is 0"):
-        L2ToStart(weight=0.0)
+    for make, message in (
+        (lambda: L2ToStart(weight=0.0), "L2ToStart.weight is 0.0"),
+        (lambda: Anchor(weight=0.0), "Anchor.weight is 0.0"),
+        (lambda: MeanTeacher(warmup=1.5), "MeanTeacher.warmup is 1.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
     part = Anchor(weight=0.5, domains=("old",))
     assert from_json(Retention, to_json(part)) == part
     assert dataclasses.replace(part, weight=1.0).weight == 1.0
@@ -158,3 +168,11 @@ def test_under_lora_the_anchor_keeps_no_second_copy():
     trainable, _ = partition(random_weights(config, lora=method.lora_config()), method.trains)
     assert start_of(trainable, (Anchor(),)) == {}
     assert flatten(start_of({"embed": {"new": np.zeros(3)}} | trainable, (Anchor(),))).keys() == {"embed/new"}
+
+
+def test_the_start_outlives_the_weights_that_a_step_is_given():
+    weights = {"embed": {"new": jnp.arange(3.0)}}
+    start = start_of(weights, (L2ToStart(weight=0.1),))
+    # As a step does, which puts its results in their place.
+    weights["embed"]["new"].delete()
+    np.testing.assert_array_equal(start["embed"]["new"], [0, 1, 2])

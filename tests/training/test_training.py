@@ -15,6 +15,7 @@ from cpt_jax.checkpoint.train_state import read_trained
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, partition
 from cpt_jax.models.cross_entropy import TableUse, token_losses
+from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant, Cosine, WarmupStableDecay
@@ -178,6 +179,34 @@ def test_an_average_is_moved_on_its_steps_by_the_steps_that_were_taken(every):
         np.testing.assert_allclose(state.average["x"], average, rtol=1e-5, err_msg=f"step {number}")
 
 
+def test_a_step_in_parts_is_that_of_the_formula_and_each_part_of_each_step_draws_anew():
+    def loss(weights, batch, key, held):
+        place = batch["place"].sum(0)
+        return (place * weights["x"]).sum(), {"tokens": 2 * place, "drawn": place * jax.random.uniform(key)}
+
+    optimizer = optax.add_decayed_weights(0.5)
+    step = jax.jit(make_train_step(loss, optimizer, None, accumulate=2))
+    start, rows = initial_state({"x": jnp.array([3.0, 5.0])}, optimizer, False), {"place": jnp.eye(2)}
+
+    def draws(seed):
+        controls = Controls(np.float32(0.1), seed=np.uint32(seed))
+        first, of_first = step(start, {}, {}, rows, controls)
+        of_second = step(first, {}, {}, rows, controls)[1]
+        assert of_first["loss"] == (3 + 5) / 4
+        assert of_first["learning_rate"] == np.float32(0.1)
+        # Of the gradient, 1/4 for either weight, and not of what the optimizer makes of it.
+        assert of_first["gradient_norm"] == pytest.approx(8**-0.5)
+        np.testing.assert_allclose(first.trainable["x"], [3 - 0.1 * (0.25 + 1.5), 5 - 0.1 * (0.25 + 2.5)], rtol=1e-6)
+        return [*of_first["drawn"].tolist(), *of_second["drawn"].tolist()]
+
+    assert len({*draws(0), *draws(1)}) == 8
+    assert draws(0) == draws(0)
+    # Without a token to learn there is nothing to learn, and no 0 / 0.
+    nothing, metrics = step(start, {}, {}, {"place": jnp.zeros((2, 2))}, Controls(np.float32(0.1)))
+    assert metrics["loss"] == 0
+    np.testing.assert_allclose(nothing.trainable["x"], 0.95 * start.trainable["x"], rtol=1e-6)
+
+
 def test_a_row_that_is_not_in_the_batch_hardly_moves():
     optimizer = AdamW(learning_rate=1e-2, new_rows_epsilon=1e-4)
     weights = {"embed": {"new": jnp.zeros((2, 4))}}
@@ -257,6 +286,26 @@ def test_metrics_by_domain_add_up_and_gradients_are_of_the_mean(directories, tmp
     assert metrics["loss"] == pytest.approx(float(metrics["nats"].sum() / metrics["tokens"].sum()), rel=1e-5)
     moved = jax.tree.map(lambda a, b: b - a, state.trainable, trainable)
     assert optax.tree.norm(moved) == pytest.approx(float(metrics["gradient_norm"]), rel=1e-3)
+
+
+def test_the_loss_has_the_model_s_cap_and_the_stage_s_z_loss(directories, tmp_path):
+    run = training(directories, tmp_path, Full())
+    config, batch = dataclasses.replace(run.network.config, logit_softcap=1.5), next(run.loader)
+    network = abstract_decoder(config)
+    loss = make_loss(network, "float32", run.trains, ("zh", "en"), z_loss=0.1)
+
+    @jax.jit
+    def both(weights, batch):
+        hidden = apply(
+            network, weights, batch["inputs"], batch["positions"], batch["segment_ids"], compute_dtype="float32"
+        )
+        scores = logits(network, weights, hidden, compute_dtype="float32")
+        log_normaliser = jax.nn.logsumexp(scores, axis=-1)
+        nats = optax.softmax_cross_entropy_with_integer_labels(scores, batch["targets"])
+        return loss(weights, batch)[0], (batch["weights"] * (nats + 0.1 * log_normaliser**2)).sum()
+
+    found, expected = both(jax.tree.map(jnp.asarray, run.weights), batch)
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "dora"), [("int8", False), ("nf4", True)])

@@ -14,10 +14,12 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.mixture import Raised
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte
+from cpt_jax.optim.averaging import EMA
 from cpt_jax.training import watch
 from cpt_jax.training.ending import ended_early
 from cpt_jax.training.loop import train
-from cpt_jax.training.watch import RaiseReplay, Stop, Watch, Watching, read_watch
+from cpt_jax.training.state import TrainState
+from cpt_jax.training.watch import RaiseReplay, Stop, Watch, Watcher, Watching, read_watch
 
 
 def documents(seed: int, rows: int = 3, length: int = 32) -> PackedDocuments:
@@ -170,6 +172,40 @@ def test_a_model_that_says_no_number_is_over_its_budget(directories, tmp_path, m
     for line in (tmp_path / "watch.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=pytest.fail)["bits_per_byte"] == {"en": None, "zh": None}
     assert all(np.isnan(line["bits_per_byte"]["en"]) for line in read_watch(tmp_path))
+
+
+def test_the_budget_is_about_old_domains_as_they_are_exported_and_tells_the_worst(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        watch, "bits_per_byte", lambda _, weights, name, **__: SimpleNamespace(bits_per_byte=weights[name])
+    )
+    watching = Watching(
+        watch=Watch(every=1, budget=Stop(limit=0.02)),
+        network=None,  # type: ignore[arg-type]
+        documents={name: name for name in ("en", "de", "zh")},  # type: ignore[arg-type]
+        base=dict.fromkeys(("en", "de", "zh"), 1.0),
+        old=("en", "de"),
+        replayed=("en",),
+        batch_size=1,
+        precision=FLOAT32,
+        average=EMA(),
+    )
+    watcher = Watcher(watching, None, tmp_path, 0)  # type: ignore[arg-type]
+    good, worse = {"en": 1.0, "de": 1.01, "zh": 1.0}, {"en": 1.03, "de": 1.05, "zh": 1.5}
+    for last, average, action in (
+        (worse, good, None),
+        (good, worse, "stop: de is 5.00% worse than the base, the limit is 2.00%"),
+    ):
+        state = TrainState(np.int32(4), last, None, average)  # type: ignore[arg-type]
+        line, ends = watcher.look(state, {}, None, 100)  # type: ignore[arg-type]
+        assert ends == line["action"] == action
+        assert (line["bits_per_byte"], line["average"]) == (last, average)
+
+
+def test_of_a_stage_that_goes_on_what_was_measured_up_to_there_is_kept(tmp_path):
+    for first, kept in ((0, []), (3, [0]), (4, [0, 4]), (8, [0, 4, 8])):
+        (tmp_path / "watch.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 4, 8)))
+        Watcher(SimpleNamespace(), None, tmp_path, first)  # type: ignore[arg-type]
+        assert [line["step"] for line in read_watch(tmp_path)] == kept
 
 
 @pytest.mark.parametrize(
