@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
             arguments.parser.error(f"unrecognized argument {word}: did you mean {flag}?")
     # Libraries' own logging would tear the progress display.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Of transformers: that there is no PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # JAX's variable: programs that took more than a second to compile are kept for the next run.
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "cpt_jax" / "compiled"))

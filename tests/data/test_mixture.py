@@ -9,7 +9,19 @@ from loader_inputs import END, loader
 
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.mixture import Mixture, Phase, Phases, Raised, Ramp, Temperature, domains_of, mean_shares, shares_of
+from cpt_jax.data.mixture import (
+    Mixture,
+    Phase,
+    Phases,
+    Raised,
+    Ramp,
+    Temperature,
+    changes,
+    check_mixture,
+    domains_of,
+    mean_shares,
+    shares_of,
+)
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import SkipCounts
 
@@ -111,6 +123,29 @@ def test_the_shares_of_schedules():
     # Of 10 rows the last one.
     assert shares_of(anneal, ("a", "b"), {})(np.arange(10) / 10)[:, 1].tolist() == [0] * 9 + [1]
     assert mean_shares(anneal, {}) == pytest.approx({"a": 0.9, "b": 0.1})
+    assert mean_shares(ramp, {}) == pytest.approx({"a": 0.725, "b": 0.275}, rel=1e-6)
+    # As much as there is.
+    even = shares_of(Temperature(domains=("a", "b"), temperature=1.0), ("a", "b"), {"a": 900, "b": 100})
+    np.testing.assert_allclose(even(np.zeros(1)), [[0.9, 0.1]])
+
+
+def test_a_ramp_has_the_domains_of_both_its_ends_and_ends_where_it_is_told():
+    ramp = Ramp(start={"a": 1.0}, end={"a": 0.4, "b": 0.6})
+    assert domains_of(ramp) == ("a", "b")
+    # Rows are packed beyond the last one of the stage.
+    found = shares_of(ramp, ("a", "b"), {})(np.array([0, 0.5, 1, 1.25]))
+    np.testing.assert_allclose(found[:, 1], [0, 0.3, 0.6, 0.6])
+
+
+def test_a_ramp_within_a_phase_goes_from_the_phases_first_row_to_its_last():
+    ramp = Ramp(start={"a": 1.0}, end={"b": 1.0})
+    # 0.1 + 0.2 is more than 0.3 in floating point: of 10 rows the fourth is the ramp's first.
+    parts = (Phase(share=0.1, mixture={"a": 1.0}), Phase(share=0.2, mixture={"b": 1.0}), Phase(share=0.7, mixture=ramp))
+    found = shares_of(Phases(parts=parts), ("a", "b"), {})(np.arange(11) / 10)[:, 1]
+    np.testing.assert_allclose(found, [0, 1, 1, *(np.arange(8) / 7)], atol=1e-9)
+    assert changes(ramp)
+    assert changes(Phases(parts=parts))
+    assert not changes({"a": 1.0})
 
 
 def test_a_domain_that_was_read_often_enough_gives_its_share_to_the_others(directories):
@@ -186,6 +221,11 @@ def test_raised_shares_stay_shares():
         shares_of(Ramp(start={"a": 1.0, "b": 0.0}, end={"a": 1.0}), ("a", "b"), {}), ("a", "b")
     )
     np.testing.assert_allclose(none(np.zeros(1)), [[1.0, 0.0]])
+    # One that has all of it, and one that has more than the maximum already.
+    whole = Raised(domains=("a",), factor=2.0, maximum=0.9).over(shares_of({"a": 1.0}, ("a", "b"), {}), ("a", "b"))
+    np.testing.assert_array_equal(whole(np.zeros(1)), [[1.0, 0.0]])
+    above = Raised(domains=("a",), factor=2.0, maximum=0.5).over(given, ("a", "b", "c"))
+    np.testing.assert_allclose(above(np.zeros(1)), [[0.7, 0.2, 0.1]])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +247,10 @@ def test_a_state_of_other_documents_is_refused(directories, state, mixture, mess
         (lambda: Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 0.5}), "Ramp.end: the shares sum to 0.5"),
         (lambda: Ramp(start={"a": 1.5, "b": -0.5}, end={"a": 1.0}), "share of 'b' is -0.5"),
         (lambda: Temperature(domains=("a",), temperature=0.5), "temperature is 0.5"),
+        (lambda: Temperature(domains=("a", "b", "a")), "give each domain once"),
         (lambda: Phase(share=0.0, mixture={"a": 1.0}), "Phase.share is 0"),
+        (lambda: Phase(share=1.0, mixture={"a": 0.5, "b": 0.4}), "Phase.mixture: the shares sum to 0.9"),
+        (lambda: check_mixture({"a": 1.0, "b": 0.0}), "the share of 'b' is 0.0: give a number above 0"),
     ],
 )
 def test_wrong_schedules_are_refused(build, message):

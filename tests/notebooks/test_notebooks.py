@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ def execute(name: str, directory: Path, parameters: dict) -> str:
     given, out = directory / "parameters.json", directory / name
     given.write_text(json.dumps(parameters))
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / name, out, "--parameters_file", given, "--cwd", directory]
-    settings = environment(directory) | {"PYTHONPATH": str(ROOT)}
+    settings = environment(directory)
+    settings["PYTHONPATH"] = os.pathsep.join((str(ROOT), settings["PYTHONPATH"]))
     done = subprocess.run(
         [*map(str, command), "--kernel", "python3", "--no-progress-bar"],
         env=settings,
