@@ -40,13 +40,13 @@ def read_config(directory: Path) -> dict:
 
 def named_ids(directory: Path) -> Iterator[tuple[Path, str, list[int]]]:
     """(file, name, ids) of the tokens that config.json and generation_config.json give a meaning: the beginning, the
-    end (which may be several), padding, places of images."""
+    end (which may be several), padding, places of images, what is never generated."""
     for path in (directory / "config.json", directory / "generation_config.json"):
         written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         text = text_fields(written)
         for fields in (written,) if text is written else (written, text):
             for name, given in fields.items():
-                if name.endswith(("_token_id", "_token_index")):
+                if name.endswith(("_token_id", "_token_index", "suppress_tokens")):
                     yield path, name, given if isinstance(given, list) else [] if given is None else [given]
 
 

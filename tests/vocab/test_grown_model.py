@@ -134,13 +134,17 @@ def test_a_smaller_tokenizer_is_refused(grown, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "named"),
-    [("config.json", {"pad_token_id": 320}), ("generation_config.json", {"eos_token_id": [2, 351]})],
+    [
+        ("config.json", {"pad_token_id": 320}),
+        ("generation_config.json", {"eos_token_id": [2, 351]}),
+        ("generation_config.json", {"suppress_tokens": [5, 330]}),
+    ],
 )
 def test_an_id_that_is_no_token_and_would_be_a_piece_is_refused(grown, tmp_path, file, named):
     base, extended = grown
     path = write_model(tmp_path, base, rows=352) / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | named))
-    with pytest.raises(UserError, match=rf"{file} names 3\d\d as \w+_token_id, but the tokenizer has 320 pieces"):
+    with pytest.raises(UserError, match=rf"{file} names 3\d\d as \w+, but the tokenizer has 320 pieces"):
         Growth(path.parent, extended)
 
 
