@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inputs import english, write_tokenizer
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.data.chat import ChatEncoder
+from cpt_jax.data.chat import ChatEncoder, _overlapping
 from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.data.pipeline import prepare_corpus
 from cpt_jax.data.prepare import NOT_LEARNT, STATISTICS
@@ -159,11 +159,11 @@ def test_what_cannot_be_used_is_skipped_and_counted(directory, tmp_path, templat
     odd = ODD[name] if name in ODD else messages(CONVERSATIONS[name])
     good = messages([("user", "A"), ("assistant", "B")])
     skipped = SkipCounts()
-    documents = [Document("", "", tuple(conversation)) for conversation in (good, odd, good)]
+    documents = [Document("", "", tuple(conversation)) for conversation in (good, odd, good, odd)]
     assert len(list(encoder_of(tokenizer).rendered(documents, skipped))) == 2
     [(found, count)] = skipped.items()
     assert reason in found
-    assert count == 1
+    assert count == 2
 
 
 def test_what_the_template_cannot_write_is_shown(directory, tmp_path):
@@ -241,3 +241,8 @@ def test_the_real_template_of_smollm2_by_hand(smollm2):
             ids += [*header, *text, end, *tokenizer.encode("\n")]
             mask += [0] * len(header) + [learnt] * (len(text) + 1) + [0]
         assert encoded(encoder, messages(conversation)) == (ids, mask), name
+
+
+def test_a_token_without_characters_stands_for_the_next():
+    offsets, spans = [(0, 0), (0, 2), (2, 2), (2, 4), (4, 6), (6, 6)], [(2, 4)]
+    assert _overlapping(offsets, spans, 6).tolist() == [False, False, True, True, False, False]

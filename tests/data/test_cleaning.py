@@ -8,8 +8,18 @@ import pytest
 from inputs import chinese, english
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data import duplicates
 from cpt_jax.data.cleaning import Cleaning
-from cpt_jax.data.duplicates import EXACT, KEPT, NEAR, SHINGLE_WORDS, Signer, exact_duplicates, near_duplicates
+from cpt_jax.data.duplicates import (
+    EXACT,
+    KEPT,
+    NEAR,
+    PERMUTATIONS,
+    SHINGLE_WORDS,
+    Signer,
+    exact_duplicates,
+    near_duplicates,
+)
 from cpt_jax.data.filters import find_filter, gopher, repeats, symbols
 from cpt_jax.data.statistics import Samples, Statistics, length_bin, scripts_of
 from cpt_jax.data.words import EvaluationTexts, runs_of, words_of
@@ -254,3 +264,44 @@ def test_lengths_are_binned_by_half_octaves():
         assert place - length in (0, 1, 2, 3)
     for length in range(1, 5000):
         assert 2 ** (length_bin(length) / 2) <= length < 2 ** ((length_bin(length) + 1) / 2)
+
+
+def test_equal_texts_have_both_halves_of_the_hash_in_common():
+    hashes = np.array([[1, 1], [1, 2], [2, 2], [1, 1], [1, 2]], np.uint64)
+    assert exact_duplicates([hashes])[0].tolist() == [KEPT, KEPT, KEPT, EXACT, EXACT]
+
+
+def test_documents_of_a_band_are_compared_with_the_first_and_with_the_one_before():
+    first, second = duplicates._pairs(np.array([5, 7, 5, 5, 7], np.uint64))
+    assert set(zip(first.tolist(), second.tolist(), strict=True)) == {(0, 2), (2, 3), (0, 3), (1, 4)}
+
+
+def test_candidates_below_the_threshold_are_no_duplicates():
+    pytest.importorskip("datasketch")
+    generator = np.random.default_rng(0)
+    signatures = generator.integers(0, 2**32, (2, PERMUTATIONS), dtype=np.uint32)
+    # In the same bands up to the middle.
+    signatures[1, : PERMUTATIONS // 2] = signatures[0, : PERMUTATIONS // 2]
+    nothing = [np.zeros(2, np.uint8)]
+    assert near_duplicates([signatures], nothing, 0.8)[0].tolist() == [KEPT, KEPT]
+    signatures[1, : PERMUTATIONS * 9 // 10] = signatures[0, : PERMUTATIONS * 9 // 10]
+    assert near_duplicates([signatures], nothing, 0.8)[0].tolist() == [KEPT, NEAR]
+
+
+def test_what_is_looked_at_in_parts_is_what_is_looked_at_at_once(monkeypatch):
+    datasketch = pytest.importorskip("datasketch")
+    text = " ".join(f"word{number}" for number in range(9000))
+    sketch = datasketch.MinHash(PERMUTATIONS, scheme="affine32", hashfunc=lambda run: run)
+    sketch.update_batch(np.unique(runs_of(text, SHINGLE_WORDS).astype(np.uint32)))
+    np.testing.assert_array_equal(Signer().signature(text), sketch.hashvalues)
+    generator = np.random.default_rng(0)
+    hashes = [generator.integers(0, 9, (count, 2), dtype=np.uint64) for count in (40, 0, 25)]
+    signatures = [generator.integers(0, 2, (count, 1)).repeat(PERMUTATIONS, 1).astype(np.uint32) for count in (4, 7)]
+    nothing = [np.zeros(len(part), np.uint8) for part in signatures]
+    expected = exact_duplicates(hashes), near_duplicates(signatures, nothing, 0.8)
+    monkeypatch.setattr(duplicates, "_AT_ONCE", 16)
+    monkeypatch.setattr(duplicates, "_PAIRS_AT_ONCE", 2)
+    found = exact_duplicates(hashes), near_duplicates(signatures, nothing, 0.8)
+    for one, other in zip(expected, found, strict=True):
+        assert [part.tolist() for part in one] == [part.tolist() for part in other]
+    assert sum((part == NEAR).sum() for part in expected[1]) == 9

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.data import splits
 from cpt_jax.data.sources import Corpus, SkipCounts, read
 from cpt_jax.data.splits import read_split, splits_of
 
@@ -51,16 +52,32 @@ def test_splits_are_the_corpus(tmp_path, kind):
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     numbers = []
     for split_bytes in (1, 13, 50, 200, 1000, 3000, size // 2, 10 * size):
-        splits = splits_of(corpus, split_bytes)
-        numbers.append(len(splits))
+        found_splits = splits_of(corpus, split_bytes)
+        numbers.append(len(found_splits))
         counted = SkipCounts()
-        found = [document for split in splits for document in read_split(corpus, split, counted)]
+        found = [document for split in found_splits for document in read_split(corpus, split, counted)]
         assert found == expected, split_bytes
         assert counted == skipped, split_bytes
-        assert [split.index for split in splits] == list(range(len(splits)))
+        assert [split.index for split in found_splits] == list(range(len(found_splits)))
     # Small files share a split, large ones have several.
     assert numbers[-1] == 1
     assert numbers[0] >= (3 if kind == "jsonl.gz" else 18)
+
+
+def test_files_are_put_together_up_to_the_size(tmp_path, monkeypatch):
+    line = json.dumps({"text": "the city"}).encode() + b"\n"
+    for index in range(5):
+        (tmp_path / f"{index}.jsonl").write_bytes(line * 10)
+    corpus, size = Corpus(name="c", spec=str(tmp_path / "*.jsonl")), 10 * len(line)
+    assert [len(split.parts) for split in splits_of(corpus, 2 * size)] == [2, 2, 1]
+    assert [len(split.parts) for split in splits_of(corpus, 2 * size - 1)] == [1] * 5
+    # What is larger than the size and cannot be cut is a split, with none before it.
+    (tmp_path / "large.jsonl.gz").write_bytes(gzip.compress(line))
+    assert [len(split.parts) for split in splits_of(Corpus(name="c", spec=str(tmp_path / "*.gz")), 1)] == [1]
+    # No more than the loader can keep open: the size grows, and the stretches with it.
+    monkeypatch.setattr(splits, "MOST_SPLITS", 4)
+    few = splits_of(Corpus(name="c", spec=str(tmp_path / "0.jsonl")), size // 10)
+    assert [len(split.parts) for split in few] == [1, 1, 1, 1]
 
 
 def test_a_compressed_file_may_have_several_frames(tmp_path):

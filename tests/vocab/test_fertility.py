@@ -18,6 +18,9 @@ def test_figures_are_those_of_counting_by_hand():
     assert found.tokens_per_character == 4 / 6
     assert found.tokens_per_word == 4 / 3
     assert found.bytes_per_token == (10 + 2) / 4
+    # Without a word; and of a tokenizer that gives nothing for it.
+    assert fertility([[1, 2]], [" \n"]).tokens_per_word == 2
+    assert fertility([[]], ["\0"]).bytes_per_token == 1
 
 
 def test_documents_that_changed_and_their_tokens_are_counted(bases, tmp_path):

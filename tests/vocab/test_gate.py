@@ -14,7 +14,15 @@ from inputs import chinese, compounds, english
 from cpt_jax.core.errors import UserError
 from cpt_jax.vocab.extend import ContinuedBPE, Union, extend
 from cpt_jax.vocab.fertility import compare
-from cpt_jax.vocab.gate import Limits, check, fuzzed_texts, moved_ids, piece_use, slow_fast_differences
+from cpt_jax.vocab.gate import (
+    Limits,
+    _leads_to_one,
+    check,
+    fuzzed_texts,
+    moved_ids,
+    piece_use,
+    slow_fast_differences,
+)
 from cpt_jax.vocab.sentencepiece_model import append_pieces, processor, read_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -242,6 +250,27 @@ def test_steps_to_candidates_are_not_unreachable(bases, tmp_path):
     # Nobody asked for the court, and the text does not hold it.
     assert plain.unreachable_pieces == asked.steps_to_candidates + 1
     assert plain.steps_to_candidates == 0
+
+
+@pytest.mark.parametrize(
+    ("piece", "leads"),
+    [
+        (b" riv", True),
+        ("人民".encode()[:4], True),
+        ("院".encode(), True),
+        (b"ver", False),
+        (b"x", False),
+    ],
+)
+def test_a_step_is_a_beginning_or_a_character_of_a_term(piece, leads):
+    assert _leads_to_one(piece, ("riverhouse", " 人民法院")) is leads
+    assert not _leads_to_one(b" ", ("riverhouse",))
+
+
+def test_what_is_listed_is_cut_short_and_was_used(bases, good):
+    use = piece_use(Tokenizer(bases["gpt2"]), Tokenizer(good["gpt2"]), [], shown=1)
+    assert use.unreachable_pieces > len(use.unreachable) == 10
+    assert use.most_frequent == use.longest == []
 
 
 def test_parts_of_other_characters_are_no_steps_to_a_candidate(bases, good):

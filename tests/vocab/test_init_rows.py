@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from row_inputs import NEW, context_of, table
 
-from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean
+from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean, _covariance
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -63,3 +63,14 @@ def test_random_rows_have_the_tables_mean_and_covariance(grown):
     np.testing.assert_array_equal(Random().build(old, context)["embed"], rows)
     other = Random().build(old, dataclasses.replace(context, seed=4))["embed"]
     assert np.abs(other - rows).max() > 1
+
+
+def test_rows_that_cancel_give_a_row_of_zeros(grown):
+    tables = {"embed": np.array([[1.0, 2.0], [-1.0, -2.0]], np.float32)}
+    rows = SubwordMean(calibrated=True).build(tables, context_of(*grown, pieces=[[0, 1]]))
+    np.testing.assert_array_equal(rows["embed"], [[0, 0]])
+
+
+def test_the_covariance_is_that_of_a_sample():
+    few = table(5)
+    np.testing.assert_allclose(_covariance(few, few.mean(0)), np.cov(few, rowvar=False), rtol=1e-5, atol=1e-6)

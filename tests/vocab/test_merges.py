@@ -2,11 +2,13 @@
 
 import collections
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpt_jax.vocab import merges
 from cpt_jax.vocab.merges import PairCounts
 
 
@@ -69,6 +71,36 @@ def test_a_pair_that_waits_is_asked_for_again_when_it_has_become_rarer():
     assert counted.most_frequent(lambda _: True, now) == ((2, 3), 4)
     counted.merge((2, 3), 10)
     assert counted.most_frequent(lambda pair: pair == (1, 2), now) == ((1, 2), 1)
+
+
+def test_a_pair_that_waits_and_is_gone_is_not_given():
+    counted = PairCounts([[1, 2, 3]], [4])
+    now = lambda pair, count: pair != (1, 2)  # noqa: E731
+    assert counted.most_frequent(lambda _: True, now) == ((2, 3), 4)
+    counted.merge((2, 3), 10)
+    assert counted.most_frequent(lambda pair: pair == (1, 2)) is None
+
+
+def test_ids_and_weights_may_be_large_and_words_empty():
+    counted = PairCounts([[70_000, 140_001], []], [300, 1])
+    assert counted.most_frequent(lambda _: True) == ((70_000, 140_001), 300)
+    assert counted.uses == {70_000: 300, 140_001: 300}
+
+
+def test_a_text_that_is_counted_in_parts_is_the_text(monkeypatch):
+    generator = random.Random(0)
+    words = [generator.choices(range(4), k=generator.randint(1, 9)) for _ in range(20)]
+    weights = [generator.randint(1, 5) for _ in words]
+    whole = PairCounts(words, weights)
+    monkeypatch.setattr(merges, "_AT_ONCE", 7)
+    parts = PairCounts(words, weights)
+    for new in range(10, 14):
+        assert parts.counts == whole.counts
+        assert parts.uses == whole.uses
+        (pair, count), found = (each.most_frequent(lambda _: True) for each in (whole, parts))
+        assert found == (pair, count)
+        for each in (whole, parts):
+            each.merge(pair, new)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 9])
