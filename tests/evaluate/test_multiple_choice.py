@@ -244,6 +244,9 @@ def test_an_answer_longer_than_the_context_is_told(tiny_model):
         answer_questions(
             Tokenizer(tiny_model), model.network, model.on_device(FLOAT32), asked, batch_tokens=512, precision=FLOAT32
         )
+    longer = TokenPair(context=[3], continuation=[4] * 257)
+    with pytest.raises(UserError, match="an answer has 257 tokens and the model reads 256"):
+        score_continuations(model.network, {}, [longer], max_length=256, batch_tokens=512, precision=FLOAT32)
 
 
 def test_the_command(tmp_path, tiny_model, monkeypatch, capsys):
