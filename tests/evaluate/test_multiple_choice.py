@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -234,7 +235,22 @@ def test_what_is_no_text_is_told_and_synonyms_are_read(tmp_path):
         with pytest.raises(UserError, match="line 1: it is no JSON"):
             read_questions(path)
     write(path, [{"query": "a", "choices": ["b", "c"], "gold": 1}])
-    assert read_questions(path) == [Question(question="a", choices=("b", "c"), answer=1)]
+    read = read_questions(path)
+    assert read == [Question(question="a", choices=("b", "c"), answer=1)]
+    # The mark that some editors put in front is nothing.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_questions(path) == read
+
+
+def test_a_token_that_the_question_s_end_and_the_answer_share_is_the_answer_s():
+    first = SimpleNamespace(ids=[7, 5], special_tokens_mask=[1, 0])
+    ids = {"2": [20], "2 3": [23], "1 2": [10, 20], "1 2 3": [10, 23]}
+    tokenizer = SimpleNamespace(
+        backend=SimpleNamespace(encode=lambda _: first), encode_documents=lambda texts: [ids[text] for text in texts]
+    )
+    alone, behind = token_pairs(tokenizer, [("2", "3"), ("1 2", "3")])  # type: ignore[arg-type]
+    assert (alone.context, alone.continuation) == ([7], [23])
+    assert (behind.context, behind.continuation) == ([7, 10], [23])
 
 
 def test_an_answer_longer_than_the_context_is_told(tiny_model):
@@ -244,6 +260,9 @@ def test_an_answer_longer_than_the_context_is_told(tiny_model):
         answer_questions(
             Tokenizer(tiny_model), model.network, model.on_device(FLOAT32), asked, batch_tokens=512, precision=FLOAT32
         )
+    longer = TokenPair(context=[3], continuation=[4] * 257)
+    with pytest.raises(UserError, match="an answer has 257 tokens and the model reads 256"):
+        score_continuations(model.network, {}, [longer], max_length=256, batch_tokens=512, precision=FLOAT32)
 
 
 def test_the_command(tmp_path, tiny_model, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from inputs import random_weights, tiny_config
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import abstract_decoder, apply, apply_with_balance
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
@@ -111,3 +112,13 @@ def test_an_even_load_costs_the_number_of_experts_a_token():
     np.testing.assert_allclose(load_balancing_loss(even, jnp.float32(10)), 2.0)
     all_to_one = Balance(jnp.array([[10.0, 0, 0, 0]]), jnp.array([[10.0, 0, 0, 0]]))
     np.testing.assert_allclose(load_balancing_loss(all_to_one, jnp.float32(10)), 4.0)
+    # Where nothing is counted.
+    assert load_balancing_loss(jax.tree.map(jnp.zeros_like, even), jnp.float32(0)) == 0
+
+
+def test_a_token_goes_through_one_expert_at_least_and_all_at_most():
+    others = dict(renormalise=True, balance_coefficient=0.1)
+    assert [ExpertsConfig(count=4, per_token=number, **others).per_token for number in (1, 4)] == [1, 4]
+    for number in (0, 5):
+        with pytest.raises(UserError, match=f"num_experts_per_tok {number} is not between 1 and the 4 experts"):
+            ExpertsConfig(count=4, per_token=number, **others)
