@@ -85,7 +85,7 @@ def read_questions(path: Path) -> list[Question]:
             if not line.strip():
                 continue
             try:
-                questions.append(_question(line.removeprefix(b"\xef\xbb\xbf")))
+                questions.append(_question(line))
             except UserError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
     if not questions:

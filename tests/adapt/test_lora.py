@@ -196,3 +196,17 @@ def test_a_part_of_a_merged_kernel_is_that_part_of_the_whole(dora):
     for path in ("layers/attention/o/kernel", "layers/mlp/up/kernel"):
         part = (slice(1, 2), slice(3, 9), slice(2, 7))
         np.testing.assert_allclose(merged[path][part], np.asarray(merged[path])[part], rtol=1e-6)
+
+
+def test_dora_bears_an_output_whose_weights_are_zero():
+    from flax import nnx
+
+    from cpt_jax.models.linear import Linear
+
+    lora = LoRAConfig(rank=2, alpha=2, dora=True)
+    linear, x = Linear("q", ("embed", "heads"), (8, 4), lora, nnx.Rngs(0)), jnp.ones((3, 8))
+    for weight in (linear.kernel, linear.kernel_norm, linear.magnitude):
+        weight[...] = weight[...].at[..., 1].set(0)
+    found = linear(x, jnp.dtype("float32"))
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[:, 1], 0)

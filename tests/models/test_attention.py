@@ -125,6 +125,14 @@ def test_blocks_take_rows_that_they_do_not_divide(length):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
+def test_blocks_bear_scores_far_below_zero():
+    """All of -480: of exponentials that began at 0, nothing would be left."""
+    _, _, v, _ = inputs(4, 2, 40)
+    q, k = jnp.ones((3, 4, 40, HEAD)), jnp.full((3, 2, 40, HEAD), -30.0)
+    expected = reference(q, k, v, Visible(None), (None,), None, FLOAT32)
+    np.testing.assert_allclose(blocks(q, k, v, Visible(None), (None,), None, FLOAT32), expected, atol=1e-5)
+
+
 def test_blocks_need_no_scores_of_a_whole_row():
     q, k, v, _ = inputs(4, 2, 2048)
 

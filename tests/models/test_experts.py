@@ -9,7 +9,7 @@ import pytest
 from inputs import random_weights, tiny_config
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.tree import flatten
+from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, apply_with_balance
 from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
 from cpt_jax.models.linear import LoRAConfig, merge_lora
@@ -90,6 +90,23 @@ def test_the_balance_of_what_is_no_padding_is_in_the_loss_once_a_token_that_is_l
     total, plain, balance = totals(weights_on_device(random_weights(config)), given)
     assert balance > 1
     assert total - plain == pytest.approx(0.1 * float(balance) * 2 * 5, rel=1e-3)
+
+
+def test_the_balance_has_a_gradient_that_takes_the_router_to_an_even_load():
+    config, given = tiny_config(experts=EXPERTS, num_layers=1), batch(2)
+    flat = flatten(weights_on_device(random_weights(config)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def balance(router):
+        weights = unflatten(flat | {"layers/mlp/router": router})
+        arguments = (jnp.asarray(given[name]) for name in ("inputs", "positions", "segment_ids"))
+        counted = jnp.ones((2, 16))
+        return apply_with_balance(abstract_decoder(config), weights, *arguments, counted, compute_dtype="float32")[1]
+
+    before, gradient = balance(flat["layers/mlp/router"])
+    after, _ = balance(flat["layers/mlp/router"] - 0.1 * gradient / jnp.linalg.norm(gradient))
+    assert after < before
 
 
 def test_adapters_of_experts_merge():
