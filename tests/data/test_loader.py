@@ -126,6 +126,12 @@ def test_weights_are_those_of_the_targets_and_follow_a_split(tmp_path, packing):
         np.testing.assert_array_equal(weights, [target in learnt for target in targets])
 
 
+def test_a_piece_is_kept_for_its_last_target_and_left_out_for_its_first_input(tmp_path):
+    tokens = [number if number == 116 else -number for number in range(100, 150)]
+    [(inputs, targets, _)] = one_document(tmp_path, tokens, sequence_length=16, how={"format": "chat"})
+    assert (inputs[0], targets[-1]) == (100, 116)
+
+
 ORDERS = [("best fit", "together"), ("concatenate", "together"), ("best fit", "apart"), ("concatenate", "apart")]
 
 

@@ -44,3 +44,25 @@ def test_concatenated_rows_are_full_or_hold_as_many_documents_as_they_may():
     assert all(tokens[row] == sequence_length or documents[row] == most for row in documents)
     assert max(documents.values()) == most
     assert max(tokens.values()) == sequence_length
+
+
+class Few(Documents):
+    """A reader of so many documents of four tokens."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([4])
+        self._count = count
+
+    def take(self, most: int) -> tuple[int, int] | None:
+        self._count -= 1
+        return None if self._count < 0 else super().take(most)
+
+
+def test_a_domain_without_a_share_is_taken_when_no_other_has_text_left():
+    shares = np.tile([1.0, 0.0], (OPEN_ROWS, 1))
+    pieces = gather([Few(5), Few(3)], [0.0, 0.0], shares, 8, "best fit", 4)  # type: ignore[list-item]
+    assert pieces.domains == [0] * 5 + [1] * 3
+
+
+def test_long_pieces_are_placed_first():
+    assert placed([3, 3, 7, 7], 10, "best fit", 4) == [0, 1, 0, 1]
