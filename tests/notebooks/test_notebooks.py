@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -29,8 +28,7 @@ def execute(name: str, directory: Path, parameters: dict) -> str:
     given, out = directory / "parameters.json", directory / name
     given.write_text(json.dumps(parameters))
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / name, out, "--parameters_file", given, "--cwd", directory]
-    settings = environment(directory)
-    settings["PYTHONPATH"] = os.pathsep.join((str(ROOT), settings["PYTHONPATH"]))
+    settings = environment(directory) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command), "--kernel", "python3", "--no-progress-bar"],
         env=settings,
