@@ -17,6 +17,11 @@ from experiments.published_figures import CHEMISTRY, CHEMISTRY_SHARE, CRITICAL_R
 from experiments.synthetic_laws import Truth, runs
 
 
+def settings(sizes, tokens, shares):
+    """Of runs that read the shares that were asked for."""
+    return settings_of(sizes, tokens, shares, shares)[0]
+
+
 def test_published_losses_follow_the_law():
     law = fit_law(GERMAN.points, "old", is_new=False, draws=0)
     said = law.predict(np.array([share for share, _, _ in GERMAN.rows]), GERMAN.tokens, None)
@@ -48,7 +53,7 @@ def test_a_published_loss_at_a_smaller_share_is_foretold(published):
 
 def test_slopes_are_the_derivatives():
     """By differences, also where the share is 0."""
-    at = settings_of([1e8, 3e8, 1e9, 1e9], [1e9, 3e9, 1e9, 1e10], [0, 0.01, 0.25, 0.5])[0]
+    at = settings([1e8, 3e8, 1e9, 1e9], [1e9, 3e9, 1e9, 1e10], [0, 0.01, 0.25, 0.5])
     form, step = Form(free=PARAMETERS, fixed={}), 1e-6
     x = np.log([[0.5, 0.3, 0.4, 1.0, 0.6, 0.3, 0.2, 0.5, 0.02]])
     x[0, PARAMETERS.index("B")] = -0.4
@@ -73,7 +78,7 @@ def test_slopes_are_the_derivatives():
 def test_an_exponent_is_free_where_the_runs_can_tell_it(sizes, tokens, free):
     shares = (0, 0.05, 0.1, 0.25, 0.5)
     runs = [(size, many, share) for size in sizes for many in tokens for share in shares]
-    form = form_for(settings_of(*zip(*runs, strict=True))[0], "old")
+    form = form_for(settings(*zip(*runs, strict=True)), "old")
     assert form.free == tuple(free.split())
     fixed = [name for name, factor in (("alpha", "A"), ("beta", "B"), ("eta", "B")) if factor in form.free]
     told = [line.split()[0] for line in form.told if "taken to be" in line]
@@ -88,14 +93,14 @@ def test_an_exponent_is_free_where_the_runs_can_tell_it(sizes, tokens, free):
 
 def test_a_run_is_left_to_see_the_error_by():
     def at(sizes):
-        return settings_of(sizes, [1e9] * 4, [0, 0.1, 0.25, 0.5])[0]
+        return settings(sizes, [1e9] * 4, [0, 0.1, 0.25, 0.5])
 
     assert form_for(at([1e8] * 4), "old").free == ("E", "C", "gamma")
     told = "'old' has 4 parameters and needs 5 runs that differ in share of replay, model size; there are 4: run 1 more"
     with pytest.raises(UserError, match=told):
         form_for(at([1e8, 1e9, 1e8, 1e9]), "old")
     # Runs that are alike count once.
-    alike = settings_of([1e8, 1e9] * 4, [1e9, 2e9] * 4, [0, 0.1, 0.25, 0.5] * 2)[0]
+    alike = settings([1e8, 1e9] * 4, [1e9, 2e9] * 4, [0, 0.1, 0.25, 0.5] * 2)
     with pytest.raises(UserError, match=r"has 5 parameters and needs 6 runs .* there are 4: run 2 more"):
         form_for(alike, "old")
 
@@ -305,13 +310,13 @@ def test_held_out_errors_are_relative_and_of_fits_that_did_not_see_the_share():
 
 
 def test_the_width_within_which_residuals_are_squared_is_that_of_their_spread():
-    random, at = np.random.default_rng(0), settings_of([1.0] * 96, [1.0] * 96, np.tile(np.linspace(0, 0.5, 12), 8))[0]
+    random, at = np.random.default_rng(0), settings([1.0] * 96, [1.0] * 96, np.tile(np.linspace(0, 0.5, 12), 8))
     form = Form(free=("E", "C", "gamma"), fixed={"A": 0.0, "B": 0.0} | USUAL)
     truth = np.log(predict(form.parameters(np.log([[0.9, 0.2, 0.3]])), at)[0])
     for noise, width in ((0.03, 1.345 * 0.03), (0.0, 1e-3)):
         assert _fit(form, at, truth + random.normal(0, noise, 96), random)[1] == pytest.approx(width, rel=0.15)
     level = Form(free=("E",), fixed=dict.fromkeys(("A", "B", "C"), 0.0) | USUAL | {"gamma": 1.0})
-    one = settings_of([1.0], [1.0], [0.1])[0]
+    one = settings([1.0], [1.0], [0.1])
     for residual, cost in ((0.01, 0.01**2 / 2), (-0.05, 0.02 * (0.05 - 0.01))):
         assert _cost(level, one, np.zeros((1, 1)), np.array([[residual]]), 0.02) == pytest.approx(cost)
 
@@ -320,7 +325,7 @@ def test_data_drawn_anew_are_as_wide_as_the_freedom_that_is_left_allows(monkeypa
     """Of n runs and p parameters: residuals n / (n - p) larger, squared, times the mean of a chi-square's inverse."""
     drawn, count, n, p = [], 20_000, 14, 3
     form = Form(free=("E", "C", "gamma"), fixed={"A": 0.0, "B": 0.0} | USUAL)
-    at = settings_of([1.0] * n, [1.0] * n, np.linspace(0, 0.5, n))[0]
+    at = settings([1.0] * n, [1.0] * n, np.linspace(0, 0.5, n))
     best, random = np.log([0.9, 0.2, 0.3]), np.random.default_rng(0)
     fitted = np.log(predict(form.parameters(best[None]), at)[0])
     residuals = random.normal(0, 0.01, n)
