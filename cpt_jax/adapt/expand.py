@@ -6,7 +6,7 @@ from typing import Any
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
-from cpt_jax.models.families.composite import text_fields, with_text_fields
+from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
 from cpt_jax.models.linear import LoRAConfig
 
 
@@ -66,8 +66,10 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
     kinds = [config.layer_kinds[kind] for kind in config.layer_pattern or (0,) * config.num_layers]
     if config.layer_pattern is not None or text_fields(hf_config).get("layer_types"):
         fields["layer_types"] = ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds]
-    if hf_config["model_type"] == "smollm3":
-        fields["no_rope_layers"] = [int(kind.rope is not None) for kind in kinds]
+    family = family_for(hf_config)
+    text = family.text if isinstance(family, Composite) else family
+    if hasattr(text, "layer_fields"):
+        fields |= text.layer_fields(kinds)
     grown = with_text_fields(hf_config, fields)
     read = family_for(grown).config_from_hf(grown)
     for field in ("num_layers", "layer_kinds", "layer_pattern"):

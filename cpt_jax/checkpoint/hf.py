@@ -22,7 +22,7 @@ from cpt_jax.models.families.schema import Names, Place
 
 # transformers may save buffers that follow from the config, and a tied head besides the embedding.
 DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
-HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
 # Values of a table that are compared at a time: 64 MiB in float32.
 CHUNK_VALUES = 1 << 24
 
@@ -104,7 +104,7 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     for name, file in held.items():
         if name in names:
             files[name] = file
-        elif config.tie_word_embeddings and name.endswith(HEADS):
+        elif config.tie_word_embeddings and name in HEADS:
             heads[name] = file
         elif name not in beside and not name.endswith(DERIVED):
             raise UserError(

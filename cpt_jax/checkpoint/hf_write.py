@@ -16,7 +16,7 @@ from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
-from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
+from cpt_jax.models.families.composite import Composite, with_text_fields
 from cpt_jax.models.families.schema import Place
 
 # Files of a model directory that are not weights and go along unchanged: the tokenizer's, and others.
@@ -115,7 +115,10 @@ def save(
     """
     dtype, flat = np.dtype(dtype), flatten(weights)
     family = family_for(hf_config)
-    held = tensors_of(origin) if isinstance(family, Composite) and origin is not None else {}
+    held = {}
+    if isinstance(family, Composite):
+        assert origin is not None, "what is not the text model's comes from there"
+        held = tensors_of(origin)
     names, beside = names_in(family, held, config)
     shapes = tensor_shapes(config, names)
     tensors: list[tuple[Tensor, np.dtype]] = [
@@ -124,18 +127,11 @@ def save(
     tensors += [(_Copied(name, held[name]), held[name].tensors[name].dtype) for name in beside]
     with atomic_directory(Path(directory)) as out:
         write_weights(out, tensors, shard_bytes)
-        write_json_atomic(out / "config.json", _saved_config(hf_config, config.total_rows, dtype))
+        saved_config = with_text_fields(hf_config, {"vocab_size": config.total_rows}) | {"dtype": dtype.name}
+        saved_config.pop("torch_dtype", None)
+        write_json_atomic(out / "config.json", saved_config)
         places = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
         places += [Path(origin or tokenizer_directory) / name for name in OTHER_FILES]
         for source in places:
             if source.exists():
                 shutil.copyfile(source, out / source.name)
-
-
-def _saved_config(hf_config: dict, rows: int, dtype: np.dtype) -> dict:
-    saved = with_text_fields(hf_config, {"vocab_size": rows}) | {"dtype": dtype.name}
-    saved.pop("torch_dtype", None)
-    if (text := text_fields(saved)) is not saved:
-        # transformers would build the text model in its own type.
-        saved["text_config"] = {name: value for name, value in text.items() if name not in ("dtype", "torch_dtype")}
-    return saved

@@ -32,7 +32,7 @@ def model_card(
     entries: Sequence[dict],
     tokens: dict[str, int],
     released: str | None,
-    loader: str = "AutoModelForCausalLM",
+    loader: str,
 ) -> str:
     """The card: base, data, mixture, recipe, and bits per byte of every stage on every domain.
 

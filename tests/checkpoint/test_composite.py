@@ -85,6 +85,10 @@ def models(tmp_path_factory):
                     parameter.add_(0.1 * torch.randn(parameter.shape))
             directory = tmp_path_factory.mktemp(model_type)
             found.save_pretrained(directory)
+            raw = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(
+                json.dumps(raw | {"text_config": raw["text_config"] | {"torch_dtype": "bfloat16"}})
+            )
             (directory / "preprocessor_config.json").write_text('{"size": 28}')
             made[model_type] = found, directory
         return made[model_type]
@@ -140,6 +144,7 @@ def test_a_grown_text_model_goes_back_among_what_it_was_in(model_type, models, t
     again, told = loading
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     assert again.config.get_text_config().vocab_size == ROWS + 5
+    assert again.dtype == again.get_input_embeddings().weight.dtype == reference.dtype
     np.testing.assert_array_equal(theirs_on(tokens, again)[..., :ROWS], expected)
     np.testing.assert_allclose(ours_on(tokens, tmp_path / "out"), theirs_on(tokens, again), atol=1e-4)
 
@@ -233,6 +238,16 @@ def test_an_adapter_leaves_what_sees_alone(models, tmp_path):
         assert names == {f"base_model.model.model.language_model.layers.{layer}" for layer in range(2)}
     finally:
         adapted.unload()
+
+
+def test_norms_of_a_text_model_go_into_no_adapter(models, tmp_path):
+    """PEFT asks for them by the ends of their names, which norms of a vision tower may have too."""
+    _, directory = models("gemma3")
+    method = LoRA(rank=2, alpha=2.0, norms=True)
+    model = load_model(directory).adapted(method, seed=0)
+    trained = [path for path in flatten(model.weights) if method.trains(path)]
+    with pytest.raises(UserError, match="an adapter cannot hold"):
+        save_adapter(tmp_path, model.config, model.weights, model.hf_config, model.lora, base="", trained=trained)
 
 
 def test_an_unknown_text_model_is_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpt_jax.data.sources import Corpus
+from cpt_jax.models.families.composite import auto_class
 from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.recipe import Domain, Export, Recipe
 
@@ -31,6 +32,15 @@ RECIPE = Recipe(
 def test_a_base_has_the_name_that_others_know_it_by(tmp_path, monkeypatch, base, called, hub_id):
     monkeypatch.chdir(tmp_path)
     Path("models/llama").mkdir(parents=True)
-    card = model_card(dataclasses.replace(RECIPE, base=base), Export(), [], {}, None)
+    card = model_card(dataclasses.replace(RECIPE, base=base), Export(), [], {}, None, "AutoModelForCausalLM")
     assert f"\n`{called}`, continued in pre-training on zh" in card
     assert re.findall(r'base_model: "(.*)"', card) == ([] if hub_id is None else [hub_id])
+
+
+def test_an_adapter_is_loaded_by_the_class_of_its_base():
+    for raw, loader in (
+        ({"model_type": "llama"}, "AutoModelForCausalLM"),
+        ({"model_type": "gemma3"}, "AutoModelForImageTextToText"),
+    ):
+        card = model_card(RECIPE, Export(adapter=True), [], {}, None, auto_class(raw))
+        assert f"\nmodel = {loader}.from_pretrained(BASE)\n" in card

@@ -2,15 +2,14 @@
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import llama
-from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("arcee",)
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, llama.UNSUPPORTED)
-    biased = bool(hf.attention_bias)
-    return config_of(hf, gated=False, qkv_bias=biased, attention_out_bias=biased, mlp_bias=bool(hf.mlp_bias))
+    return config_of(hf, gated=False, **attention_biases(hf), mlp_bias=bool(hf.mlp_bias))
 
 
 def weight_names(config: DecoderConfig) -> Names:

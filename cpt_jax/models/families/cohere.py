@@ -4,7 +4,7 @@ rotated against each other."""
 from typing import Any
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("cohere",)
 UNSUPPORTED = {"use_qk_norm": (None, False)}
@@ -18,7 +18,6 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 
 def differences(hf: Any) -> dict[str, Any]:
     """What Cohere's models have in common."""
-    biased = bool(hf.attention_bias)
     return dict(
         norm="layer",
         norm_bias=False,
@@ -26,8 +25,7 @@ def differences(hf: Any) -> dict[str, Any]:
         parallel_residual=True,
         shared_norm=True,
         interleaved_rotation=True,
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         logit_scale=float(hf.logit_scale),
     )
 

@@ -15,7 +15,7 @@ _PLAIN = "model."
 _EMBEDDING = "embed_tokens.weight"
 # Of the language model as most files name it, whatever transformers calls it.
 _FILES = "language_model.model."
-HEAD = "lm_head.weight"
+_HEAD = "lm_head.weight"
 # model_type -> where transformers' modules have the text model.
 PREFIXES = {
     "gemma3": "model.language_model.",
@@ -51,28 +51,28 @@ class Composite:
 
     def weight_names(self, config: DecoderConfig) -> schema.Names:
         """By the names of transformers' modules, which are those of adapters too; files may have others."""
-        return {self._inside(name, self.prefix): places for name, places in self.text.weight_names(config).items()}
+        return self._names(self.prefix, config)
 
     def names_in(self, tensors: Collection[str], config: DecoderConfig) -> schema.Names:
         """By the names of a directory's files that hold these tensors."""
-        prefix = self.prefix_in(tensors)
-        return {self._inside(name, prefix): places for name, places in self.text.weight_names(config).items()}
+        return self._names(self._prefix_in(tensors), config)
 
-    def prefix_in(self, tensors: Collection[str]) -> str:
+    def _prefix_in(self, tensors: Collection[str]) -> str:
         """Where the files that hold these tensors have the text model."""
         found = (prefix for prefix in (self.prefix, _FILES, _PLAIN) if prefix + _EMBEDDING in tensors)
         return next(found, self.prefix)
 
     def beside(self, tensors: Collection[str]) -> list[str]:
         """The tensors that are not the text model's."""
-        prefix = self.prefix_in(tensors)
-        return [name for name in tensors if not (name.startswith(prefix) or name.endswith(HEAD))]
+        prefix = self._prefix_in(tensors)
+        return [name for name in tensors if not (name.startswith(prefix) or name.endswith(_HEAD))]
 
-    @staticmethod
-    def _inside(name: str, prefix: str) -> str:
-        if name == HEAD:
-            return f"language_model.{HEAD}" if prefix == _FILES else HEAD
-        return prefix + name.removeprefix(_PLAIN)
+    def _names(self, prefix: str, config: DecoderConfig) -> schema.Names:
+        head = f"language_model.{_HEAD}" if prefix == _FILES else _HEAD
+        return {
+            head if name == _HEAD else prefix + name.removeprefix(_PLAIN): places
+            for name, places in self.text.weight_names(config).items()
+        }
 
 
 def auto_class(raw: dict) -> str:

@@ -1,7 +1,7 @@
 """Gemma 1 and CodeGemma: Llama with scaled embeddings and norms of 1 + scale."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma",)
 UNSUPPORTED = {"use_bidirectional_attention": (None, False)}
@@ -9,12 +9,10 @@ UNSUPPORTED = {"use_bidirectional_attention": (None, False)}
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    biased = bool(hf.attention_bias)
     return config_of(
         hf,
         norm_offset=1.0,
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         embedding_scale=hf.hidden_size**0.5,
     )
 

@@ -2,7 +2,7 @@
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import gemma
-from cpt_jax.models.families.schema import Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma2",)
 NORMS = {
@@ -15,14 +15,12 @@ NORMS = {
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, gemma.UNSUPPORTED)
-    biased = bool(hf.attention_bias)
     return config_of(
         hf,
         activation=hf.hidden_activation,
         norm_offset=1.0,
         norm_placement="both",
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         attention_scale=hf.query_pre_attn_scalar**-0.5,
         attention_softcap=hf.attn_logit_softcapping,
         logit_softcap=hf.final_logit_softcapping,

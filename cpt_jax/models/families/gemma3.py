@@ -3,7 +3,7 @@ all, and another rotation in those."""
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import gemma, gemma2
-from cpt_jax.models.families.schema import Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("gemma3_text",)
 # transformers reads the soft caps of attention and does not apply them.
@@ -12,15 +12,13 @@ UNSUPPORTED = gemma.UNSUPPORTED | {"attn_logit_softcapping": (None,)}
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    biased = bool(hf.attention_bias)
     return config_of(
         hf,
         activation=hf.hidden_activation,
         norm_offset=1.0,
         norm_placement="both",
         qk_norm="head",
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         attention_scale=hf.query_pre_attn_scalar**-0.5,
         logit_softcap=hf.final_logit_softcapping,
         embedding_scale=hf.hidden_size**0.5,

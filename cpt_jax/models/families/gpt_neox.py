@@ -2,22 +2,30 @@
 queries, keys and values of each head in one tensor."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import Names, Place, Rows, config_of, fused, linear, norm_name, read
+from cpt_jax.models.families.schema import (
+    Names,
+    Place,
+    Rows,
+    attention_biases,
+    config_of,
+    fused,
+    linear,
+    norm_name,
+    read,
+)
 
 MODEL_TYPES = ("gpt_neox",)
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, {})
-    biased = bool(hf.attention_bias)
     return config_of(
         hf,
         num_kv_heads=hf.num_attention_heads,
         norm="layer",
         norm_epsilon=float(hf.layer_norm_eps),
         parallel_residual=bool(hf.use_parallel_residual),
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         mlp_bias=True,
         gated=False,
     )

@@ -2,18 +2,16 @@
 add, and logits."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("granite",)
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, {})
-    biased = bool(hf.attention_bias)
     return config_of(
         hf,
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
         mlp_bias=bool(hf.mlp_bias),
         embedding_scale=float(hf.embedding_multiplier),
         attention_scale=float(hf.attention_multiplier),

@@ -1,7 +1,7 @@
 """Llama 2 and 3, SmolLM, TinyLlama, ...: the architecture that the others are described against."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("llama",)
 UNSUPPORTED = {"layer_types": (None,)}
@@ -9,8 +9,7 @@ UNSUPPORTED = {"layer_types": (None,)}
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    biased = bool(hf.attention_bias)
-    return config_of(hf, qkv_bias=biased, attention_out_bias=biased, mlp_bias=bool(hf.mlp_bias))
+    return config_of(hf, **attention_biases(hf), mlp_bias=bool(hf.mlp_bias))
 
 
 def weight_names(config: DecoderConfig) -> Names:

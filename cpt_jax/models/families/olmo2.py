@@ -2,7 +2,7 @@
 queries and keys."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import Names, config_of, read, standard_names
+from cpt_jax.models.families.schema import Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("olmo2",)
 NORMS = {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
@@ -10,8 +10,7 @@ NORMS = {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, {})
-    biased = bool(hf.attention_bias)
-    return config_of(hf, norm_placement="after", qk_norm="projection", qkv_bias=biased, attention_out_bias=biased)
+    return config_of(hf, norm_placement="after", qk_norm="projection", **attention_biases(hf))
 
 
 def weight_names(config: DecoderConfig) -> Names:

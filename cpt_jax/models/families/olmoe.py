@@ -2,8 +2,7 @@
 by a router."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.experts import ExpertsConfig
-from cpt_jax.models.families.schema import MLP, Names, config_of, mixture_names, read
+from cpt_jax.models.families.schema import MLP, Names, attention_biases, config_of, experts_of, mixture_names, read
 
 MODEL_TYPES = ("olmoe",)
 UNSUPPORTED = {"clip_qkv": (None,)}
@@ -11,14 +10,7 @@ UNSUPPORTED = {"clip_qkv": (None,)}
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    biased = bool(hf.attention_bias)
-    experts = ExpertsConfig(
-        count=hf.num_experts,
-        per_token=hf.num_experts_per_tok,
-        renormalise=bool(hf.norm_topk_prob),
-        balance_coefficient=float(hf.router_aux_loss_coef),
-    )
-    return config_of(hf, experts=experts, qk_norm="projection", qkv_bias=biased, attention_out_bias=biased)
+    return config_of(hf, experts=experts_of(hf), qk_norm="projection", **attention_biases(hf))
 
 
 def weight_names(config: DecoderConfig) -> Names:

@@ -1,8 +1,7 @@
 """Qwen3-MoE: Qwen3 whose feed-forward is that of a few experts, chosen by a router."""
 
 from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.experts import ExpertsConfig
-from cpt_jax.models.families.schema import MLP, Names, config_of, mixture_names, read
+from cpt_jax.models.families.schema import MLP, Names, attention_biases, config_of, experts_of, mixture_names, read
 
 MODEL_TYPES = ("qwen3_moe",)
 UNSUPPORTED = {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}
@@ -10,20 +9,12 @@ UNSUPPORTED = {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    biased = bool(hf.attention_bias)
-    experts = ExpertsConfig(
-        count=hf.num_experts,
-        per_token=hf.num_experts_per_tok,
-        renormalise=bool(hf.norm_topk_prob),
-        balance_coefficient=float(hf.router_aux_loss_coef),
-    )
     return config_of(
         hf,
-        experts=experts,
+        experts=experts_of(hf),
         intermediate_size=hf.moe_intermediate_size,
         qk_norm="head",
-        qkv_bias=biased,
-        attention_out_bias=biased,
+        **attention_biases(hf),
     )
 
 

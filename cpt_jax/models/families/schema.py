@@ -7,6 +7,7 @@ from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
@@ -111,6 +112,21 @@ def config_of(read: Any, *, rotated: Sequence[bool] | None = None, **differences
     if "activation" not in differences:
         common["activation"] = read.hidden_act
     return DecoderConfig(**common | differences)
+
+
+def attention_biases(read: Any) -> dict[str, Any]:
+    """Of a family that has one switch for those of all four projections."""
+    return {"qkv_bias": bool(read.attention_bias), "attention_out_bias": bool(read.attention_bias)}
+
+
+def experts_of(read: Any) -> ExpertsConfig:
+    """The experts of Qwen3-MoE, and of those that write them so."""
+    return ExpertsConfig(
+        count=read.num_experts,
+        per_token=read.num_experts_per_tok,
+        renormalise=bool(read.norm_topk_prob),
+        balance_coefficient=float(read.router_aux_loss_coef),
+    )
 
 
 def linear(name: str, path: str, layer: int, bias: bool) -> Names:

@@ -1,10 +1,11 @@
 """SmolLM3: Llama whose every fourth layer does not rotate queries and keys, with a sliding window if asked for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families.schema import NORMS, Names, config_of, read, standard_names
+from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("smollm3",)
 
@@ -17,8 +18,7 @@ def config_from_hf(raw: dict) -> DecoderConfig:
             f"config.json has layer_types of kind 'sliding_attention' with use_sliding_window={hf.use_sliding_window} and "
             f"sliding_window={hf.sliding_window}: set both, or no such layers"
         )
-    biased = bool(hf.attention_bias)
-    return config_of(hf, rotated=_rotated(hf), qkv_bias=biased, attention_out_bias=biased, mlp_bias=bool(hf.mlp_bias))
+    return config_of(hf, rotated=_rotated(hf), **attention_biases(hf), mlp_bias=bool(hf.mlp_bias))
 
 
 def _rotated(hf: Any) -> list[bool]:
@@ -28,6 +28,11 @@ def _rotated(hf: Any) -> list[bool]:
             f"no_rope_layers names {len(hf.no_rope_layers)} layers, num_hidden_layers {hf.num_hidden_layers}"
         )
     return [bool(each) for each in hf.no_rope_layers]
+
+
+def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+    """What a config.json says of its layers besides `layer_types`."""
+    return {"no_rope_layers": [int(kind.rope is not None) for kind in kinds]}
 
 
 def weight_names(config: DecoderConfig) -> Names:
