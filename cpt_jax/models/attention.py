@@ -23,6 +23,12 @@ class Cache(NamedTuple):
     values: Float[Array, "B G K head"]
 
 
+def empty_cache(config, layers: int, batch: int, length: int, dtype) -> Cache:
+    """Of layers that have seen nothing, with room for `length` tokens."""
+    shape = (layers, batch, config.num_kv_heads, length, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
 class Attention(nnx.Module):
     """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv
     2305.13245)."""
@@ -35,10 +41,14 @@ class Attention(nnx.Module):
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
         qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
-        self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
-        self.k = Linear("k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.v = Linear("v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.o = Linear("o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
+        self.q = Linear("layers/attention/q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
+        self.k = Linear("layers/attention/k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.v = Linear("layers/attention/v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.o = Linear("layers/attention/o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
+        self.gated = config.attention_gate is not None
+        if self.gated:
+            gates = queries if config.attention_gate == "channel" else self.heads
+            self.gate = Linear("layers/attention/gate", ("embed", "heads"), (width, gates), lora, rngs)
         if self.normed is not None:
             each = self.normed == "head"
             self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)
@@ -49,14 +59,16 @@ class Attention(nnx.Module):
         return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
     def _projected(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
-        q, k, v = applied((self.q, self.k, self.v), x, dtype)
+        q, k, v, *gate = applied((self.q, self.k, self.v, *((self.gate,) if self.gated else ())), x, dtype)
         if self.normed == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self._split(q), self._split(k), self._split(v)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles, self.interleaved) * self.scale, rotate(k, angles, self.interleaved)
-        return (q if angles.queries is None else q * angles.queries[:, None, :, None]), k, v
+        if angles.queries is not None:
+            q = q * angles.queries[:, None, :, None]
+        return q, k, v, *(y.astype(dtype) for y in gate)
 
     def __call__(
         self,
@@ -70,7 +82,7 @@ class Attention(nnx.Module):
         """Of the normalised input: what `norm` makes of x. Attends to what is visible; with a cache, this call's keys
         go into it at the first query's place, all of it is attended to, and always by the reference."""
         batch, length, _ = x.shape
-        q, k, v = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
+        q, k, v, *gate = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
         q, k, v = named(q, "queries"), named(k, "keys"), named(v, "values")
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), visible.index, axis=2)
@@ -88,5 +100,11 @@ class Attention(nnx.Module):
             documents=self.documents,
             runs=self.runs,
         )
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, length, self.heads * self.head_dim)
-        return self.o(mixed, dtype), cache
+        mixed = mixed.transpose(0, 2, 1, 3)
+        if gate:
+            mixed = recomputed(self._gated)(mixed, gate[0])
+        return self.o(mixed.reshape(batch, length, self.heads * self.head_dim), dtype), cache
+
+    def _gated(self, mixed: Float[Array, "B S H h"], gate: Float[Array, "B S x"]) -> Float[Array, "B S H h"]:
+        """Output gates (Qiu et al. 2025, arXiv 2505.06708): of each number, or of each head."""
+        return mixed * jax.nn.sigmoid(gate.astype(mixed.dtype)).reshape(*mixed.shape[:3], -1)

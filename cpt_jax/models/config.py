@@ -4,25 +4,44 @@ import dataclasses
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
+from cpt_jax.models.short_conv import ShortConvConfig
+
+ATTENTION = "attention"
+# What else mixes tokens.
+Mixer = DeltaNetConfig | ShortConvConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What layers may differ in: how far back a token sees (None: to its document's beginning), and its rotation
-    (None: positions are not told apart)."""
+    """What layers may differ in: how far back a token sees (None: to its document's beginning), its rotation (None:
+    positions are not told apart), and what mixes tokens (None: attention)."""
 
     rope: Rope | None
     window: int | None = None
+    mixer: Mixer | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise UserError(f"sliding_window is {self.window}: give at least 1")
+
+    @property
+    def mixer_name(self) -> str:
+        """The subtree of a layer's weights that mixes tokens."""
+        return ATTENTION if self.mixer is None else self.mixer.name
+
+    @property
+    def layer_type(self) -> str:
+        """As config.json's `layer_types` call it."""
+        if self.mixer is not None:
+            return self.mixer.layer_type
+        return "full_attention" if self.window is None else "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +52,12 @@ class DecoderConfig:
     Each of the two tables is padded to a multiple of `row_multiple`, as accelerators like it; padded rows are never
     predicted, and are not saved.
 
-    Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first.
+    Layer i is of kind `layer_kinds[layer_pattern[i]]`; without a pattern all are of the first. What mixes tokens is a
+    stack of its own of as many layers as have it ("layers/attention", "layers/delta_net").
 
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
-    "both"; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
+    "both"; `attention_gate`: what the heads mix is multiplied by a sigmoid of the input, number by number ("channel"),
+    or head by head; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
@@ -68,6 +89,7 @@ class DecoderConfig:
     norm_bias: bool = True
     norm_placement: Literal["before", "after", "both"] = "before"
     qk_norm: Literal["head", "projection"] | None = None
+    attention_gate: Literal["channel", "head"] | None = None
     parallel_residual: bool = False
     shared_norm: bool = False
     interleaved_rotation: bool = False
@@ -103,6 +125,21 @@ class DecoderConfig:
             raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
         if self.layer_groups and sum(count for _, count in self.layer_groups) != self.num_layers:
             raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
+
+    @property
+    def kind_of_layer(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return tuple(self.layer_kinds[kind] for kind in self.layer_pattern or (0,) * self.num_layers)
+
+    @property
+    def layer_mixers(self) -> tuple[str, ...]:
+        """The subtree of each layer's weights that mixes tokens."""
+        return tuple(kind.mixer_name for kind in self.kind_of_layer)
+
+    def layers_with(self, inner: str) -> tuple[int, ...]:
+        """The numbers of the layers that have a weight, by its path within a layer: those that the stack of it holds."""
+        part, mixers = inner.partition("/")[0], self.layer_mixers
+        return tuple(n for n, mixer in enumerate(mixers) if part not in mixers or mixer == part)
 
     @property
     def total_rows(self) -> int:

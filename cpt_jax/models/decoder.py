@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.tree import Tree, flatten, unflatten
-from cpt_jax.models.attention import Cache
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import Balance, load_balancing_loss
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
@@ -23,17 +22,17 @@ from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
 from cpt_jax.models.rope import rotations_of
-from cpt_jax.models.stack import run_blocks, stacked_blocks
+from cpt_jax.models.stack import Caches, LayerInputs, run_blocks, stacked_blocks
 from cpt_jax.models.vocab_table import VocabTable
 from cpt_jax.sharding.rules import constrain
 
 
 class Outputs(NamedTuple):
     """Hidden states after the final norm and its `logit_scale`, whose products with the head's rows are the logits; the
-    cache with this call's keys and values; what each layer's experts were given."""
+    caches with this call's tokens; what each layer's experts were given."""
 
     hidden: Float[Array, "B S D"]
-    cache: Cache | None
+    caches: Caches | None
     balance: Balance | None
 
 
@@ -57,7 +56,7 @@ class Decoder(nnx.Module):
         *,
         lengths: Int[Array, "B S"] | None = None,
         counted: Float[Array, "B S"] | None = None,
-        cache: Cache | None = None,
+        caches: Caches | None = None,
         dropout_key: Array | None = None,
     ) -> Outputs:
         """Runs all layers.
@@ -66,32 +65,28 @@ class Decoder(nnx.Module):
           visible: which keys a query may see; the layers' kinds are filled in here.
           lengths: of the tokens' documents, where rotations depend on it.
           counted: which tokens count for the experts' balance (default: all).
-          cache: of all layers; its keys begin at the row's beginning, this call's go in at `visible.index`.
+          caches: of all layers; keys begin at the row's beginning, this call's go in at `visible.index`.
           dropout_key: what adapters drop in training follows from it (default: they drop nothing).
         """
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
         rotations = rotations_of(positions, lengths, [kind.rope for kind in config.layer_kinds])
-        pattern = None
-        if config.layer_pattern is not None:
-            pattern = jnp.asarray(config.layer_pattern)
-            stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
-        def run(block: Block, x: Array, inputs: Any) -> tuple[Array, Any]:
-            cache, kind, key = inputs
+        def run(block: Block, x: Array, inputs: LayerInputs) -> tuple[Array, Any, Any]:
             angles, seen = rotations[0], visible
-            if kind is not None:
-                angles, seen = jax.tree.map(lambda each: each[kind], stacked), visible._replace(kind=kind)
-            if key is not None:
-                drop_inputs(block, key)
-            x, cache, balance = block(x, angles, seen, dtype, counted, cache)
-            return x, (cache, balance)
+            if inputs.kind is not None:
+                angles = jax.tree.map(lambda each: each[inputs.kind], stacked)
+                seen = visible._replace(kind=inputs.kind)
+            if inputs.own is not None:
+                drop_inputs(block, inputs.own)
+            return block(x, angles, seen, dtype, counted, inputs.cache)
 
-        x, (cache, balance) = run_blocks(config, self.layers, x, (cache, pattern, keys), run)
+        x, caches, balance = run_blocks(config, self.layers, x, keys, caches, run)
         hidden = self.final_norm(x)
-        return Outputs(hidden if config.logit_scale is None else hidden * config.logit_scale, cache, balance)
+        return Outputs(hidden if config.logit_scale is None else hidden * config.logit_scale, caches, balance)
 
     def logits(self, hidden, dtype):
         return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden, dtype)

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
-from cpt_jax.models.attention import Cache
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.rope import LongRoPE
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
+from cpt_jax.models.stack import Caches, empty_caches
 
 SHORTEST = 64
 
@@ -45,29 +45,28 @@ def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
         weights: Tree,
         tokens: Int[Array, "B S"],
         first: Int[Array, "B"],
-        cache: Cache,
+        caches: Caches,
         index: Int[Array, ""],
         last: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], Cache]:
+    ) -> tuple[Float[Array, "B V"], Caches]:
         """Reads tokens into the places from `index` on; the logits are those after the one in place `last`."""
         places = index + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(places[None] - first[:, None], 0)
         visible = Visible(jnp.broadcast_to(first[:, None], tokens.shape), index=index)
         lengths = jnp.broadcast_to((last + 1 - first)[:, None], tokens.shape)
         module = network.module(weights)
-        outputs = module(tokens, positions, visible, dtype, lengths=lengths, cache=cache)
+        outputs = module(tokens, positions, visible, dtype, lengths=lengths, caches=caches)
         hidden = jax.lax.dynamic_index_in_dim(outputs.hidden, last - index, axis=1, keepdims=False)
-        return module.logits(hidden, dtype), cast(Cache, outputs.cache)
+        return module.logits(hidden, dtype), cast(Caches, outputs.caches)
 
     @functools.partial(jax.jit, static_argnames="length")
     def read_prompts(weights: Tree, tokens, first, last, length: int):
-        shape = (config.num_layers, tokens.shape[0], config.num_kv_heads, length, config.head_dim)
-        cache = Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        return run(weights, tokens, first, cache, jnp.int32(0), last)
+        caches = empty_caches(config, tokens.shape[0], length, dtype)
+        return run(weights, tokens, first, caches, jnp.int32(0), last)
 
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def read_tokens(weights: Tree, tokens, first, cache: Cache, index):
-        return run(weights, tokens[:, None], first, cache, index, index)
+    @functools.partial(jax.jit, donate_argnames="caches")
+    def read_tokens(weights: Tree, tokens, first, caches: Caches, index):
+        return run(weights, tokens[:, None], first, caches, index, index)
 
     return _Functions(read_prompts, read_tokens)
 
@@ -135,16 +134,16 @@ class Generation:
         tokens, first, keys = self._inputs()
         width = tokens.shape[1]
         length = _rounded(width + self._new_tokens)
-        logits, cache = read_prompts(self._weights, tokens, first, np.int32(width - 1), length)
+        logits, caches = read_prompts(self._weights, tokens, first, np.int32(width - 1), length)
         chosen = [choose(logits, keys, np.int32(0), self._sampling)]
         for count in range(1, self._new_tokens + 1):
             if count < self._new_tokens:
                 index = np.int32(width + count - 1)
                 if self._crosses(index + 1 - first):
                     so_far = _filled(np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1))
-                    logits, cache = read_prompts(self._weights, so_far, first, index, length)
+                    logits, caches = read_prompts(self._weights, so_far, first, index, length)
                 else:
-                    logits, cache = read_tokens(self._weights, chosen[-1], first, cache, index)
+                    logits, caches = read_tokens(self._weights, chosen[-1], first, caches, index)
                 chosen.append(choose(logits, keys, np.int32(count), self._sampling))
             # Read only now that the device has its next work.
             yield from self._given(np.asarray(chosen[count - 1]).tolist())

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cpt_jax.models.attention import Attention, Cache
+from cpt_jax.models.attention import Attention
+from cpt_jax.models.config import ATTENTION
+from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, applied
@@ -15,6 +17,7 @@ from cpt_jax.models.norms import norm
 from cpt_jax.models.products import sum_type
 from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation
+from cpt_jax.models.short_conv import ShortConv
 from cpt_jax.sharding.rules import constrain
 
 
@@ -28,9 +31,9 @@ class FeedForward(nnx.Module):
         # A layer that is recomputed as a whole is compiled apart already.
         self.apart = config.layer_loop == "unroll" and config.remat is None
         if self.gated:
-            self.gate = Linear("gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
+            self.gate = Linear("layers/mlp/gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.up = Linear("layers/mlp/up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.down = Linear("layers/mlp/down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
 
     def __call__(
         self, x: Float[Array, "B S D"], dtype: jnp.dtype, norm: Callable[[Array], Array] = lambda x: x
@@ -49,15 +52,26 @@ class FeedForward(nnx.Module):
         return recomputed(outer, apart=self.apart)(*inner)
 
 
-class Block(nnx.Module):
-    """Attention and feed-forward, each added to its input: one after the other, or both to the same input."""
+def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | ShortConv:
+    """What mixes the tokens of those layers that have it under this name."""
+    if name == ATTENTION:
+        return Attention(config, lora, rngs)
+    sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
+    return {"delta_net": DeltaNet, "short_conv": ShortConv}[name](config, sizes, lora, rngs)
 
-    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+
+class Block(nnx.Module):
+    """What mixes tokens (attention, mostly) and feed-forward, each added to its input: one after the other, or both to
+    the same input. Without a name of the mixer it has none, and cannot be called."""
+
+    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs, mixer: str | None) -> None:
+        self.mixer = mixer
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.shared_norm = config.shared_norm
         before, after = config.norm_placement in ("before", "both"), config.norm_placement in ("after", "both")
         self.attention_norm = norm(config) if before else None
-        self.attention = Attention(config, lora, rngs)
+        if mixer is not None:
+            setattr(self, mixer, mixer_of(mixer, config, lora, rngs))
         self.attention_out_norm = norm(config) if after else None
         self.mlp_norm = norm(config) if before and not config.shared_norm else None
         self.mlp = FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
@@ -70,12 +84,12 @@ class Block(nnx.Module):
         visible: Visible,
         dtype: jnp.dtype,
         counted: Float[Array, "B S"],
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B S D"], Cache | None, Balance | None]:
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B S D"], Any, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
-        attended, cache = self.attention(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
-        attended = recomputed(_norm(self.attention_out_norm))(attended)
-        summed = constrain(x + self._scaled(attended), "batch", "sequence", "hidden")
+        mixed, cache = getattr(self, self.mixer)(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
+        mixed = recomputed(_norm(self.attention_out_norm))(mixed)
+        summed = constrain(x + self._scaled(mixed), "batch", "sequence", "hidden")
         inputs, mlp_norm = (
             x if self.parallel else summed,
             _norm(self.attention_norm if self.shared_norm else self.mlp_norm),

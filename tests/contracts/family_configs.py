@@ -31,7 +31,9 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
 MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=5.0)
-LAYER_NORM = dict(layer_norm_eps=1e-5)
+LAYER_NORM, NORM_EPS = dict(layer_norm_eps=1e-5), dict(norm_eps=1e-5)
+DELTA_NET = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+QWEN_3_5_ROPE = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -178,6 +180,27 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(head_dim=16),
         "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
         "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
+    },
+    # In released models three of four layers have linear attention.
+    "qwen3_5_text": {
+        "as released": UNTIED | DELTA_NET | dict(num_hidden_layers=4, head_dim=16, rope_parameters=QWEN_3_5_ROPE),
+        "not periodic, one value head a key head": TIED
+        | DELTA_NET
+        | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
+        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, partial_rotary_factor=0.5),
+        "by interval": TIED | DELTA_NET | dict(num_hidden_layers=6, full_attention_interval=3, head_dim=8),
+    },
+    "lfm2": {
+        "as released": TIED
+        | NORM_EPS
+        | dict(num_hidden_layers=6, block_auto_adjust_ff_dim=True, block_multiple_of=16, block_ffn_dim_multiplier=1.0)
+        | dict(layer_types=["conv", "conv", "full_attention"] * 2, rope_theta=1e6),
+        "untied, biases, not periodic": UNTIED
+        | NORM_EPS
+        | dict(conv_bias=True, conv_L_cache=4, block_auto_adjust_ff_dim=False, full_attn_idxs=[1]),
+        "multiplied width": TIED
+        | NORM_EPS
+        | dict(block_ffn_dim_multiplier=1.5, block_multiple_of=8, full_attn_idxs=[0, 2], num_key_value_heads=1),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),

@@ -1,6 +1,7 @@
 """What every family owes: transformers' logits and gradients, and its files back bit for bit."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -83,10 +84,10 @@ class Ours:
         self.weights = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, leaves))
         network, table = abstract_decoder(self.config), head_path(self.config)
 
-        @jax.jit
-        def forward(weights, tokens, positions, segments):
-            hidden = apply(network, weights, tokens, positions, segments, compute_dtype="float32")
-            return logits(network, weights, hidden, compute_dtype="float32")
+        @functools.partial(jax.jit, static_argnames="dtype")
+        def forward(weights, tokens, positions, segments, dtype="float32"):
+            hidden = apply(network, weights, tokens, positions, segments, compute_dtype=dtype)
+            return logits(network, weights, hidden, compute_dtype=dtype)
 
         @jax.jit
         @jax.grad
@@ -142,11 +143,14 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
     again = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert again == ours.raw | {"dtype": "float32"}
 
-    packed_and_padded(ours)
+    # A head that linear attention leaves near zero is scaled up by its norm, rounding errors too.
+    with jax.enable_x64(any(kind.mixer is not None for kind in ours.config.layer_kinds)):
+        packed_and_padded(ours)
 
 
 def packed_and_padded(ours: Ours) -> None:
     """Documents in one row, and one behind padding, give the logits that each gives alone."""
+    forward = functools.partial(ours.forward, dtype="float64" if jax.config.jax_enable_x64 else "float32")
     generator = np.random.default_rng(1)
     sizes = (11, LENGTH - 11, 13)
     documents = [generator.integers(3, ours.config.vocab_size, size, dtype=np.int32) for size in sizes]
@@ -155,13 +159,13 @@ def packed_and_padded(ours: Ours) -> None:
     for segment, (document, (row, first)) in enumerate(zip(documents, places, strict=True), start=1):
         where = (row, slice(first, first + len(document)))
         tokens[where], positions[where], segments[where] = document, np.arange(len(document)), segment
-    together = np.asarray(ours.forward(ours.weights, tokens, positions, segments))
+    together = np.asarray(forward(ours.weights, tokens, positions, segments))
     for document, (row, first) in zip(documents, places, strict=True):
         # Alone: at the row's beginning, with nothing behind it.
         alone = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
         place = (0, slice(0, len(document)))
         alone[0][place], alone[1][place], alone[2][place] = document, np.arange(len(document)), 1
-        expected = np.asarray(ours.forward(ours.weights, *alone))[0, : len(document)]
+        expected = np.asarray(forward(ours.weights, *alone))[0, : len(document)]
         np.testing.assert_allclose(together[row, first : first + len(document)], expected, atol=2e-5)
 
 

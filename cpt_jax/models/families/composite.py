@@ -26,6 +26,7 @@ PREFIXES = {
     "mistral3": "model.language_model.",
     "qwen2_5_vl": "model.language_model.",
     "qwen2_vl": "model.language_model.",
+    "qwen3_5": "model.language_model.",
     "qwen3_vl": "model.language_model.",
     "smolvlm": "model.text_model.",
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import LayerKind
+from cpt_jax.models.config import LayerKind, Mixer
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Rope, Scaling, Yarn
 
 
@@ -79,7 +79,7 @@ def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: 
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None) -> dict[str, Any]:
+def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: Mapping[str, Mixer]) -> dict[str, Any]:
     """`layer_kinds` and `layer_pattern` of a config as transformers reads it.
 
     What its class has no field for (a Llama's window, left over from the model that it was made of), its model does not
@@ -87,6 +87,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None) -> dict[s
 
     Args:
       rotated: which layers turn queries and keys (None: all).
+      mixers: by the layers' type, what mixes tokens where that is not attention.
 
     Raises:
       UserError: a rotation of a part of each head, in a family that turns whole heads.
@@ -103,11 +104,14 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None) -> dict[s
                 f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
             )
     windows = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(set(types or ()) - windows.keys()):
-        raise UserError(f"config.json has layer_types of kind {unknown[0]!r}; supported: {', '.join(windows)}")
+    if unknown := sorted(set(types or ()) - windows.keys() - mixers.keys()):
+        supported = ", ".join((*windows, *mixers))
+        raise UserError(f"config.json has layer_types of kind {unknown[0]!r}; supported: {supported}")
 
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
+        if kind in mixers:
+            return LayerKind(rope=None, mixer=mixers[kind])
         rope = rope_of(parameters.get(kind, parameters), head_dim, context)
         return LayerKind(
             window=window if kind is None else windows[kind], rope=rope if rotated is None or rotated[layer] else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.config import ATTENTION, DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
 
@@ -87,11 +87,14 @@ def _not_supported(raw: dict, field: str) -> UserError:
     )
 
 
-def config_of(read: Any, *, rotated: Sequence[bool] | None = None, **differences: Any) -> DecoderConfig:
+def config_of(
+    read: Any, *, rotated: Sequence[bool] | None = None, mixers: Mapping[str, Mixer] | None = None, **differences: Any
+) -> DecoderConfig:
     """Our configuration of a config as transformers reads it, with what is different in this family.
 
     Args:
       rotated: which layers turn queries and keys by their positions (default: all).
+      mixers: by the layers' type, what mixes tokens where that is not attention.
     """
     heads, width = read.num_attention_heads, read.hidden_size
     head_dim = getattr(read, "head_dim", None) or width // heads
@@ -106,7 +109,7 @@ def config_of(read: Any, *, rotated: Sequence[bool] | None = None, **differences
         "tie_word_embeddings": bool(read.tie_word_embeddings),
         "max_position_embeddings": read.max_position_embeddings,
     }
-    common |= kinds_of(read, head_dim, rotated)
+    common |= kinds_of(read, head_dim, rotated, mixers or {})
     if "norm_epsilon" not in differences:
         common["norm_epsilon"] = float(read.rms_norm_eps)
     if "activation" not in differences:
@@ -151,13 +154,18 @@ def outer_names(config: DecoderConfig) -> Names:
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
-    """Projections, and the norms of queries and keys."""
-    prefix, path, names = f"model.layers.{layer}.self_attn", "layers/attention", {}
+    """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's."""
+    prefix, path, head = f"model.layers.{layer}.self_attn", "layers/attention", config.head_dim
+    names, number = {}, config.layers_with(ATTENTION).index(layer)
     for name in ("q", "k", "v", "o"):
         bias = config.attention_out_bias if name == "o" else config.qkv_bias
-        names |= linear(f"{prefix}.{name}_proj", f"{path}/{name}", layer, bias)
+        if name == "q" and config.attention_gate == "channel":
+            parts = {f"{path}/q": Rows(2 * head, 0, head), f"{path}/gate": Rows(2 * head, head, 2 * head)}
+            names |= fused(f"{prefix}.q_proj", parts, number, bias)
+        else:
+            names |= linear(f"{prefix}.{name}_proj", f"{path}/{name}", number, bias)
     if config.qk_norm is not None:
-        names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (layer,)),) for name in "qk"}
+        names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in "qk"}
     return names
 
 

@@ -1,0 +1,82 @@
+"""LFM2: in most layers a gated short convolution in the place of attention; Qwen3's attention in the others; all under
+names of their own."""
+
+from typing import Any
+
+from cpt_jax.models.config import ATTENTION, DecoderConfig
+from cpt_jax.models.families.schema import (
+    Names,
+    Place,
+    Rows,
+    attention_names,
+    config_of,
+    fused,
+    linear,
+    mlp_names,
+    norm_names,
+    outer_names,
+    read,
+)
+from cpt_jax.models.short_conv import ShortConvConfig
+
+MODEL_TYPES = ("lfm2",)
+NORMS = {"attention_norm": "operator_norm", "mlp_norm": "ffn_norm"}
+MLP = {"gate": "w1", "up": "w3", "down": "w2"}
+_RENAMED = {
+    "self_attn.q_norm": "self_attn.q_layernorm",
+    "self_attn.k_norm": "self_attn.k_layernorm",
+    "self_attn.o_proj": "self_attn.out_proj",
+    ".mlp.": ".feed_forward.",
+    "model.norm.": "model.embedding_norm.",
+}
+
+
+def config_from_hf(raw: dict) -> DecoderConfig:
+    hf = read(raw, {})
+    return config_of(
+        hf,
+        mixers={"conv": ShortConvConfig(kernel_size=hf.conv_L_cache, bias=bool(hf.conv_bias))},
+        intermediate_size=_inner_width(hf),
+        norm_epsilon=float(hf.norm_eps),
+        activation="silu",
+        qk_norm="head",
+    )
+
+
+def _inner_width(hf: Any) -> int:
+    """Two thirds of what is written there, and more."""
+    width = hf.intermediate_size
+    if not hf.block_auto_adjust_ff_dim:
+        return width
+    width = int(2 * width / 3)
+    if hf.block_ffn_dim_multiplier is None:
+        return width
+    multiple = hf.block_multiple_of
+    return -(-int(hf.block_ffn_dim_multiplier * width) // multiple) * multiple
+
+
+def weight_names(config: DecoderConfig) -> Names:
+    names = outer_names(config)
+    for layer, kind in enumerate(config.kind_of_layer):
+        mixer = attention_names if kind.mixer_name == ATTENTION else short_conv_names
+        names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, NORMS)
+    return {_renamed(name): places for name, places in names.items()}
+
+
+def _renamed(name: str) -> str:
+    for ours, theirs in _RENAMED.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def short_conv_names(config: DecoderConfig, layer: int) -> Names:
+    """Those of a layer with a convolution."""
+    prefix, path, width = f"model.layers.{layer}.conv", "layers/short_conv", config.hidden_size
+    number = config.layers_with("short_conv").index(layer)
+    sizes = config.kind_of_layer[layer].mixer
+    assert isinstance(sizes, ShortConvConfig)
+    parts = {f"{path}/{name}": Rows(3 * width, i * width, (i + 1) * width) for i, name in enumerate("kqv")}
+    names = fused(f"{prefix}.in_proj", parts, number, sizes.bias)
+    names |= linear(f"{prefix}.out_proj", f"{path}/o", number, sizes.bias)
+    names[f"{prefix}.conv.weight"] = (Place(f"{path}/conv", (number,)),)
+    return names | ({f"{prefix}.conv.bias": (Place(f"{path}/bias", (number,)),)} if sizes.bias else {})
