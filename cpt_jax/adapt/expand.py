@@ -63,9 +63,9 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
       UserError: config.json cannot say which kind each layer is.
     """
     fields: dict[str, Any] = {"num_hidden_layers": config.num_layers}
-    kinds = [config.layer_kinds[kind] for kind in config.layer_pattern or (0,) * config.num_layers]
+    kinds = config.kind_of_layer
     if config.layer_pattern is not None or text_fields(hf_config).get("layer_types"):
-        fields["layer_types"] = ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds]
+        fields["layer_types"] = [kind.layer_type for kind in kinds]
     family = family_for(hf_config)
     text = family.text if isinstance(family, Composite) else family
     if hasattr(text, "layer_fields"):

@@ -2,6 +2,7 @@
 Qwen3.5 have it in three of four layers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -112,12 +113,15 @@ class DeltaNet(nnx.Module):
             return [beta, decay, *(y.astype(dtype) for y in rest)]
 
         beta, decay, q, k, v, gate = recomputed(projected)(x)
-        mixed, new = recomputed(lambda *inputs: self._mixed(*inputs, visible, dtype, cache))(q, k, v, beta, decay)
+        mix = functools.partial(self._mixed, visible=visible, dtype=dtype, cache=cache)
+        mixed, new = recomputed(mix)(q, k, v, beta, decay)
         mixed = named(mixed.astype(dtype), SAVED)
-        gated = recomputed(lambda mixed, gate: self._gated(mixed, gate, dtype))(mixed, gate)
+        gated = recomputed(functools.partial(self._gated, dtype=dtype))(mixed, gate)
         return self.o(gated, dtype), None if cache is None else new
 
-    def _mixed(self, q, k, v, beta, decay, visible: Visible, dtype: jnp.dtype, cache: DeltaNetCache | None):
+    def _mixed(
+        self, q, k, v, beta, decay, *, visible: Visible, dtype: jnp.dtype, cache: DeltaNetCache | None
+    ) -> tuple[Float[Array, "B S x"], DeltaNetCache]:
         sizes, (batch, length, _), wide = self.sizes, q.shape, sum_type(dtype)
         kernels = jnp.split(self.conv[...], (sizes.keys, 2 * sizes.keys))
         before = (None,) * 3 if cache is None else jnp.split(cache.inputs, (sizes.keys, 2 * sizes.keys), axis=-1)
@@ -145,7 +149,7 @@ class DeltaNet(nnx.Module):
             inputs = inputs.astype(cache.inputs.dtype)
         return mixed.reshape(batch, length, sizes.values), DeltaNetCache(inputs, state)
 
-    def _gated(self, mixed: Float[Array, "B S x"], gate: Float[Array, "B S x"], dtype: jnp.dtype) -> Array:
+    def _gated(self, mixed: Float[Array, "B S x"], gate: Float[Array, "B S x"], *, dtype: jnp.dtype) -> Array:
         wide = sum_type(dtype)
         heads = mixed.astype(wide).reshape(*mixed.shape[:2], -1, self.sizes.value_dim)
         return self.norm(heads).reshape(mixed.shape) * jax.nn.silu(gate.astype(wide))

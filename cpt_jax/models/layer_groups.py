@@ -18,18 +18,21 @@ LayerGroups = tuple[tuple[str, int], ...]
 _Sources = Sequence[tuple[Any, int]]
 
 
-def split_layers(weights: Tree, groups: LayerGroups) -> Tree:
-    """Whole stacks in groups; nothing is read."""
-    if not groups:
+def split_layers(weights: Tree, config) -> Tree:
+    """Whole stacks in the groups of a DecoderConfig; nothing is read."""
+    if not config.layer_groups:
         return weights
     flat: dict[str, Any] = {}
     for path, leaf in flatten(weights).items():
         if not path.startswith("layers/"):
             flat[path] = leaf
             continue
-        first = 0
-        for name, count in groups:
-            flat[f"layers/{name}/{path.removeprefix('layers/')}"] = _stack([(leaf, first + i) for i in range(count)])
+        inner, first = path.removeprefix("layers/"), 0
+        layers = config.layers_with(inner)
+        for name, count in config.layer_groups:
+            held = [place for place, layer in enumerate(layers) if first <= layer < first + count]
+            if held:
+                flat[f"layers/{name}/{inner}"] = _stack([(leaf, place) for place in held])
             first += count
     return unflatten(flat)
 
@@ -38,27 +41,26 @@ def join_layers(weights: Tree, groups: LayerGroups) -> Tree:
     """The inverse of `split_layers`."""
     if not groups:
         return weights
-    flat: dict[str, Any] = {}
-    sources: dict[str, list[tuple[Any, int]]] = {}
-    given, (first, _) = flatten(weights), groups[0]
-    for path, leaf in given.items():
-        if not path.startswith("layers/"):
-            flat[path] = leaf
-        elif path.startswith(f"layers/{first}/"):
-            inner = path.removeprefix(f"layers/{first}/")
-            parts = [(given[f"layers/{name}/{inner}"], count) for name, count in groups]
-            sources[f"layers/{inner}"] = [(part, number) for part, count in parts for number in range(count)]
-    return unflatten(flat | {path: _stack(layers) for path, layers in sources.items()})
+    given = flatten(weights)
+    flat = {path: leaf for path, leaf in given.items() if not path.startswith("layers/")}
+    names = [name for name, _ in groups]
+    for whole in dict.fromkeys(without_group(path, names) for path in given if path not in flat):
+        inner = whole.removeprefix("layers/")
+        parts = [part for name in names if (part := given.get(f"layers/{name}/{inner}")) is not None]
+        flat[whole] = _stack([(part, place) for part in parts for place in range(part.shape[0])])
+    return unflatten(flat)
 
 
-def with_copies(weights: Tree, order: Sequence[tuple[int, bool]]) -> Tree:
-    """Whole stacks of other layers: each a layer of the given ones, and whether it is a copy that adds nothing to the
-    residual stream yet, as its output projections are zero."""
+def with_copies(weights: Tree, config, order: Sequence[tuple[int, bool]]) -> Tree:
+    """Whole stacks of other layers: each a layer of the DecoderConfig's, and whether it is a copy that adds nothing to
+    the residual stream yet, as its output projections are zero."""
     flat = flatten(weights)
     for path, leaf in flat.items():
         if path.startswith("layers/"):
-            zero = path.startswith(("layers/attention/o/", "layers/mlp/down/"))
-            flat[path] = _stack([(None if copy and zero else leaf, number) for number, copy in order], like=leaf)
+            places = {layer: place for place, layer in enumerate(config.layers_with(path.removeprefix("layers/")))}
+            zero = path.split("/")[2] in ("o", "down")
+            kept = [(None if copy and zero else leaf, places[layer]) for layer, copy in order if layer in places]
+            flat[path] = _stack(kept, like=leaf)
     return unflatten(flat)
 
 

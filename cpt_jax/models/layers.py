@@ -87,6 +87,7 @@ class Block(nnx.Module):
         cache: Any = None,
     ) -> tuple[Float[Array, "B S D"], Any, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`)."""
+        assert self.mixer is not None
         mixed, cache = getattr(self, self.mixer)(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         mixed = recomputed(_norm(self.attention_out_norm))(mixed)
         summed = constrain(x + self._scaled(mixed), "batch", "sequence", "hidden")

@@ -1,5 +1,6 @@
 """The decoder's blocks as one stack, or as a stack for each group of layers, and how they run one after another."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ Caches = dict[str, Any]
 
 
 class LayerInputs(NamedTuple):
-    """What a block is given besides x: its cache, the number of its kind (a constant where the layers' mixers differ;
-    None where all are of one kind), and `inputs` of its own."""
+    """What a block is given besides x: its cache, the number of its kind (None where all are of one), and what
+    `run_blocks` was given for it. With the layers as first axis, of all of them."""
 
     cache: Any
     kind: Any
@@ -105,59 +106,61 @@ def _run(
     mixers = config.layer_mixers[layers.start : layers.stop]
     pattern = None if config.layer_pattern is None else config.layer_pattern[layers.start : layers.stop]
     graphdef, weights = nnx.split(stack)
-    unrolled = config.layer_loop == "unroll"
+    layer = functools.partial(_layer, config, graphdef, call)
+    if len(set(mixers)) > 1:
+        return _run_periods(config, layer, mixers, pattern, weights, x, inputs, caches)
+    kinds = None if pattern is None else jnp.asarray(pattern)
+    each = (weights, LayerInputs(None if caches is None else caches[mixers[0]], kinds, inputs))
+    unroll = len(layers) if config.layer_loop == "unroll" else 1
+    x, (cache, results) = jax.lax.scan(layer(mixers[0]), x, each, unroll=unroll)
+    return x, None if caches is None else caches | {mixers[0]: cache}, results
 
-    def layer(kind: int | None, mixer: str) -> Callable[..., Any]:
-        def run(x, inputs):
-            weights, cache, kinds, own = inputs
-            block = nnx.merge(graphdef, weights)
-            block.mixer = mixer
-            x, cache, result = call(block, x, LayerInputs(cache, kinds if kind is None else kind, own))
-            return x, (cache, result)
 
-        if config.remat is None:
-            return run
-        # In a loop nothing can be found to be the same as in the forward pass; unrolled, all of it could.
-        return jax.checkpoint(run, prevent_cse=unrolled, policy=config.remat.policy())
+def _layer(config, graphdef, call: Call, mixer: str, kind: int | None = None) -> Callable[..., Any]:
+    """What a loop calls for a layer; `kind`: the number of its kind, where that is a constant."""
 
-    first, *others = dict.fromkeys(mixers)
-    if not others:
-        kinds = None if pattern is None else jnp.asarray(pattern)
-        each = (weights, None if caches is None else caches[first], kinds, inputs)
-        x, (cache, result) = jax.lax.scan(layer(None, first), x, each, unroll=len(layers) if unrolled else 1)
-        return x, None if caches is None else caches | {first: cache}, result
-    assert pattern is not None
-    size, known = _period(pattern), caches
-    if caches is not None:
-        caches = {mixer: caches[mixer] for mixer in (first, *others)}
-    # Of each layer of a period, its place among those that have its mixer.
-    places = [mixers[:number].count(mixer) for number, mixer in enumerate(mixers[:size])]
+    def run(x, given):
+        weights, inputs = given
+        block = nnx.merge(graphdef, weights)
+        block.mixer = mixer
+        x, cache, result = call(block, x, inputs if kind is None else inputs._replace(kind=kind))
+        return x, (cache, result)
 
-    def period(x, inputs):
-        weights, caches, own = inputs
-        new, results = {mixer: [] for mixer in caches or ()}, []
-        for number, (mixer, place) in enumerate(zip(mixers[:size], places, strict=True)):
+    if config.remat is None:
+        return run
+    # In a loop nothing can be found to be the same as in the forward pass; unrolled, all of it could.
+    return jax.checkpoint(run, prevent_cse=config.layer_loop == "unroll", policy=config.remat.policy())
+
+
+def _run_periods(
+    config, layer: Callable[..., Any], mixers, pattern, weights, x: Array, inputs: Any, caches: Caches | None
+) -> tuple[Array, Caches | None, Any]:
+    """Layers that mix tokens in different ways: one after the other within a period, the periods in a loop."""
+    size = _period(pattern)
+    count = len(mixers) // size
+    before = None if caches is None else {mixer: caches[mixer] for mixer in dict.fromkeys(mixers)}
+
+    def period(x, given):
+        weights, caches, inputs = given
+        after: dict[str, list[Any]] = {mixer: [] for mixer in caches or ()}
+        results = []
+        for number, mixer in enumerate(mixers[:size]):
+            place = mixers[:number].count(mixer)
             # Of other mixers the first layer's weights go along unread.
-            one = jax.tree_util.tree_map_with_path(
-                lambda path, leaf, number=number, mixer=mixer, place=place: leaf[
-                    place if path[0].key == mixer else 0 if path[0].key in mixers else number
-                ],
-                weights,
-            )
+            places = {name: place if name == mixer else 0 for name in mixers}
+            own = {name: _at(part, places.get(name, number)) for name, part in weights.items()}
             cache = None if caches is None else _at(caches[mixer], place)
-            x, (cache, result) = layer(pattern[number], mixer)(x, (one, cache, None, _at(own, number)))
+            given = (nnx.State(own), LayerInputs(cache, None, _at(inputs, number)))
+            x, (cache, result) = layer(mixer, pattern[number])(x, given)
             if caches is not None:
-                new[mixer].append(cache)
+                after[mixer].append(cache)
             results.append(result)
-        stacked = None if caches is None else {mixer: _stacked(parts) for mixer, parts in new.items()}
-        return x, (stacked, _stacked(results))
+        return x, ({mixer: _stacked(parts) for mixer, parts in after.items()}, _stacked(results))
 
-    in_periods = jax.tree.map(
-        lambda leaf: leaf.reshape(len(layers) // size, -1, *leaf.shape[1:]), (weights, caches, inputs)
-    )
-    x, outputs = jax.lax.scan(period, x, in_periods, unroll=len(layers) // size if unrolled else 1)
-    caches, results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-    return x, None if known is None else known | caches, results
+    in_periods = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (dict(weights), before, inputs))
+    x, outputs = jax.lax.scan(period, x, in_periods, unroll=count if config.layer_loop == "unroll" else 1)
+    after, results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+    return x, None if caches is None else caches | after, results
 
 
 def _period(pattern: Sequence[int]) -> int:

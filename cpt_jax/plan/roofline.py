@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpt_jax.models.config import ATTENTION
 from cpt_jax.plan.collectives import KINDS, Collective
 from cpt_jax.plan.hlo import Computation, Instruction, Program
 from cpt_jax.plan.stage import CompiledStage
-from cpt_jax.training.flops import token_flops, visible_keys
+from cpt_jax.training.flops import mixing_flops, token_flops
 
 # Nothing is read or written.
 _FREE = {
@@ -69,7 +70,7 @@ def roofline(compiled: CompiledStage, program: Program, found: list[Collective])
         exchange[label] = exchange.get(label, 0.0) + each.sent / hardware.bandwidth(compiled.mesh, each.axes)
     if compiled.network.config.attention not in ("splash", "xla"):
         # Blocks' loops end where the data says, and other kernels are not in this program: as on paper.
-        paper = _attention_flops(compiled, 1) * 3 * compiled.network.config.num_layers
+        paper = _attention_flops(compiled, 1) * 3 * compiled.network.config.layer_mixers.count(ATTENTION)
         flops, local = flops + paper, local + (0.0 if peak is None else paper / peak)
     known = peak is not None and chip is not None
     return Roofline(
@@ -157,9 +158,10 @@ def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
 def _attention_flops(compiled: CompiledStage, passes: float) -> float:
     """Of one layer's scores and mixtures on one device, `passes` times."""
     stage, config = compiled.planned.stage, compiled.network.config
-    keys = visible_keys(config, stage.sequence_length)
+    mixing = zip(mixing_flops(config, stage.sequence_length), config.layer_mixers, strict=True)
+    of_layers = [flops for flops, mixer in mixing if mixer == ATTENTION] or [0.0]
     tokens = stage.batch_size // stage.accumulate * stage.sequence_length / compiled.hardware.chips
-    return 4.0 * passes * config.num_heads * config.head_dim * sum(keys) / len(keys) * tokens
+    return passes * sum(of_layers) / len(of_layers) * tokens
 
 
 def moved_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:

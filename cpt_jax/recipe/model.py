@@ -78,9 +78,9 @@ class Model:
         model, lora = self.merged(), method.lora_config()
         config, weights, hf_config = method.layout(model.config), model.weights, model.hf_config
         if isinstance(method, Expand):
-            weights = with_copies(weights, method.order(model.config.num_layers))
+            weights = with_copies(weights, model.config, method.order(model.config.num_layers))
             hf_config = expanded_hf_config(hf_config, config)
-        weights = split_layers(weights, config.layer_groups)
+        weights = split_layers(weights, config)
         if lora is not None:
             network = abstract_decoder(config, lora)
             factors = initial_weights(network, jax.random.key(seed), lambda path: path.endswith(("/lora_a", "/lora_b")))

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import Network, abstract_decoder, head_path
+from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
+from cpt_jax.models.short_conv import ShortConvConfig
 
 
 class TokenFlops(NamedTuple):
@@ -35,9 +37,8 @@ def token_flops(
     """Model FLOPs a token of a step on rows of `sequence_length`.
 
     A product of [n, i] and [i, o] counts 2 n i o: once forward, once for the gradient of its input, if anything before
-    it trains, and once for that of its weight, if it trains. Attention counts the keys that a query may see in a row of
-    one document, on average (sequence_length + 1) / 2 without a window (causal attention, halved), times 2 products
-    forward and 4 backward. Experts count as many as a token goes through. Norms, rotations and softmax are not counted
+    it trains, and once for that of its weight, if it trains; what mixes tokens as `mixing_flops` says, and twice that
+    backward. Experts count as many as a token goes through. Norms, rotations and softmax are not counted
     (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
     Args:
@@ -45,14 +46,14 @@ def token_flops(
     """
     config = network.config
     layers, head = _by_layer(network), _head_products(config)
-    attention = [4.0 * config.num_heads * config.head_dim * keys for keys in visible_keys(config, sequence_length)]
+    mixing = mixing_flops(config, sequence_length)
     paths = flatten(network.shapes)
     begins = first_to_train(network, trains)
-    forward = sum(sum(layer.values()) for layer in layers) + sum(attention) + sum(head.values())
+    forward = sum(sum(layer.values()) for layer in layers) + sum(mixing) + sum(head.values())
     # A layer below which, and in which, nothing trains has no backward pass.
     activations = sum(
-        sum(layer.values()) + 2 * pairs
-        for number, (layer, pairs) in enumerate(zip(layers, attention, strict=True))
+        sum(layer.values()) + 2 * mixed
+        for number, (layer, mixed) in enumerate(zip(layers, mixing, strict=True))
         if number >= begins
     )
     if any(trains(path) for path in paths if not path.startswith(f"{head_path(config)}/")) or begins < len(layers):
@@ -65,7 +66,7 @@ def token_flops(
         parts = (
             head if teacher == "average" else {path: flops for path, flops in head.items() if path.endswith("/base")}
         )
-        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(attention) + sum(parts.values())
+        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(mixing) + sum(parts.values())
     return TokenFlops(forward, activations, weights, taught)
 
 
@@ -74,14 +75,17 @@ def _by_layer(network: Network) -> list[dict[str, float]]:
     config = network.config
     groups = [(f"layers/{name}/", count) for name, count in config.layer_groups] or [("layers/", config.num_layers)]
     share = 1.0 if config.experts is None else config.experts.per_token / config.experts.count
-    found = []
+    found: list[dict[str, float]] = []
     for prefix, count in groups:
-        one = {}
+        layers: list[dict[str, float]] = [{} for _ in range(count)]
         for path, leaf in flatten(network.shapes).items():
             if path.startswith(prefix) and path.endswith(("/kernel", "/router", *ADAPTER_LEAVES[:2])):
                 _, *shape = leaf.shape
-                one[path] = 2.0 * math.prod(shape) * (share if len(shape) == 3 else 1.0)
-        found += [one] * count
+                for number in config.layers_with(path.removeprefix(prefix)):
+                    if len(found) <= number < len(found) + count:
+                        one = layers[number - len(found)]
+                        one[path] = 2.0 * math.prod(shape) * (share if len(shape) == 3 else 1.0)
+        found += layers
     return found
 
 
@@ -89,14 +93,25 @@ def _head_products(config: DecoderConfig) -> dict[str, float]:
     return {f"{head_path(config)}/{name}": 2.0 * rows * config.hidden_size for name, rows in config.table_rows.items()}
 
 
-def visible_keys(config: DecoderConfig, length: int) -> list[float]:
-    """Of each layer, how many keys a query sees on average."""
-    pattern = config.layer_pattern or (0,) * config.num_layers
+def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
+    """Of each layer, the FLOPs of mixing a token with others, weights' products apart.
+
+    Attention counts the keys that a query may see in a row of one document, on average (length + 1) / 2 without a window
+    (causal attention, halved), times 2 products. The gated delta rule counts those of its recurrence, 3 with a state.
+    Convolutions are not counted.
+    """
     found = []
-    for kind in pattern:
-        window = min(config.layer_kinds[kind].window or length, length)
-        # The first `window` queries see 1, 2, ... keys, the others `window`.
-        found.append((window * (window + 1) / 2 + (length - window) * window) / length)
+    for kind in config.kind_of_layer:
+        match kind.mixer:
+            case None:
+                window = min(kind.window or length, length)
+                # The first `window` queries see 1, 2, ... keys, the others `window`.
+                keys = (window * (window + 1) / 2 + (length - window) * window) / length
+                found.append(4.0 * config.num_heads * config.head_dim * keys)
+            case DeltaNetConfig():
+                found.append(6.0 * kind.mixer.values * kind.mixer.key_dim)
+            case ShortConvConfig():
+                found.append(0.0)
     return found
 
 

@@ -16,10 +16,9 @@ from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.cross_entropy import chunk_tokens
 from cpt_jax.models.decoder import Network
-from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
-from cpt_jax.sharding.hardware import backend
+from cpt_jax.training.activations import activation_bytes
 from cpt_jax.training.flops import first_to_train
 from cpt_jax.training.retention import Retention, start_of
 
@@ -77,8 +76,8 @@ def stage_memory(
     size = sum(leaf.size for leaf in flatten(trainable).values())
     state = jax.eval_shape(optimizer.build(trainable).init, _in_float32(trainable))
     start = jax.eval_shape(lambda weights: start_of(weights, retention), trainable)
-    tokens, layers = rows * sequence_length, network.config.num_layers - first_to_train(network, trains)
-    a_token = _activation_bytes(network, layers, precision.dtype.itemsize, sequence_length if scores else 0, tensor)
+    tokens, begins = rows * sequence_length, first_to_train(network, trains)
+    a_token = activation_bytes(network, begins, precision.dtype.itemsize, sequence_length if scores else 0, tensor)
     return StageMemory(
         weights=weights,
         optimizer=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
@@ -93,72 +92,6 @@ def stage_memory(
 def _in_float32(trainable: Tree) -> Tree:
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in flatten(trainable).items()}
     return unflatten(shapes)
-
-
-def _activation_bytes(network: Network, layers: int, item: int, keys: int, tensor: int) -> float:
-    """What so many layers keep of a token, on one of the devices among which each is cut."""
-    config = network.config
-    residual = _residual_bytes(config)
-    # The residual stream is whole on each device.
-    a_layer = residual + (_layer_bytes(network, item, keys) - residual) / tensor
-    if config.remat is None:
-        return layers * a_layer
-    # Of each layer what is kept, and of one all, while its gradient is computed.
-    return layers * _bytes_with_remat(network, config.remat, item, tensor) + min(1, layers) * a_layer
-
-
-def _bytes_with_remat(network: Network, remat: Remat, item: int, tensor: int) -> float:
-    """What a layer keeps of a token with rematerialisation: its input, and what is named."""
-    config = network.config
-    queries, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    named = {
-        "queries": queries,
-        "keys": groups,
-        "values": groups,
-        "attention_out": queries,
-        "mlp_gate": config.intermediate_size,
-        "mlp_up": config.intermediate_size,
-    }
-    kept = item * sum(named[name] for name in remat.keep)
-    if remat.products:
-        # Experts' products are none of these, and that of down is only added to the stream.
-        inner = 0 if config.experts is not None else config.intermediate_size * (2 if config.gated else 1)
-        outputs = queries + 2 * groups + config.hidden_size + inner + sum(_ranks(network))
-        kept += (4 if backend() == "cpu" else item) * outputs
-    return 4 * config.hidden_size + kept / tensor
-
-
-def _ranks(network: Network) -> list[int]:
-    """Of a layer's adapters."""
-    return [leaf.shape[-1] for path, leaf in flatten(network.shapes).items() if path.endswith("/lora_a")]
-
-
-def _residual_bytes(config: DecoderConfig) -> int:
-    """The residual stream of a token before attention and feed-forward, float32."""
-    return 4 * config.hidden_size * (1 if config.parallel_residual else 2)
-
-
-def _layer_bytes(network: Network, item: int, keys: int) -> int:
-    """What one layer keeps of a token without rematerialisation: see `models.remat.recomputed`."""
-    config = network.config
-    queries, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kept = _residual_bytes(config)
-    # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
-    kept += item * (queries + 2 * groups + queries)
-    kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
-    if config.qk_norm is not None:
-        kept += 4 * (queries + groups)
-    if config.norm_placement in ("after", "both"):
-        kept += 8 * config.hidden_size
-    if config.experts is None:
-        kept += item * config.intermediate_size * (2 if config.gated else 1)
-    else:
-        # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
-        # with three steps of the activation and the product, that rounded, and the result; and the router's input.
-        of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
-        kept += config.experts.per_token * of_expert + 4 * config.hidden_size
-    # Adapters: the products with A, float32, and rounded.
-    return kept + (4 + item) * sum(_ranks(network))
 
 
 def _logit_bytes(config: DecoderConfig, tokens: int, item: int) -> int:

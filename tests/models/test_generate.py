@@ -8,7 +8,6 @@ from contracts.test_families import reference_model
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.models.attention import Cache
 from cpt_jax.models.families import llama
 from cpt_jax.models.generate import Generation, _functions, generate
 from cpt_jax.models.sampling import Sampling
@@ -68,6 +67,9 @@ FAMILIES = [
     ("cohere2", "as released"),
     ("ministral3", "as released"),
     ("smollm3", "windows, head dimension"),
+    ("qwen3_5_text", "as released"),
+    ("qwen3_5_text", "not periodic, one value head a key head"),
+    ("lfm2", "as released"),
 ]
 
 
@@ -100,12 +102,13 @@ def test_the_longer_texts_of_a_stretched_rotation_fit(name, changes, length):
 def test_the_cache_is_in_the_computations_type_and_its_memory_is_used_again(tiny):
     network, weights = tiny
     read_prompts, read_tokens = _functions(network, jnp.dtype("bfloat16"))
-    _, cache = read_prompts(weights, np.ones((1, 64), np.int32), np.zeros(1, np.int32), np.int32(63), length=128)
-    assert isinstance(cache, Cache)
+    _, caches = read_prompts(weights, np.ones((1, 64), np.int32), np.zeros(1, np.int32), np.int32(63), length=128)
+    assert caches.keys() == {"attention"}
+    cache = caches["attention"]
     assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
     assert cache.keys.shape == (2, 1, 2, 128, 8)
-    _, after = read_tokens(weights, jnp.ones(1, jnp.int32), np.zeros(1, np.int32), cache, np.int32(64))
-    assert after.keys.shape == (2, 1, 2, 128, 8)
+    _, after = read_tokens(weights, jnp.ones(1, jnp.int32), np.zeros(1, np.int32), caches, np.int32(64))
+    assert after["attention"].keys.shape == (2, 1, 2, 128, 8)
     assert cache.keys.is_deleted()
 
 

@@ -15,7 +15,7 @@ from cpt_jax.core.tree import combine, partition
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.sharding.hardware import peak_flops
-from cpt_jax.training.flops import token_flops, visible_keys
+from cpt_jax.training.flops import mixing_flops, token_flops
 from cpt_jax.training.loss import make_loss
 from cpt_jax.training.retention import Anchor, Held, MeanTeacher, start_of
 
@@ -111,7 +111,9 @@ def test_a_window_and_experts():
     assert full - seen == pytest.approx(3 * 4 * config.num_heads * config.head_dim * ((LENGTH + 1) / 2 - keys))
     kinds = [dataclasses.replace(config.layer_kinds[0], window=window) for window in (None, 8, 5000)]
     mixture = tiny_config(**SIZES, layer_kinds=tuple(kinds), layer_pattern=(1, 0, 2))
-    assert visible_keys(mixture, LENGTH) == pytest.approx([keys, (LENGTH + 1) / 2, (LENGTH + 1) / 2])
+    products = 4 * mixture.num_heads * mixture.head_dim
+    expected = [products * each for each in (keys, (LENGTH + 1) / 2, (LENGTH + 1) / 2)]
+    assert mixing_flops(mixture, LENGTH) == pytest.approx(expected)
     experts = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
     mixed = token_flops(abstract_decoder(tiny_config(**SIZES, experts=experts)), Full().trains, LENGTH).forward
     # Two feed-forwards instead of one, and the router.

@@ -110,7 +110,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
-        if kind in mixers:
+        if kind is not None and kind in mixers:
             return LayerKind(rope=None, mixer=mixers[kind])
         rope = rope_of(parameters.get(kind, parameters), head_dim, context)
         return LayerKind(

@@ -1,0 +1,109 @@
+"""What the layers keep for the backward pass, on paper."""
+
+from typing import NamedTuple
+
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.config import DecoderConfig, Mixer
+from cpt_jax.models.decoder import Network
+from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.remat import Remat
+from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.sharding.hardware import backend
+
+
+def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor: int) -> float:
+    """What the layers keep of a token, on one of the devices among which each is cut.
+
+    Args:
+      begins: the first layer that has a backward pass.
+      item: bytes of a number in the compute type.
+      keys: of which all weights of the softmax are kept; 0 where a kernel keeps a number a query.
+    """
+    config = network.config
+    kinds = config.kind_of_layer[begins:]
+    mixers: dict[str, Mixer | None] = {kind.mixer_name: kind.mixer for kind in kinds}
+    residual = _residual_bytes(config)
+    # The residual stream is whole on each device.
+    each = {
+        name: residual + (_layer_bytes(network, _mixed(config, mixer, item, keys), name, item) - residual) / tensor
+        for name, mixer in mixers.items()
+    }
+    if config.remat is None:
+        return sum(each[kind.mixer_name] for kind in kinds)
+    # Of each layer what is kept, and of one all, while its gradient is computed.
+    kept = {
+        name: _bytes_with_remat(network, config.remat, _mixed(config, mixer, item, keys), name, item, tensor)
+        for name, mixer in mixers.items()
+    }
+    return sum(kept[kind.mixer_name] for kind in kinds) + max(each.values(), default=0)
+
+
+class _Mixed(NamedTuple):
+    """What mixing a token with others keeps, in bytes; the widths of what has a name, and of the products before."""
+
+    kept: float
+    named: dict[str, int]
+    products: int
+
+
+def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> _Mixed:
+    """See `models.remat.recomputed`."""
+    match mixer:
+        case DeltaNetConfig():
+            # Projections, float32 those of decay and beta; what is mixed, and with its gate as the product takes it.
+            inner = mixer.channels + mixer.values
+            kept = item * (inner + 2 * mixer.values) + 8 * mixer.value_heads
+            return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
+        case ShortConvConfig():
+            return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
+    queries, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
+    # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
+    kept = item * (queries + 2 * groups + queries + gate)
+    kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
+    if config.qk_norm is not None:
+        kept += 4 * (queries + groups)
+    named = {"queries": queries, "keys": groups, "values": groups, "attention_out": queries}
+    return _Mixed(kept, named, queries + 2 * groups + gate)
+
+
+def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, item: int, tensor: int) -> float:
+    """What a layer keeps of a token with rematerialisation: its input, and what is named."""
+    config = network.config
+    named = mixed.named | {"mlp_gate": config.intermediate_size, "mlp_up": config.intermediate_size}
+    kept = item * sum(named.get(kept, 0) for kept in remat.keep)
+    if remat.products:
+        # Experts' products are none of these, and that of down is only added to the stream.
+        inner = 0 if config.experts is not None else config.intermediate_size * (2 if config.gated else 1)
+        outputs = mixed.products + config.hidden_size + inner + sum(_ranks(network, name))
+        kept += (4 if backend() == "cpu" else item) * outputs
+    return 4 * config.hidden_size + kept / tensor
+
+
+def _ranks(network: Network, mixer: str) -> list[int]:
+    """Of the adapters of a layer that has this mixer."""
+    others = {f"/{name}/" for name in network.config.layer_mixers if name != mixer}
+    paths = {path: leaf for path, leaf in flatten(network.shapes).items() if path.endswith("/lora_a")}
+    return [leaf.shape[-1] for path, leaf in paths.items() if not any(other in path for other in others)]
+
+
+def _residual_bytes(config: DecoderConfig) -> int:
+    """The residual stream of a token before attention and feed-forward, float32."""
+    return 4 * config.hidden_size * (1 if config.parallel_residual else 2)
+
+
+def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float:
+    """What one layer keeps of a token without rematerialisation."""
+    config = network.config
+    kept = _residual_bytes(config) + mixed.kept
+    if config.norm_placement in ("after", "both"):
+        kept += 8 * config.hidden_size
+    if config.experts is None:
+        kept += item * config.intermediate_size * (2 if config.gated else 1)
+    else:
+        # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
+        # with three steps of the activation and the product, that rounded, and the result; and the router's input.
+        of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
+        kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+    # Adapters: the products with A, float32, and rounded.
+    return kept + (4 + item) * sum(_ranks(network, name))
