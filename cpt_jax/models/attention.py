@@ -35,10 +35,10 @@ class Attention(nnx.Module):
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
         qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
-        self.q = Linear("q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
-        self.k = Linear("k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.v = Linear("v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.o = Linear("o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
+        self.q = Linear("layers/attention/q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
+        self.k = Linear("layers/attention/k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.v = Linear("layers/attention/v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
+        self.o = Linear("layers/attention/o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
         if self.normed is not None:
             each = self.normed == "head"
             self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)

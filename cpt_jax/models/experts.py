@@ -61,9 +61,9 @@ def load_balancing_loss(balance: Balance, counted: Float[Array, ""]) -> Float[Ar
 class ExpertLinear(nnx.Module):
     """One matrix an expert [E, i, o], with its optional adapters."""
 
-    def __init__(self, name: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
+    def __init__(self, path: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
-        self.adapter = lora.adapter(name) if lora is not None else None
+        self.adapter = lora.adapter(path) if lora is not None else None
         if self.adapter is not None:
             for field in ("dora", "dropout"):
                 if getattr(self.adapter, field):
@@ -95,9 +95,9 @@ class Experts(nnx.Module):
         self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
-        self.gate = ExpertLinear("gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.up = ExpertLinear("up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.down = ExpertLinear("down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+        self.gate = ExpertLinear("layers/mlp/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.up = ExpertLinear("layers/mlp/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.down = ExpertLinear("layers/mlp/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
 
     def __call__(
         self, x: Float[Array, "B S D"], dtype: jnp.dtype, counted: Float[Array, "B S"]

@@ -28,9 +28,9 @@ class FeedForward(nnx.Module):
         # A layer that is recomputed as a whole is compiled apart already.
         self.apart = config.layer_loop == "unroll" and config.remat is None
         if self.gated:
-            self.gate = Linear("gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.up = Linear("up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.down = Linear("down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
+            self.gate = Linear("layers/mlp/gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.up = Linear("layers/mlp/up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
+        self.down = Linear("layers/mlp/down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
 
     def __call__(
         self, x: Float[Array, "B S D"], dtype: jnp.dtype, norm: Callable[[Array], Array] = lambda x: x

@@ -20,7 +20,10 @@ from cpt_jax.core.tree import Tree, flatten, match, unflatten
 from cpt_jax.models.products import matmul, matmuls, sum_type
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-PATHS = {name: f"layers/{'attention' if name in ('q', 'k', 'v', 'o') else 'mlp'}/{name}" for name in LINEARS}
+PATHS = (
+    *(f"layers/attention/{name}" for name in ("q", "k", "v", "o")),
+    *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
+)
 # What an adapter trains, by the ends of its leaves' paths.
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 # And what DoRA keeps of the frozen kernel.
@@ -65,10 +68,10 @@ class LoRAConfig:
     """Adapters of rank `rank` on the linears named in `targets`, scaled by alpha / rank or, rank-stabilised, by alpha /
     sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
 
-    A linear is named "q", by its path "layers/attention/q", or by a pattern over paths ("layers/mlp/*").
-    `rank_pattern` and `alpha_pattern` give some linears another rank and alpha; the first pattern that matches counts.
-    `dora` trains each output's magnitude apart from its direction. `dropout` is the share of the adapters' inputs
-    that is dropped in training.
+    Linears are named by the last part of their paths ("q"), by a whole path ("layers/attention/q"), or by a pattern over
+    paths ("layers/mlp/*"). `rank_pattern` and `alpha_pattern` give some linears another rank and alpha; the first pattern that matches
+    counts. `dora` trains each output's magnitude apart from its direction. `dropout` is the share of the adapters'
+    inputs that is dropped in training.
     """
 
     rank: int
@@ -87,7 +90,8 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA dropout is {self.dropout}: give a share of at least 0 and below 1")
         patterns = (*self.targets, *dict(self.rank_pattern), *dict(self.alpha_pattern))
-        match([PATHS.get(pattern, pattern) for pattern in patterns], PATHS.values())
+        names = {path.rpartition("/")[2] for path in PATHS}
+        match([pattern for pattern in patterns if pattern not in names], PATHS)
 
     @property
     def default(self) -> AdapterConfig:
@@ -96,17 +100,17 @@ class LoRAConfig:
             rank=self.rank, alpha=self.alpha, scaling=self.scaling, dora=self.dora, dropout=self.dropout
         )
 
-    def adapter(self, name: str) -> AdapterConfig | None:
-        """The adapter of the linear of this name, if it has one."""
-        if not any(_names(target, name) for target in self.targets):
+    def adapter(self, path: str) -> AdapterConfig | None:
+        """The adapter of the linear at this path ("layers/attention/q"), if it has one."""
+        if not any(_names(target, path) for target in self.targets):
             return None
-        rank = next((rank for pattern, rank in self.rank_pattern if _names(pattern, name)), self.rank)
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern if _names(pattern, name)), self.alpha)
+        rank = next((rank for pattern, rank in self.rank_pattern if _names(pattern, path)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if _names(pattern, path)), self.alpha)
         return dataclasses.replace(self.default, rank=rank, alpha=alpha)
 
 
-def _names(pattern: str, name: str) -> bool:
-    return pattern == name or fnmatch.fnmatchcase(PATHS[name], pattern)
+def _names(pattern: str, path: str) -> bool:
+    return pattern == path.rpartition("/")[2] or fnmatch.fnmatchcase(path, pattern)
 
 
 class Weight(nnx.Variable):
@@ -119,7 +123,7 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        name: str,
+        path: str,
         axes: tuple[str, str],
         shape: tuple[int, int],
         lora: LoRAConfig | None,
@@ -128,7 +132,7 @@ class Linear(nnx.Module):
     ) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
         self.bias = Weight(jnp.zeros((shape[1],)), logical_axes=axes[1:]) if bias else None
-        self.adapter = lora.adapter(name) if lora is not None else None
+        self.adapter = lora.adapter(path) if lora is not None else None
         # Of one call in training; see `drop_inputs`.
         self.dropout_key: Any = nnx.data(None)
         if self.adapter is not None:
@@ -259,7 +263,7 @@ def merge_lora(weights: Tree, lora: LoRAConfig) -> Tree:
             continue
         layer = path.removesuffix("/kernel")
         if f"{layer}/lora_a" in flat:
-            settings = lora.adapter(layer.rpartition("/")[2])
+            settings = lora.adapter(layer)
             assert settings is not None
             factors = (flat[f"{layer}/lora_a"], flat[f"{layer}/lora_b"])
             leaf = _merged(leaf, *factors, flat.get(f"{layer}/magnitude"), settings.scale)

@@ -160,7 +160,9 @@ def test_layers_and_linears_drop_differently():
     class Pair(nnx.Module):
         def __init__(self):
             lora = LoRAConfig(rank=8, alpha=8, dropout=0.5)
-            self.q, self.k = (Linear(name, ("embed", "heads"), (16, 16), lora, nnx.Rngs(0)) for name in "qk")
+            self.q, self.k = (
+                Linear(f"layers/attention/{name}", ("embed", "heads"), (16, 16), lora, nnx.Rngs(0)) for name in "qk"
+            )
 
     pair, x = Pair(), jnp.ones((4, 16))
     for linear in (pair.q, pair.k):
@@ -184,8 +186,8 @@ def test_a_pattern_gives_its_linears_their_rank_and_the_first_counts():
         "layers/mlp/down/lora_a": 2,
     }
     assert model.lora is not None
-    scales = {name: model.lora.adapter(name).scale for name in ("q", "k", "gate", "down")}
-    assert scales == {"q": 3 / 4, "k": 2, "gate": 8 / 6, "down": 4}
+    scales = {"attention/q": 3 / 4, "attention/k": 2, "mlp/gate": 8 / 6, "mlp/down": 4}
+    assert {path: model.lora.adapter(f"layers/{path}").scale for path in scales} == scales
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -204,7 +206,7 @@ def test_dora_bears_an_output_whose_weights_are_zero():
     from cpt_jax.models.linear import Linear
 
     lora = LoRAConfig(rank=2, alpha=2, dora=True)
-    linear, x = Linear("q", ("embed", "heads"), (8, 4), lora, nnx.Rngs(0)), jnp.ones((3, 8))
+    linear, x = Linear("layers/attention/q", ("embed", "heads"), (8, 4), lora, nnx.Rngs(0)), jnp.ones((3, 8))
     for weight in (linear.kernel, linear.kernel_norm, linear.magnitude):
         weight[...] = weight[...].at[..., 1].set(0)
     found = linear(x, jnp.dtype("float32"))

@@ -21,6 +21,7 @@ pytestmark = [
     # PEFT looks for the pattern among modules, not among the parameters that it does apply it to.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match.*(gate_up|down)_proj"),
 ]
+QUERY_PATHS = ("layers/attention/q", "layers/attention/v")
 ATTENTION = [*QUERIES, "k_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TRAINED_BY_PEFT = {
@@ -127,7 +128,8 @@ def test_an_adapter_of_single_experts(model_type, name, tmp_path):
     base = load_model(tmp_path / "base")
     mixtral = model_type == "mixtral"
     matrices = ["w1", "w3", "w2"] if mixtral else ["gate_proj", "up_proj", "down_proj"]
-    model, paths = trained(base, LoRAConfig(rank=2, alpha=3.0, targets=("q", "gate", "up", "down")), ())
+    targets = ("layers/attention/q", "layers/mlp/gate", "layers/mlp/up", "layers/mlp/down")
+    model, paths = trained(base, LoRAConfig(rank=2, alpha=3.0, targets=targets), ())
     saved(model, paths, tmp_path / "adapter", tmp_path / "base")
     edit(
         tmp_path / "adapter",
@@ -164,7 +166,7 @@ def test_layers_that_peft_left_out_are_zero(tmp_path):
     train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
     base = load_model(tmp_path / "base")
     adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
-    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"), rank_pattern=(("v", 2),))
+    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=QUERY_PATHS, rank_pattern=((QUERY_PATHS[1], 2),))
     factors = flatten(adapter.factors)
     for path, leaf in factors.items():
         assert not leaf[[0, 2]].any(), path
@@ -177,7 +179,7 @@ def test_within_a_linear_the_largest_rank_counts(tmp_path):
     train_with_peft(tmp_path / "adapter", tmp_path / "base", settings)
     base = load_model(tmp_path / "base")
     adapter = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
-    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=("q", "v"))
+    assert adapter.lora == LoRAConfig(rank=4, alpha=6.0, targets=QUERY_PATHS)
     # Of rank 2 and alpha 6, a scale of 3, twice that of the rest.
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     given = tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]

@@ -29,7 +29,7 @@ from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families.schema import Place
-from cpt_jax.models.linear import ADAPTER_LEAVES, LINEARS, AdapterConfig, LoRAConfig, with_magnitudes
+from cpt_jax.models.linear import ADAPTER_LEAVES, PATHS, AdapterConfig, LoRAConfig, with_magnitudes
 
 _RESIZED = (".weight", ".token_adapter.base_layer.weight")
 
@@ -249,7 +249,7 @@ def _assembled(
     shapes = flatten(abstract_decoder(config, lora).shapes)
     flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items() if path.endswith(ADAPTER_LEAVES)}
     for (module, place), (a, b) in found.items():
-        adapter = lora.adapter(_name(place))
+        adapter = lora.adapter(place.path)
         assert adapter is not None
         ratio = np.float32(settings.scale_of(module.name) / adapter.scale)
         flat[f"{place.path}/lora_a"][place.index][..., : a.shape[-1]] = a
@@ -263,25 +263,21 @@ def _configuration(settings: PeftLoRA, found: Mapping[tuple[Module, Place], Pair
     """Each linear's rank is its largest of all layers; what most of them have is the adapters' own."""
     adapters: dict[str, AdapterConfig] = {}
     for (module, place), (a, _) in found.items():
-        name, rank = _name(place), a.shape[-1]
-        if name not in adapters or adapters[name].rank < rank:
+        path, rank = place.path, a.shape[-1]
+        if path not in adapters or adapters[path].rank < rank:
             alpha = settings.scale_of(module.name) * (math.sqrt(rank) if settings.rank_stabilised else rank)
             scaling = "alpha/sqrt(rank)" if settings.rank_stabilised else "alpha/rank"
             # Noise of the multiplication apart, alphas are the numbers of the file.
             alpha = float(f"{alpha:.12g}")
-            adapters[name] = AdapterConfig(rank=rank, alpha=alpha, scaling=scaling, dora=settings.dora, dropout=0.0)
+            adapters[path] = AdapterConfig(rank=rank, alpha=alpha, scaling=scaling, dora=settings.dora, dropout=0.0)
     (usual, _), *_ = Counter(adapters.values()).most_common()
-    names = [name for name in LINEARS if name in adapters]
+    paths = [path for path in PATHS if path in adapters]
     return LoRAConfig(
         rank=usual.rank,
         alpha=usual.alpha,
-        targets=tuple(names),
+        targets=tuple(paths),
         scaling=usual.scaling,
-        rank_pattern=tuple((name, adapters[name].rank) for name in names if adapters[name].rank != usual.rank),
-        alpha_pattern=tuple((name, adapters[name].alpha) for name in names if adapters[name].alpha != usual.alpha),
+        rank_pattern=tuple((path, adapters[path].rank) for path in paths if adapters[path].rank != usual.rank),
+        alpha_pattern=tuple((path, adapters[path].alpha) for path in paths if adapters[path].alpha != usual.alpha),
         dora=settings.dora,
     )
-
-
-def _name(place: Place) -> str:
-    return place.path.rpartition("/")[2]

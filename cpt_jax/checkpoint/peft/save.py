@@ -155,7 +155,7 @@ def _lora_part(
 
 def _settings(lora: LoRAConfig, flat: dict[str, Any], module: Module) -> dict[Place, AdapterConfig]:
     """Those of the module's parts that have an adapter."""
-    found = {place: lora.adapter(place.path.rpartition("/")[2]) for place in module.parts}
+    found = {place: lora.adapter(place.path) for place in module.parts}
     return {place: each for place, each in found.items() if each is not None and f"{place.path}/lora_a" in flat}
 
 
