@@ -57,7 +57,7 @@ def with_copies(weights: Tree, order: Sequence[tuple[int, bool]]) -> Tree:
     flat = flatten(weights)
     for path, leaf in flat.items():
         if path.startswith("layers/"):
-            zero = path.startswith(("layers/attention/o/", "layers/mlp/down/"))
+            zero = path.startswith(("layers/attention/o/", "layers/mlp/down/", "layers/mlp/shared/down/"))
             flat[path] = _stack([(None if copy and zero else leaf, number) for number, copy in order], like=leaf)
     return unflatten(flat)
 
