@@ -21,6 +21,9 @@ CONFIGS = {
         tie_word_embeddings=False, norm_placement="both", attention_out_bias=True, mlp_bias=True, qkv_bias=True
     ),
     "experts": tiny_config(experts=EXPERTS, intermediate_size=24),
+    "a shared expert": tiny_config(
+        experts=dataclasses.replace(EXPERTS, shared_intermediate_size=40), intermediate_size=24
+    ),
 }
 DENSE = {
     "rank-stabilised": LoRA(rank=4, alpha=8, scaling="alpha/sqrt(rank)", norms=True),

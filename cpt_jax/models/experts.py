@@ -1,4 +1,5 @@
-"""Mixture of experts: each token's feed-forward is that of the few experts its router chooses.
+"""Mixture of experts: each token's feed-forward is that of the few experts its router chooses, and of a shared expert,
+if there is one.
 
 No token is dropped, so that the result is that of the released models. Experts are spread over the mesh axis
 "expert": each device gathers the tokens of its row of that axis, computes its own experts' share, and the shares are
@@ -16,8 +17,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.linear import ACTIVATIONS, LoRAConfig, Weight, adapter, initial_kernel
+from cpt_jax.models.feed_forward import FeedForward
+from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, Weight, adapter, initial_kernel
 from cpt_jax.models.products import grouped_matmul, matmul
+from cpt_jax.models.remat import recomputed
 from cpt_jax.sharding.mesh import AXES
 from cpt_jax.sharding.rules import RULES
 
@@ -25,16 +28,21 @@ from cpt_jax.sharding.rules import RULES
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """`per_token` of `count` experts serve a token, weighted by the router's softmax; `renormalise` makes the chosen
-    weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training."""
+    weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
+    width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), weighted by a sigmoid
+    (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none."""
 
     count: int
     per_token: int
     renormalise: bool
     balance_coefficient: float
+    shared_intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
             raise UserError(f"num_experts_per_tok {self.per_token} is not between 1 and the {self.count} experts")
+        if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:
+            raise UserError(f"shared_expert_intermediate_size is {self.shared_intermediate_size}: give at least 1")
 
 
 class Balance(NamedTuple):
@@ -87,7 +95,8 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The router and its experts; each expert is down(activation(gate(x)) * up(x))."""
+    """The router and its experts, each of them down(activation(gate(x)) * up(x)); the shared one times
+    sigmoid(shared_gate(x))."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         experts: ExpertsConfig = config.experts
@@ -98,6 +107,9 @@ class Experts(nnx.Module):
         self.gate = ExpertLinear("layers/mlp/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
         self.up = ExpertLinear("layers/mlp/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
         self.down = ExpertLinear("layers/mlp/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+        if (size := experts.shared_intermediate_size) is not None:
+            self.shared = FeedForward(config, lora, rngs, path="layers/mlp/shared", intermediate_size=size)
+            self.shared_gate = Linear("layers/mlp/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
 
     def __call__(
         self, x: Float[Array, "B S D"], dtype: jnp.dtype, counted: Float[Array, "B S"]
@@ -127,7 +139,14 @@ class Experts(nnx.Module):
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
             )(in_rows[0], in_rows[1], in_rows[2], weights)
-        return mixed.reshape(x.shape), balance
+        mixed = mixed.reshape(x.shape)
+        if self.settings.shared_intermediate_size is not None:
+            mixed += self._of_shared(x, dtype)
+        return mixed, balance
+
+    def _of_shared(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        share = recomputed(lambda x: jax.nn.sigmoid(self.shared_gate(x, dtype)))(x)
+        return share * self.shared(x, dtype)
 
 
 def _spread(tokens, chosen, shares, weights, *, specs, compute):

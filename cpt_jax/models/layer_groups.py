@@ -58,7 +58,7 @@ def with_copies(weights: Tree, config, order: Sequence[tuple[int, bool]]) -> Tre
     for path, leaf in flat.items():
         if path.startswith("layers/"):
             places = {layer: place for place, layer in enumerate(config.layers_with(path.removeprefix("layers/")))}
-            zero = path.split("/")[2] in ("o", "down")
+            zero = path.split("/")[-2] in ("o", "down")
             kept = [(None if copy and zero else leaf, places[layer]) for layer, copy in order if layer in places]
             flat[path] = _stack(kept, like=leaf)
     return unflatten(flat)

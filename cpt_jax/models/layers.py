@@ -11,45 +11,14 @@ from cpt_jax.models.attention import Attention
 from cpt_jax.models.config import ATTENTION
 from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
+from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, applied
+from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.norms import norm
-from cpt_jax.models.products import sum_type
-from cpt_jax.models.remat import named, recomputed
+from cpt_jax.models.remat import recomputed
 from cpt_jax.models.rope import Rotation
 from cpt_jax.models.short_conv import ShortConv
 from cpt_jax.sharding.rules import constrain
-
-
-class FeedForward(nnx.Module):
-    """down(activation(gate(x)) * up(x)) (gated linear units: Shazeer 2020, arXiv 2002.05202), or without a gate
-    down(activation(up(x)))."""
-
-    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
-        # A layer that is recomputed as a whole is compiled apart already.
-        self.apart = config.layer_loop == "unroll" and config.remat is None
-        if self.gated:
-            self.gate = Linear("layers/mlp/gate", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.up = Linear("layers/mlp/up", ("embed", "mlp"), (width, inner), lora, rngs, bias)
-        self.down = Linear("layers/mlp/down", ("mlp", "embed"), (inner, width), lora, rngs, bias)
-
-    def __call__(
-        self, x: Float[Array, "B S D"], dtype: jnp.dtype, norm: Callable[[Array], Array] = lambda x: x
-    ) -> Float[Array, "B S D"]:
-        """Of the normalised input: what `norm` makes of x."""
-        linears = (self.up, self.gate) if self.gated else (self.up,)
-        # What is kept for the backward pass is kept rounded, as autocast does.
-        inner = recomputed(lambda x: [y.astype(dtype) for y in applied(linears, norm(x), dtype)])(x)
-        inner = [named(y, name) for y, name in zip(inner, ("mlp_up", "mlp_gate"), strict=False)]
-
-        def outer(up: Array, gate: Array | None = None) -> Array:
-            wide = sum_type(dtype)
-            product = self.activation(up.astype(wide)) if gate is None else self.activation(gate.astype(wide)) * up
-            return self.down(product, dtype)
-
-        return recomputed(outer, apart=self.apart)(*inner)
 
 
 def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | ShortConv:

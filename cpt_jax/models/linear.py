@@ -25,6 +25,8 @@ PATHS = (
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/short_conv/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/mlp/shared/{name}" for name in ("gate", "up", "down")),
+    "layers/mlp/shared_gate",
 )
 # What an adapter trains, by the ends of its leaves' paths.
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
@@ -71,9 +73,9 @@ class LoRAConfig:
     sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
 
     Linears are named by the last part of their paths ("q"), by a whole path ("layers/attention/q"), or by a pattern over
-    paths ("layers/mlp/*"). `rank_pattern` and `alpha_pattern` give some linears another rank and alpha; the first pattern that matches
-    counts. `dora` trains each output's magnitude apart from its direction. `dropout` is the share of the adapters'
-    inputs that is dropped in training.
+    paths ("layers/mlp/*"). `rank_pattern` and `alpha_pattern` give some linears another rank and alpha; the first pattern
+    that matches counts. `dora` trains each output's magnitude apart from its direction. `dropout` is the share of the
+    adapters' inputs that is dropped in training.
     """
 
     rank: int

@@ -9,7 +9,7 @@ _VECTORS = ("scale", "bias", "magnitude")
 
 def group_of(path: str) -> Group:
     """The one group of a weight: the layers' matrices, LoRA's two factors, the vocabulary's old and new rows, and the
-    others (norms, biases, magnitudes, routers)."""
+    others (norms, biases, magnitudes, routers, the shared expert's gate)."""
     name = path.rpartition("/")[2]
     if path in ("embed/new", "head/new"):
         return "new_rows"
@@ -19,7 +19,7 @@ def group_of(path: str) -> Group:
         return "lora_a"
     if name == "lora_b":
         return "lora_b"
-    return "matrices" if name == "kernel" else "others"
+    return "matrices" if name == "kernel" and not path.endswith("/shared_gate/kernel") else "others"
 
 
 def stacked_axes(path: str, rank: int) -> int:

@@ -70,14 +70,24 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
 def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, item: int, tensor: int) -> float:
     """What a layer keeps of a token with rematerialisation: its input, and what is named."""
     config = network.config
-    named = mixed.named | {"mlp_gate": config.intermediate_size, "mlp_up": config.intermediate_size}
+    named = mixed.named | dict.fromkeys(("mlp_gate", "mlp_up"), _feed_forward_size(config))
     kept = item * sum(named.get(kept, 0) for kept in remat.keep)
     if remat.products:
-        # Experts' products are none of these, and that of down is only added to the stream.
-        inner = 0 if config.experts is not None else config.intermediate_size * (2 if config.gated else 1)
+        # Experts' products are none of these, and that of down is only added to the stream; the shared one's is weighted.
+        inner = _feed_forward_size(config) * (2 if config.gated else 1)
+        inner += config.hidden_size + 1 if _has_shared_expert(config) else 0
         outputs = mixed.products + config.hidden_size + inner + sum(_ranks(network, name))
         kept += (4 if backend() == "cpu" else item) * outputs
     return 4 * config.hidden_size + kept / tensor
+
+
+def _feed_forward_size(config: DecoderConfig) -> int:
+    """The inner width of what every token goes through: of experts, the shared one's."""
+    return config.intermediate_size if config.experts is None else config.experts.shared_intermediate_size or 0
+
+
+def _has_shared_expert(config: DecoderConfig) -> bool:
+    return config.experts is not None and config.experts.shared_intermediate_size is not None
 
 
 def _ranks(network: Network, mixer: str) -> list[int]:
@@ -98,12 +108,14 @@ def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float
     kept = _residual_bytes(config) + mixed.kept
     if config.norm_placement in ("after", "both"):
         kept += 8 * config.hidden_size
-    if config.experts is None:
-        kept += item * config.intermediate_size * (2 if config.gated else 1)
-    else:
+    kept += item * _feed_forward_size(config) * (2 if config.gated else 1)
+    if config.experts is not None:
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
         of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+    if _has_shared_expert(config):
+        # What it gives, and its weight.
+        kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.
     return kept + (4 + item) * sum(_ranks(network, name))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inputs import tiny_config
-from method_inputs import TOKENS, arrays, forward, model_of, trained
+from method_inputs import CONFIGS, TOKENS, arrays, forward, model_of, trained
 
 from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.hf_write import save
@@ -188,6 +188,20 @@ def test_a_pattern_gives_its_linears_their_rank_and_the_first_counts():
     assert model.lora is not None
     scales = {"attention/q": 3 / 4, "attention/k": 2, "mlp/gate": 8 / 6, "mlp/down": 4}
     assert {path: model.lora.adapter(f"layers/{path}").scale for path in scales} == scales
+
+
+def test_a_name_means_the_shared_expert_too_and_its_path_it_alone():
+    def adapted(method: LoRA) -> set[str]:
+        model = model_of(CONFIGS["a shared expert"]).adapted(method, 0)
+        return {path.removesuffix("/lora_a") for path in flatten(model.weights) if path.endswith("/lora_a")}
+
+    assert adapted(LoRA(targets=("gate",))) == {"layers/mlp/gate", "layers/mlp/shared/gate"}
+    assert adapted(LoRA(targets=("layers/mlp/gate",))) == {"layers/mlp/gate"}
+    assert adapted(LoRA(targets=("shared_gate",))) == {"layers/mlp/shared_gate"}
+    assert len(adapted(LoRA())) == 4 + 3 + 3
+    shared = {f"layers/mlp/shared/{name}" for name in ("gate", "up", "down")}
+    # What experts that are chosen do not have.
+    assert adapted(LoRA(targets=("layers/mlp/shared/*",), dora=True, dropout=0.1)) == shared
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -211,6 +211,20 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             attention_bias=False, rotary_pct=1.0, hidden_act="gelu_fast", rope_scaling=dict(type="linear", factor=2.0)
         ),
     },
+    "qwen2_moe": {
+        "as released": UNTIED
+        | EXPERTS
+        | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_key_value_heads=4),
+        "renormalised, tied, no biases": TIED
+        | EXPERTS
+        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=12, norm_topk_prob=True)
+        | dict(num_experts_per_tok=3, qkv_bias=False, rope_scaling=YARN),
+        # In every other one of the lower layers.
+        "window, head dimension, activation": UNTIED
+        | EXPERTS
+        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, head_dim=16)
+        | dict(use_sliding_window=True, sliding_window=6, max_window_layers=2, hidden_act="gelu_pytorch_tanh"),
+    },
     "qwen3_moe": {
         "renormalised": UNTIED
         | EXPERTS

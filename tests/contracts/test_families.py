@@ -172,6 +172,13 @@ def packed_and_padded(ours: Ours) -> None:
 # What a config of a family may not ask for, and what is said.
 REFUSED = [
     ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0, which is not supported for model_type olmoe"),
+    (
+        "qwen2_moe",
+        dict(decoder_sparse_step=2),
+        "decoder_sparse_step=2, which is not supported for model_type qwen2_moe",
+    ),
+    ("qwen2_moe", dict(mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported for model_type qwen2_moe"),
+    ("qwen2_moe", dict(shared_expert_intermediate_size=0), "shared_expert_intermediate_size is 0: give at least 1"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
@@ -200,7 +207,7 @@ def test_activations_are_those_of_transformers():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe"])
 def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
     import torch
 

@@ -19,7 +19,8 @@ from cpt_jax.sharding.rules import shardings
 from cpt_jax.training.loss import make_loss
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1)
-LORA = LoRAConfig(rank=4, alpha=8)
+SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=24)
+LORA = LoRAConfig(rank=4, alpha=8, targets=("layers/*",))
 
 
 def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
@@ -48,7 +49,7 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     ids=str,
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
-    config = tiny_config(experts=EXPERTS)
+    config = tiny_config(experts=SHARED)
     network = abstract_decoder(config, LORA)
     weights = random_weights(config, lora=LORA)
     loss = make_loss(network, jnp.dtype("float32"), lambda path: True, ("text",))
@@ -60,6 +61,8 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
     placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
     held = placed["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
     assert held.shape[1] == 4 // mesh.shape["expert"]
+    shared = placed["layers"]["mlp"]["shared"]["up"]["kernel"].addressable_shards[0].data
+    assert shared.shape[1:] == (config.hidden_size // mesh.shape["fsdp"], 24 // mesh.shape["tensor"])
     with jax.set_mesh(mesh):
         found, gradients = jax.jit(gradient)(placed, batch())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -110,7 +113,7 @@ def test_the_balance_has_a_gradient_that_takes_the_router_to_an_even_load():
 
 
 def test_adapters_of_experts_merge():
-    config = tiny_config(experts=EXPERTS)
+    config = tiny_config(experts=SHARED)
     weights = random_weights(config, lora=LORA)
     tokens = jnp.asarray(batch()["inputs"])
     arguments = (tokens, jnp.broadcast_to(jnp.arange(16)[None], tokens.shape), jnp.ones_like(tokens))

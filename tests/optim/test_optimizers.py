@@ -213,3 +213,5 @@ def test_every_weight_is_in_one_group():
     }
     assert group_of("head/base") == "old_rows"
     assert group_of("head/new") == "new_rows"
+    assert group_of("layers/mlp/shared/gate/kernel") == "matrices"
+    assert group_of("layers/mlp/shared_gate/kernel") == "others"

@@ -118,6 +118,9 @@ def test_a_window_and_experts():
     mixed = token_flops(abstract_decoder(tiny_config(**SIZES, experts=experts)), Full().trains, LENGTH).forward
     # Two feed-forwards instead of one, and the router.
     assert mixed - full == pytest.approx(3 * 2 * (3 * 64 * 96 + 64 * 8))
+    shared = dataclasses.replace(experts, shared_intermediate_size=40)
+    both = token_flops(abstract_decoder(tiny_config(**SIZES, experts=shared)), Full().trains, LENGTH).forward
+    assert both - mixed == pytest.approx(3 * 2 * (3 * 64 * 40 + 64))
 
 
 def test_peaks_by_the_names_that_devices_have():

@@ -29,6 +29,7 @@ from cpt_jax.training.training import Training, place_weights
 
 ROWS, LENGTH = 2, 256
 EXPERTS = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
+SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
 
@@ -83,6 +84,8 @@ KINDS = {
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
+    "a shared expert": (dict(experts=SHARED), Full()),
+    "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 
 
@@ -102,8 +105,9 @@ def paper_of(config, method, **changes) -> StageMemory:
     )
 
 
-def test_products_of_experts_are_not_kept():
-    config = tiny_config(**SIZES, experts=EXPERTS, attention="blocks")
+@pytest.mark.parametrize("experts", [EXPERTS, SHARED], ids=["routed", "shared"])
+def test_products_of_experts_are_not_kept_but_the_shared_ones(experts):
+    config = tiny_config(**SIZES, experts=experts, attention="blocks")
     products = dataclasses.replace(config, remat=Remat(products=True))
     kept = paper_of(products, Full()).activations - paper_of(config, Full()).activations / SIZES["num_layers"]
     assert kept == pytest.approx(kept_by_layers(products, Full(), "bfloat16"), rel=0.05)

@@ -123,12 +123,13 @@ def attention_biases(read: Any) -> dict[str, Any]:
 
 
 def experts_of(read: Any) -> ExpertsConfig:
-    """The experts of Qwen3-MoE, and of those that write them so."""
+    """The experts of Qwen's models, and of those that write them so."""
     return ExpertsConfig(
         count=read.num_experts,
         per_token=read.num_experts_per_tok,
         renormalise=bool(read.norm_topk_prob),
         balance_coefficient=float(read.router_aux_loss_coef),
+        shared_intermediate_size=getattr(read, "shared_expert_intermediate_size", None),
     )
 
 
@@ -218,6 +219,10 @@ def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mappi
         for ours, hf in matrices.items():
             place = Place(f"layers/mlp/{ours}/kernel", (layer, expert), True)
             names[f"{prefix}.experts.{expert}.{hf}.weight"] = (place,)
+    if config.experts.shared_intermediate_size is not None:
+        names |= linear(f"{prefix}.shared_expert_gate", "layers/mlp/shared_gate", layer, False)
+        for ours, hf in matrices.items():
+            names |= linear(f"{prefix}.shared_expert.{hf}", f"layers/mlp/shared/{ours}", layer, config.mlp_bias)
     return names
 
 
