@@ -5,7 +5,7 @@ already gives, and writes its value there:
 
     S' = exp(g) S,  S = S' + beta k (v - k S')^T,  o = q S.
 
-Within a chunk the tokens' writes depend on each other by a triangular system, which is solved once; the rest is
+Within a chunk the tokens' writes depend on each other by a triangular system, which is inverted once; the rest is
 matrix products, and only the states go from chunk to chunk one after the other (Yang et al. 2024, arXiv 2406.06484).
 """
 
@@ -50,7 +50,7 @@ def gated_delta_rule(
       state: of the row's tokens before this call's; see `Visible.index`.
     """
     batch, length, wide = q.shape[0], q.shape[1], sum_type(dtype)
-    size = min(CHUNK, length)
+    size = min(CHUNK, 1 << (length - 1).bit_length())
     count = -(-length // size)
     begins, places = first_visible(visible, (None,), batch, length)
 
@@ -80,21 +80,55 @@ def _chunks(q, k, v, log_decay, beta, begins: Int[Array, "N B C"], places: Int[A
     since = jnp.where(goes_on, jnp.exp(passed), 0)
     keys = jnp.swapaxes(k, -1, -2)[:, :, :, None]
     alike = contract("nbgki,nbgkj->nbgij", k, k, dtype)[:, :, :, None]
-    system = beta[..., None] * alike * between
+    inverse = inverse_of_unit_lower(beta[..., None] * alike * between)
     writes = beta[..., None] * jnp.swapaxes(v, -1, -2)
     reads = (beta * since)[..., None] * keys
-    solved = jax.lax.linalg.triangular_solve(
-        system, jnp.concatenate([writes, reads], axis=-1), left_side=True, lower=True, unit_diagonal=True
-    )
     scores = contract("nbgki,nbgkj->nbgij", q, k, dtype)[:, :, :, None] * between
     return _Chunks(
-        writes=solved[..., : v.shape[-2]],
-        reads_before_write=solved[..., v.shape[-2] :],
+        writes=contract("nbgrij,nbgrjv->nbgriv", inverse, writes, dtype),
+        reads_before_write=contract("nbgrij,nbgrjk->nbgrik", inverse, reads, dtype),
         scores=scores,
         queries=since[..., None] * jnp.swapaxes(q, -1, -2)[:, :, :, None],
         keys=between[..., -1, :, None] * keys,
         kept=since[..., -1],
     )
+
+
+@jax.custom_vjp
+def inverse_of_unit_lower(system: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """Of what is below the diagonal, with ones on it; C is a power of two.
+
+    Blocks are inverted in pairs, from single numbers up: forward substitution, as matrix products alone. (A solver of
+    the library would not be cut over devices.)
+    """
+    size = system.shape[-1]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
+    of_block, half = jnp.arange(size), 1
+    while half < size:
+        # Below the diagonal of each block of twice the size: its lower left quarter.
+        rows, columns = of_block[:, None] // half, of_block[None] // half
+        quarter = (rows // 2 == columns // 2) & (rows > columns)
+        corner = jnp.where(quarter, system, 0)
+        inverse -= _exact(_exact(inverse, corner), inverse)
+        half *= 2
+    return inverse
+
+
+def _exact(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _inverse_forward(system):
+    inverse = inverse_of_unit_lower(system)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse, cotangent):
+    transposed = jnp.swapaxes(inverse, -1, -2)
+    return (jnp.tril(-_exact(_exact(transposed, cotangent), transposed), -1),)
+
+
+inverse_of_unit_lower.defvjp(_inverse_forward, _inverse_backward)
 
 
 def _through(state: State, chunk: _Chunks, dtype: jnp.dtype) -> tuple[State, Float[Array, "B G R C v"]]:

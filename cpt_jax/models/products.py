@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cpt_jax.models.quantised import dense, is_quantised
+from cpt_jax.models.quantised import OfStack, dense, is_quantised
 from cpt_jax.sharding.hardware import backend
 
 # The name by which a policy of rematerialisation keeps products.
@@ -84,9 +84,15 @@ def _matmuls_backward(dtype, name, residuals, cotangents):
         dweight = jax.lax.dot_general(
             x, low, contracted, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
         )
-        dweights.append(dweight.astype(weight.dtype))
+        dweights.append(_as_stored(weight, dweight))
     # x reached the forward pass as float32: only its rounded copy was kept.
     return dx, tuple(dweights)
+
+
+def _as_stored(weight: Any, gradient: Array) -> Any:
+    """A gradient in the form of its weight."""
+    rounded = gradient.astype(weight.dtype)
+    return weight.gradient(rounded) if isinstance(weight, OfStack) else rounded
 
 
 _matmuls.defvjp(_matmuls_forward, _matmuls_backward)
@@ -168,7 +174,7 @@ def _grouped_backward(dtype, residuals, cotangent):
     dweight = jax.lax.ragged_dot_general(
         x, low, sizes, by_group, preferred_element_type=sum_type(dtype), precision=precision_of(dtype)
     )
-    return _of_groups(dx, sizes), dweight.astype(weight.dtype), None
+    return _of_groups(dx, sizes), _as_stored(weight, dweight), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

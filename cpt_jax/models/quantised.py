@@ -1,6 +1,7 @@
 """Frozen kernels in 8 or 4 bits, multiplied back to the compute type where they are used (QLoRA: Dettmers et al. 2023,
 arXiv 2305.14314); `qwix` quantises."""
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -24,12 +25,37 @@ def quantise(kernel: Float[Array, "*stack i o"], kind: Quantisation) -> Any:
     return qwix.quantize(kernel, "nf4", channelwise_axes=(*axes, kernel.ndim - 1), tiled_axes={kernel.ndim - 2: block})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfStack:
+    """One layer of a stack of weights (quantised or not), cut out where it is used."""
+
+    stack: Any
+    place: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.stack.dtype
+
+    def gradient(self, of_layer: Array) -> "OfStack":
+        """That of the stack, where this layer's is given."""
+        return OfStack(jnp.zeros_like(self.stack).at[self.place].set(of_layer), self.place)
+
+
 def is_quantised(weight: Any) -> bool:
+    if isinstance(weight, OfStack):
+        return is_quantised(weight.stack)
     return not isinstance(weight, jax.Array) and hasattr(weight, "qvalue")
 
 
 def dense(weight: Any, dtype: jnp.dtype) -> Array:
-    """A weight in `dtype`, whether it is quantised or not."""
+    """A weight in `dtype`, however it is stored."""
+    if isinstance(weight, OfStack):
+        return dense(jax.tree.map(lambda leaf: leaf[weight.place], weight.stack), dtype)
     if not is_quantised(weight):
         return weight.astype(dtype)
     import qwix

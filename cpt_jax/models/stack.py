@@ -12,6 +12,7 @@ from jaxtyping import Array
 from cpt_jax.models import attention
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.quantised import OfStack
 
 # By the mixer's name: what its layers know of the tokens before, with those layers as first axis.
 Caches = dict[str, Any]
@@ -106,17 +107,17 @@ def _run(
     mixers = config.layer_mixers[layers.start : layers.stop]
     pattern = None if config.layer_pattern is None else config.layer_pattern[layers.start : layers.stop]
     graphdef, weights = nnx.split(stack)
-    layer = functools.partial(_layer, config, graphdef, call)
+    layer = functools.partial(_layer, graphdef, call)
     if len(set(mixers)) > 1:
         return _run_periods(config, layer, mixers, pattern, weights, x, inputs, caches)
     kinds = None if pattern is None else jnp.asarray(pattern)
     each = (weights, LayerInputs(None if caches is None else caches[mixers[0]], kinds, inputs))
     unroll = len(layers) if config.layer_loop == "unroll" else 1
-    x, (cache, results) = jax.lax.scan(layer(mixers[0]), x, each, unroll=unroll)
+    x, (cache, results) = jax.lax.scan(_recomputed(config, layer(mixers[0])), x, each, unroll=unroll)
     return x, None if caches is None else caches | {mixers[0]: cache}, results
 
 
-def _layer(config, graphdef, call: Call, mixer: str, kind: int | None = None) -> Callable[..., Any]:
+def _layer(graphdef, call: Call, mixer: str, kind: int | None = None) -> Callable[..., Any]:
     """What a loop calls for a layer; `kind`: the number of its kind, where that is a constant."""
 
     def run(x, given):
@@ -126,10 +127,15 @@ def _layer(config, graphdef, call: Call, mixer: str, kind: int | None = None) ->
         x, cache, result = call(block, x, inputs if kind is None else inputs._replace(kind=kind))
         return x, (cache, result)
 
+    return run
+
+
+def _recomputed(config, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that is computed again in the backward pass, as the configuration says."""
     if config.remat is None:
-        return run
+        return layer
     # In a loop nothing can be found to be the same as in the forward pass; unrolled, all of it could.
-    return jax.checkpoint(run, prevent_cse=config.layer_loop == "unroll", policy=config.remat.policy())
+    return jax.checkpoint(layer, prevent_cse=config.layer_loop == "unroll", policy=config.remat.policy())
 
 
 def _run_periods(
@@ -146,12 +152,16 @@ def _run_periods(
         results = []
         for number, mixer in enumerate(mixers[:size]):
             place = mixers[:number].count(mixer)
-            # Of other mixers the first layer's weights go along unread.
-            places = {name: place if name == mixer else 0 for name in mixers}
-            own = {name: _at(part, places.get(name, number)) for name, part in weights.items()}
+
+            def run(x, weights, given, number=number, mixer=mixer, place=place):
+                # Of other mixers the first layer's weights go along unread.
+                places = {name: place if name == mixer else 0 for name in mixers}
+                own = {name: _layer_of(part, places.get(name, number)) for name, part in weights.items()}
+                return layer(mixer, pattern[number])(x, (nnx.State(own), given))
+
             cache = None if caches is None else _at(caches[mixer], place)
-            given = (nnx.State(own), LayerInputs(cache, None, _at(inputs, number)))
-            x, (cache, result) = layer(mixer, pattern[number])(x, given)
+            given = LayerInputs(cache, None, _at(inputs, number))
+            x, (cache, result) = _recomputed(config, run)(x, weights, given)
             if caches is not None:
                 after[mixer].append(cache)
             results.append(result)
@@ -179,6 +189,18 @@ def _cut(tree: Any, first: int, last: int) -> Any:
 
 def _at(tree: Any, number: int) -> Any:
     return jax.tree.map(lambda array: array[number], tree)
+
+
+def _layer_of(weights: Any, number: int) -> Any:
+    """One layer of stacks; its kernels are cut out where they are used, or the backward pass would keep a copy of each."""
+
+    def cut(path: Any, leaf: nnx.Variable) -> nnx.Variable:
+        if path[-1].key == "kernel":
+            return leaf.replace(OfStack(leaf.get_value(), number))
+        return leaf.replace(_at(leaf.get_value(), number))
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(cut, weights, is_leaf=is_variable)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

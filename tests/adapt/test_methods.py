@@ -156,6 +156,8 @@ def test_methods_come_back_from_json():
         ("gemma2", "as released"),
         ("phi3", "window"),
         ("smollm3", "by interval, biases, yarn"),
+        ("qwen3_5_text", "not periodic, one value head a key head"),
+        ("lfm2", "untied, biases, not periodic"),
     ],
 )
 def test_an_expanded_model_is_one_that_transformers_runs(model_type, name, tmp_path):

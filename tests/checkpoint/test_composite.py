@@ -37,6 +37,8 @@ TEXT = dict(
     pad_token_id=2,
 )
 ROTATION = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+QWEN_3_5 = dict(rope_parameters=ROTATION | dict(partial_rotary_factor=0.5), full_attention_interval=2)
+QWEN_3_5 |= dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
 SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 SIGHT |= dict(image_size=28, patch_size=14)
 QWEN_SIGHT = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
@@ -62,6 +64,12 @@ CONFIGS = {
     "qwen3_vl": dict(
         text_config=TEXT | dict(rope_parameters=ROTATION),
         vision_config=QWEN_SIGHT | dict(deepstack_visual_indexes=[0]),
+    ),
+    "qwen3_5": dict(
+        text_config=TEXT | QWEN_3_5,
+        vision_config=QWEN_SIGHT | dict(num_position_embeddings=16),
+        image_token_id=3,
+        tie_word_embeddings=True,
     ),
     "smolvlm": dict(text_config=TEXT | dict(model_type="llama"), vision_config=SIGHT, image_token_id=3),
 }

@@ -38,6 +38,11 @@ FAMILIES = {
         "renormalised, tied, no biases",
         ("layers/mlp/shared/*", "shared_gate"),
     ),
+    "qwen3_5": ("qwen3_5_text", "as released", LINEARS),
+    "qwen3_5, all there are": ("qwen3_5_text", "not periodic, one value head a key head", ("layers/*",)),
+    "qwen3_5, gates alone": ("qwen3_5_text", "as released", ("layers/attention/gate", "decay")),
+    "lfm2": ("lfm2", "as released", LINEARS),
+    "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
 }
@@ -53,7 +58,8 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
     assert len(held) == 2 - model.config.tie_word_embeddings
     expected = ours(model.config, model.weights, model.lora)
     found = theirs(tmp_path / "base", tmp_path / "adapter")
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # A head that linear attention leaves near zero is scaled up by its norm, rounding errors too.
+    np.testing.assert_allclose(found, expected, atol=5e-4 if model_type == "qwen3_5_text" else 1e-4)
     assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
 
     again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cpt_jax.models.causal_conv import causal_conv
-from cpt_jax.models.delta_rule import CHUNK, gated_delta_rule
+from cpt_jax.models.delta_rule import CHUNK, gated_delta_rule, inverse_of_unit_lower
 from cpt_jax.models.kernels.visible import Visible, document_begins
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -128,3 +128,16 @@ def test_the_convolution_goes_on_where_it_ended():
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-6)
     np.testing.assert_array_equal(state, last)
     assert not np.asarray(whole[:, :2]).any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 64])
+def test_the_inverse_is_numpys(size):
+    """Of what lies on and above the diagonal nothing is read; rows much alike, as those of like keys are."""
+    generator = np.random.default_rng(size)
+    system = generator.uniform(0.5, 1.0, (3, size, size))
+    lower = np.tril(system, -1) + np.eye(size)
+    inverse, backward = jax.vjp(inverse_of_unit_lower, jnp.asarray(system, jnp.float32))
+    np.testing.assert_allclose(inverse, np.linalg.inv(lower), atol=1e-5)
+    cotangent = generator.normal(size=system.shape)
+    expected = np.tril(-np.einsum("bji,bjk,blk->bil", np.linalg.inv(lower), cotangent, np.linalg.inv(lower)), -1)
+    np.testing.assert_allclose(backward(jnp.asarray(cotangent, jnp.float32))[0], expected, atol=1e-4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from inputs import tiny_config
 from jax.interpreters.partial_eval import dce_jaxpr
+from models.test_hybrid import KINDS as HYBRID_KINDS
 from training_inputs import training
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA, Method
@@ -32,6 +33,9 @@ EXPERTS = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coeffici
 SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
+# Two periods.
+HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2) * 2, attention_gate="head")
+
 
 def kept_by_layers(config, method, compute) -> int:
     """Bytes that the layers' loops hand on to their backward passes."""
@@ -49,7 +53,8 @@ def kept_by_layers(config, method, compute) -> int:
     program = dce_jaxpr(traced, [True] * len(traced.outvars))[0]
     kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
     for loop in loops:
-        of_layers = loop.params["length"] in (config.num_layers, *dict(config.layer_groups).values())
+        periods = config.num_layers // max(1, len(config.layer_kinds))
+        of_layers = loop.params["length"] in (config.num_layers, periods, *dict(config.layer_groups).values())
         if of_layers and not loop.params["reverse"]:
             # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
             inner = loop.params["jaxpr"].out_avals
@@ -84,6 +89,8 @@ KINDS = {
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
+    "linear attention and convolutions": (HYBRID, Full()),
+    "linear attention and convolutions, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
