@@ -90,6 +90,14 @@ TRAINED_BY_PEFT = {
     ),
     "qwen3_moe": ("qwen3_moe", "renormalised", dict(target_modules=QUERIES, target_parameters=EXPERTS)),
     "qwen3_moe, gates": ("qwen3_moe", "not renormalised, tied", dict(target_modules=[], target_parameters=EXPERTS[:1])),
+    "qwen2_moe": ("qwen2_moe", "as released", dict(target_modules="all-linear")),
+    "qwen2_moe, experts too": (
+        "qwen2_moe",
+        "renormalised, tied, no biases",
+        dict(target_modules=[*QUERIES, "gate_proj", "down_proj"], target_parameters=EXPERTS)
+        | dict(rank_pattern={"shared_expert.down_proj": 2}),
+    ),
+    "DoRA of qwen2_moe": ("qwen2_moe", "as released", dict(target_modules="all-linear", use_dora=True)),
     "mixtral": ("mixtral", "untied", dict(target_modules=["q_proj", "w1", "w2", "w3"])),
 }
 

@@ -32,6 +32,12 @@ FAMILIES = {
     "gpt_neox": ("gpt_neox", "as released", LINEARS),
     "gpt_neox, keys alone": ("gpt_neox", "tied, no biases, linear", ("k", "o")),
     "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),
+    "qwen2_moe": ("qwen2_moe", "as released", LINEARS),
+    "qwen2_moe, the shared expert alone": (
+        "qwen2_moe",
+        "renormalised, tied, no biases",
+        ("layers/mlp/shared/*", "shared_gate"),
+    ),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
 }
@@ -60,6 +66,7 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
         np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
 
 
+SHARED = "layers/mlp/shared/*"
 VARIANTS = {
     "rank-stabilised": ("llama", "linear", dict(scaling="alpha/sqrt(rank)"), False),
     "ranks and alphas": (
@@ -77,6 +84,13 @@ VARIANTS = {
         False,
     ),
     "rank-stabilised fused layers": ("gpt_neox", "as released", dict(scaling="alpha/sqrt(rank)"), True),
+    "a shared expert of other rank": ("qwen2_moe", "as released", dict(rank_pattern=((SHARED, 5),)), True),
+    "dora of a shared expert": (
+        "qwen2_moe",
+        "as released",
+        dict(dora=True, targets=("q", SHARED, "shared_gate")),
+        False,
+    ),
     "experts of other ranks": (
         "qwen3_moe",
         "renormalised",
@@ -112,8 +126,9 @@ def test_peft_computes_the_variants_too(model_type, name, changes, norms, tmp_pa
         ours(base.config, again.over(base.config, base.weights), again.lora), expected, atol=1e-4
     )
     assert again.lora is not None
-    if model_type in ("llama", "qwen2"):
-        assert [again.lora.adapter(path) for path in PATHS] == [lora.adapter(path) for path in PATHS]
+    if model_type in ("llama", "qwen2", "qwen2_moe"):
+        adapted = [path for path in PATHS if f"{path}/lora_a" in flat]
+        assert [again.lora.adapter(path) for path in adapted] == [lora.adapter(path) for path in adapted]
 
 
 @pytest.mark.parametrize("name", ["tied, odd head dimension", "untied, no grouping, biases"])

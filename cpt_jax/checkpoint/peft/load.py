@@ -86,8 +86,10 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
     """
     directory = Path(directory)
     settings = read_peft_config(directory)
-    adapted = [module for module in linears(config, hf_config) if settings.adapts(module.name)]
-    adapted += [module for module in stacked_experts(config) if settings.adapts_parameter(module.name)]
+    file = _weights_file(directory)
+    # By name without prefix; "embed_out" is what transformers 4 called GPT-NeoX's head.
+    tensors = {name.removeprefix(PREFIX).replace("embed_out.", "lm_head."): name for name in file.tensors}
+    adapted = _adapted(config, hf_config, settings, tensors)
     keys = prefixes(adapted)
     shapes = {
         f"{keys[module]}.lora_{factor}.weight": shape
@@ -97,9 +99,6 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
     if settings.dora:
         _check_dora(directory, settings, adapted)
         shapes |= {f"{keys[module]}{MAGNITUDE}": (module.outputs,) for module in adapted}
-    file = _weights_file(directory)
-    # By name without prefix; "embed_out" is what transformers 4 called GPT-NeoX's head.
-    tensors = {name.removeprefix(PREFIX).replace("embed_out.", "lm_head."): name for name in file.tensors}
     norms, norm_entries = asked_norms(config, hf_config, settings.whole_modules)
     tables = _vocabulary(directory, config, hf_config, settings, tensors, norm_entries)
     shapes |= {key: (len(ids), config.hidden_size) for key, (_, ids) in tables.items()}
@@ -129,10 +128,19 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
     return Adapter(lora=lora, factors=factors, rows=rows, norms=changed, base=settings.base)
 
 
+def _adapted(config: DecoderConfig, hf_config: dict, settings: PeftLoRA, tensors: Collection[str]) -> list[Module]:
+    """The modules that have an adapter. Of experts one by one, which are no modules in transformers 5, only where the file
+    has some of them: their names are the shared expert's too."""
+    found = [module for module in linears(config, hf_config) if settings.adapts(module.name)]
+    if not any(module.of_one_expert and f"{module.name}.lora_A.weight" in tensors for module in found):
+        found = [module for module in found if not module.of_one_expert]
+    return found + [module for module in stacked_experts(config) if settings.adapts_parameter(module.name)]
+
+
 def _check_dora(directory: Path, settings: PeftLoRA, adapted: Sequence[Module]) -> None:
     """That each module with magnitudes has them in all layers: what stands in the others' place depends on the base."""
     counts = Counter(module.paths for module in adapted)
-    if any(module.experts is not None or len(module.parts[0].index) > 1 for module in adapted):
+    if any(module.experts is not None or module.of_one_expert for module in adapted):
         raise UserError(f"{directory / FILE} has use_dora=true on experts, which is not supported: {MERGE}")
     if len(set(counts.values())) > 1 or settings.layers is not None:
         raise UserError(f"{directory / FILE} has use_dora=true in some layers only, which is not supported: {MERGE}")

@@ -45,6 +45,11 @@ class Module:
         return tuple(place.path for place in self.parts)
 
     @property
+    def of_one_expert(self) -> bool:
+        """Whether it is one of those that transformers 5 holds in one parameter."""
+        return len(self.parts[0].index) > 1
+
+    @property
     def stack(self) -> tuple[int, ...]:
         return () if self.experts is None else (self.experts,)
 

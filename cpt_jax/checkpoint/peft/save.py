@@ -132,7 +132,7 @@ def _lora_part(
     if lora is None:
         return {"r": 1, "lora_alpha": 1, "target_modules": NO_TARGET}, {}
     # Experts as transformers 5 has them, not one by one.
-    layers = [module for module in linears(config, hf_config) if len(module.parts[0].index) == 1]
+    layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
     adapted = [
         module for module in layers + stacked_experts(config) if any(f"{path}/lora_a" in flat for path in module.paths)
     ]
@@ -182,10 +182,12 @@ def _shared(paths: tuple[str, ...], flat: dict[str, Any]) -> bool:
 
 
 def _target(module: Module) -> tuple[str, bool]:
-    """(the name that targets it in all layers, whether that is a parameter)."""
-    if module.experts is None:
-        return _last(module.name), False
-    return ".".join(module.name.split(".")[-3:]), True
+    """(the name that targets it in all layers, and nothing else; whether that is a parameter)."""
+    parts = module.name.split(".")
+    if module.experts is not None:
+        return ".".join(parts[-3:]), True
+    # Patterns of ranks compare the ends of names, and the chosen experts' have the same.
+    return ".".join(parts[-2:] if "shared_expert" in parts else parts[-1:]), False
 
 
 def _lora_fields(lora: LoRAConfig, hf_config: dict, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:
