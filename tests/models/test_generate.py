@@ -62,6 +62,7 @@ FAMILIES = [
     ("gemma3_text", "as released"),
     ("gpt_neox", "as released"),
     ("qwen3_moe", "renormalised"),
+    ("qwen2_moe", "window, head dimension, activation"),
     ("phi3", "longrope, longer"),
     ("granite", "as released"),
     ("cohere2", "as released"),

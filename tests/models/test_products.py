@@ -15,14 +15,12 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.products import precision_of
 from cpt_jax.training.loss import make_loss
 
+EXPERTS = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1, shared_intermediate_size=24)
 PRODUCTS = ("dot_general", "ragged_dot_general")
 MODELS: dict[str, tuple[Method, dict]] = {
     "full": (Full(), {}),
     "DoRA and rows": (LoRA(rank=4, alpha=8, dora=True), {"new_rows": 10}),
-    "experts": (
-        LoRA(rank=4, alpha=8, new_rows=False),
-        {"experts": ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1)},
-    ),
+    "experts": (LoRA(rank=4, alpha=8, new_rows=False), {"experts": EXPERTS}),
     "attention in blocks": (Full(), {"attention": "blocks", "attention_softcap": 20.0}),
 }
 
