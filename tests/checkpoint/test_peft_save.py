@@ -34,6 +34,7 @@ FAMILIES = {
     "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
+    "lfm3": ("lfm3", "as released", LINEARS),
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import ALTERNATING, CONFIGS, YARN, config_json
+from contracts.family_configs import ALTERNATING, CONFIGS, LOCAL_ROPE, PROPORTIONAL, YARN, config_json
 from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint.hf import load
@@ -68,6 +68,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
     if model.config.model_type == "gpt_neox" and "lm_head.weight" in found:
         found["embed_out.weight"] = found.pop("lm_head.weight")
+    if model.config.model_type == "lfm3":
+        found = {name.replace(".g_proj.", ".gate_proj."): value for name, value in found.items()}
     if model.config.model_type == "mixtral":
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
@@ -175,6 +177,13 @@ REFUSED = [
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
+    (
+        "lfm3",
+        dict(
+            rope_parameters=dict(full_attention=PROPORTIONAL | dict(rope_type="default"), sliding_attention=LOCAL_ROPE)
+        ),
+        "partial_rotary_factor=0.5, which is not supported for model_type lfm3",
+    ),
     ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),
     (
         "smollm3",

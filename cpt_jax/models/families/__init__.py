@@ -16,6 +16,7 @@ from cpt_jax.models.families import (
     gpt_neox,
     granite,
     lfm2,
+    lfm3,
     llama,
     ministral,
     ministral3,
@@ -47,6 +48,7 @@ _FILES = (
     gpt_neox,
     granite,
     lfm2,
+    lfm3,
     llama,
     ministral,
     ministral3,
@@ -64,7 +66,8 @@ _FILES = (
     smollm3,
     starcoder2,
 )
-# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
+# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files; and
+# MODULES, where transformers' modules are called otherwise.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -154,7 +154,8 @@ def outer_names(config: DecoderConfig) -> Names:
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
-    """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's."""
+    """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
+    has a gate."""
     prefix, path, head = f"model.layers.{layer}.self_attn", "layers/attention", config.head_dim
     names, number = {}, config.layers_with(ATTENTION).index(layer)
     for name in ("q", "k", "v", "o"):
@@ -164,6 +165,8 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
             names |= fused(f"{prefix}.q_proj", parts, number, bias)
         else:
             names |= linear(f"{prefix}.{name}_proj", f"{path}/{name}", number, bias)
+    if config.attention_gate == "head":
+        names |= linear(f"{prefix}.gate_proj", f"{path}/gate", number, False)
     if config.qk_norm is not None:
         names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in "qk"}
     return names
