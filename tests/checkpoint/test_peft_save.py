@@ -35,6 +35,7 @@ FAMILIES = {
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "lfm3": ("lfm3", "as released", LINEARS),
+    "gemma4_text": ("gemma4_text", "as released", LINEARS),
 }
 
 

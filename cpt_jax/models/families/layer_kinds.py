@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind, Mixer
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, Scaling, Yarn
 
@@ -113,11 +114,15 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
-        if kind is not None and kind in mixers:
-            return LayerKind(rope=None, mixer=mixers[kind])
-        rope = rope_of(parameters.get(kind, parameters), head_dim, context)
+        mixer = None if kind is None else mixers.get(kind)
+        if mixer is not None and not isinstance(mixer, GlobalAttention):
+            return LayerKind(rope=None, mixer=mixer)
+        dim = head_dim if mixer is None else mixer.head_dim
+        rope = rope_of(parameters.get(kind, parameters), dim, context)
         return LayerKind(
-            window=window if kind is None else windows[kind], rope=rope if rotated is None or rotated[layer] else None
+            window=window if kind is None else windows[kind],
+            rope=rope if rotated is None or rotated[layer] else None,
+            mixer=mixer,
         )
 
     layers = [kind_of(layer) for layer in range(read.num_hidden_layers)]
