@@ -33,6 +33,11 @@ class LayerKind:
             raise UserError(f"sliding_window is {self.window}: give at least 1")
 
     @property
+    def attends(self) -> bool:
+        """Whether attention mixes tokens."""
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention)
+
+    @property
     def mixer_name(self) -> str:
         """The subtree of a layer's weights that mixes tokens."""
         return ATTENTION if self.mixer is None else self.mixer.name

@@ -1,11 +1,12 @@
 """Gemma 4, text, dense: Gemma 3 whose layers that see all have heads of another size, of which a part turns and whose
 values may be their keys; values are normalised too, norms' scales are whole, and each layer has a constant factor."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.config import DecoderConfig, LayerKind
 from cpt_jax.models.families import gemma2
 from cpt_jax.models.families.schema import Names, Place, attention_biases, config_of, read, standard_names
 
@@ -65,6 +66,13 @@ def _of_type(raw: dict, hf: Any, layer_type: str) -> Any:
         raise UserError(
             f"config.json's layers of type {layer_type} have different heads in per_layer_config, which is not supported"
         ) from error
+
+
+def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+    """What a config.json says of its layers besides `layer_types`."""
+    sizes = {str(number): kind.mixer for number, kind in enumerate(kinds) if isinstance(kind.mixer, GlobalAttention)}
+    fields = {n: {"head_dim": of.head_dim, "num_key_value_heads": of.num_kv_heads} for n, of in sizes.items()}
+    return {"per_layer_config": fields}
 
 
 def weight_names(config: DecoderConfig) -> Names:

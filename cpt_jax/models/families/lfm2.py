@@ -4,7 +4,7 @@ names of their own."""
 from collections.abc import Mapping
 from typing import Any
 
-from cpt_jax.models.config import ATTENTION, DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import (
     Names,
     Place,
@@ -60,7 +60,7 @@ def names_of(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
     """What LFM2 and LFM3 have in common."""
     names = outer_names(config)
     for layer, kind in enumerate(config.kind_of_layer):
-        mixer = attention_names if kind.mixer_name == ATTENTION else short_conv_names
+        mixer = attention_names if kind.attends else short_conv_names
         names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, norms)
     return _renamed(names, _RENAMED)
 
