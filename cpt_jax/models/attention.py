@@ -56,7 +56,6 @@ class Attention(nnx.Module):
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         queries = self.heads * self.head_dim
         keys = self.head_dim * (config.num_kv_heads if sizes is None else sizes.num_kv_heads)
-
         path = "layers/attention" if sizes is None else f"layers/{sizes.name}"
 
         def linear(name: str, outputs: int, bias: bool = False) -> Linear:

@@ -22,7 +22,7 @@ Mixer = DeltaNetConfig | GlobalAttention | ShortConvConfig
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What layers may differ in: how far back a token sees (None: to its document's beginning), its rotation (None:
-    positions are not told apart), and what mixes tokens (None: attention)."""
+    positions are not told apart), and what mixes tokens (None: attention with the decoder's heads)."""
 
     rope: Rope | None
     window: int | None = None
