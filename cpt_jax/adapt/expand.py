@@ -7,7 +7,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
-from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.linear import LAYER_SCALAR, LoRAConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Expand:
         )
 
     def trains(self, path: str) -> bool:
-        return path.startswith("layers/added_")
+        return path.startswith("layers/added_") and not path.endswith(LAYER_SCALAR)
 
 
 def usual_blocks(layers: int) -> int:

@@ -25,9 +25,8 @@ class Precision:
 
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
-        return (
-            jnp.dtype(jnp.float32) if path.endswith(("/scale", "/bias", "/magnitude", "/kernel_norm")) else self.dtype
-        )
+        vectors = ("/scale", "/bias", "/magnitude", "/kernel_norm", "/layer_scalar")
+        return jnp.dtype(jnp.float32) if path.endswith(vectors) else self.dtype
 
 
 FLOAT32 = Precision(compute="float32")

@@ -1,7 +1,8 @@
 """Causal self-attention with grouped heads: projections, rotations, the cache. What is in between is `kernels`."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import Linear, LoRAConfig, applied
-from cpt_jax.models.norms import RMSNorm
+from cpt_jax.models.norms import RMSNorm, unit_rms
 from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation, rotate
 
@@ -23,32 +24,52 @@ class Cache(NamedTuple):
     values: Float[Array, "B G K head"]
 
 
-def empty_cache(config, layers: int, batch: int, length: int, dtype) -> Cache:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlobalAttention:
+    """The heads of layers that see all, where they have other sizes than those of windowed layers (Gemma 4). With
+    `values_are_keys` values are what keys are before their norm and rotation."""
+
+    name: ClassVar = "global_attention"
+    layer_type: ClassVar = "full_attention"
+
+    head_dim: int
+    num_kv_heads: int
+    values_are_keys: bool = False
+
+
+def empty_cache(head_dim: int, groups: int, layers: int, batch: int, length: int, dtype) -> Cache:
     """Of layers that have seen nothing, with room for `length` tokens."""
-    shape = (layers, batch, config.num_kv_heads, length, config.head_dim)
+    shape = (layers, batch, groups, length, head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class Attention(nnx.Module):
     """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv
-    2305.13245)."""
+    2305.13245). Without `sizes` they are the config's."""
 
-    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.heads, self.groups, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
+    def __init__(self, config, sizes: GlobalAttention | None, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+        self.heads, self.head_dim = config.num_heads, config.head_dim if sizes is None else sizes.head_dim
+        self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
         self.softcap, self.normed = config.attention_softcap, config.qk_norm
+        self.value_epsilon = config.norm_epsilon if config.value_norm else None
         self.windows, self.kernel = tuple(kind.window for kind in config.layer_kinds), config.attention
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
-        width, queries, keys = config.hidden_size, self.heads * self.head_dim, self.groups * self.head_dim
-        qkv_bias, out_bias = config.qkv_bias, config.attention_out_bias
-        self.q = Linear("layers/attention/q", ("embed", "heads"), (width, queries), lora, rngs, qkv_bias)
-        self.k = Linear("layers/attention/k", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.v = Linear("layers/attention/v", ("embed", "heads"), (width, keys), lora, rngs, qkv_bias)
-        self.o = Linear("layers/attention/o", ("heads", "embed"), (queries, width), lora, rngs, out_bias)
+        queries = self.heads * self.head_dim
+        keys = self.head_dim * (config.num_kv_heads if sizes is None else sizes.num_kv_heads)
+        path = "layers/attention" if sizes is None else f"layers/{sizes.name}"
+
+        def linear(name: str, outputs: int, bias: bool = False) -> Linear:
+            return Linear(f"{path}/{name}", ("embed", "heads"), (config.hidden_size, outputs), lora, rngs, bias)
+
+        self.q, self.k = linear("q", queries, config.qkv_bias), linear("k", keys, config.qkv_bias)
+        shared = sizes is not None and sizes.values_are_keys
+        self.v = None if shared else linear("v", keys, config.qkv_bias)
+        self.o = Linear(
+            f"{path}/o", ("heads", "embed"), (queries, config.hidden_size), lora, rngs, config.attention_out_bias
+        )
         self.gated = config.attention_gate is not None
         if self.gated:
-            gates = queries if config.attention_gate == "channel" else self.heads
-            self.gate = Linear("layers/attention/gate", ("embed", "heads"), (width, gates), lora, rngs)
+            self.gate = linear("gate", queries if config.attention_gate == "channel" else self.heads)
         if self.normed is not None:
             each = self.normed == "head"
             self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)
@@ -59,12 +80,16 @@ class Attention(nnx.Module):
         return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
     def _projected(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
-        q, k, v, *gate = applied((self.q, self.k, self.v, *((self.gate,) if self.gated else ())), x, dtype)
+        values = () if self.v is None else (self.v,)
+        q, k, *others = applied((self.q, self.k, *values, *((self.gate,) if self.gated else ())), x, dtype)
+        v, gate = (k, others) if self.v is None else (others[0], others[1:])
         if self.normed == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self._split(q), self._split(k), self._split(v)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.value_epsilon is not None:
+            v = unit_rms(v, self.value_epsilon)
         q, k = rotate(q, angles, self.interleaved) * self.scale, rotate(k, angles, self.interleaved)
         if angles.queries is not None:
             q = q * angles.queries[:, None, :, None]

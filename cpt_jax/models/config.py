@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
@@ -15,13 +16,13 @@ from cpt_jax.models.short_conv import ShortConvConfig
 
 ATTENTION = "attention"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | ShortConvConfig
+Mixer = DeltaNetConfig | GlobalAttention | ShortConvConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What layers may differ in: how far back a token sees (None: to its document's beginning), its rotation (None:
-    positions are not told apart), and what mixes tokens (None: attention)."""
+    positions are not told apart), and what mixes tokens (None: attention with the decoder's heads)."""
 
     rope: Rope | None
     window: int | None = None
@@ -30,6 +31,11 @@ class LayerKind:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise UserError(f"sliding_window is {self.window}: give at least 1")
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention mixes tokens."""
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention)
 
     @property
     def mixer_name(self) -> str:
@@ -57,7 +63,8 @@ class DecoderConfig:
 
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
     "both"; `attention_gate`: what the heads mix is multiplied by a sigmoid of the input, number by number ("channel"),
-    or head by head; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
+    or head by head; `value_norm`: values are divided by their root mean square, head by head; `layer_scalar`: what a layer gives is
+    multiplied by a number of its own, which does not train; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
@@ -89,7 +96,9 @@ class DecoderConfig:
     norm_bias: bool = True
     norm_placement: Literal["before", "after", "both"] = "before"
     qk_norm: Literal["head", "projection"] | None = None
+    value_norm: bool = False
     attention_gate: Literal["channel", "head"] | None = None
+    layer_scalar: bool = False
     parallel_residual: bool = False
     shared_norm: bool = False
     interleaved_rotation: bool = False
@@ -113,10 +122,9 @@ class DecoderConfig:
     runs: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
-            )
+        for _, groups in map(self.heads_of, self.layer_kinds):
+            if self.num_heads % groups:
+                raise UserError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {groups}")
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"activation {self.activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
@@ -130,6 +138,11 @@ class DecoderConfig:
     def kind_of_layer(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         return tuple(self.layer_kinds[kind] for kind in self.layer_pattern or (0,) * self.num_layers)
+
+    def heads_of(self, kind: LayerKind) -> tuple[int, int]:
+        """(head_dim, key heads) of the attention of a kind of layers."""
+        sizes = kind.mixer if isinstance(kind.mixer, GlobalAttention) else self
+        return sizes.head_dim, sizes.num_kv_heads
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:

@@ -71,15 +71,17 @@ class Decoder(nnx.Module):
         config = self.config
         x = constrain(self.embed.lookup(tokens, dtype), "batch", "sequence", "hidden")
         counted = jnp.ones(tokens.shape, x.dtype) if counted is None else counted
-        rotations = rotations_of(positions, lengths, [kind.rope for kind in config.layer_kinds])
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
+        # Of each mixer by itself: heads may have other sizes in another.
+        rotations = {}
+        for mixer in dict.fromkeys(config.layer_mixers):
+            ropes = [kind.rope if kind.mixer_name == mixer else None for kind in config.layer_kinds]
+            parts = rotations_of(positions, lengths, ropes)
+            rotations[mixer] = jax.tree.map(lambda *parts: jnp.stack(parts), *parts)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
 
         def run(block: Block, x: Array, inputs: LayerInputs) -> tuple[Array, Any, Any]:
-            angles, seen = rotations[0], visible
-            if inputs.kind is not None:
-                angles = jax.tree.map(lambda each: each[inputs.kind], stacked)
-                seen = visible._replace(kind=inputs.kind)
+            kind = 0 if inputs.kind is None else inputs.kind
+            angles, seen = jax.tree.map(lambda each: each[kind], rotations[block.mixer]), visible._replace(kind=kind)
             if inputs.own is not None:
                 drop_inputs(block, inputs.own)
             return block(x, angles, seen, dtype, counted, inputs.cache)

@@ -11,10 +11,11 @@ import numpy as np
 
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.tree import Tree, flatten, unflatten
+from cpt_jax.models.linear import LAYER_SCALAR
 
 # (name, number of layers) of each group, from the first layer to the last.
 LayerGroups = tuple[tuple[str, int], ...]
-# Of each layer of a stack: which leaf it comes from, and its number there; no leaf: zeros.
+# Of each layer of a stack: which leaf it comes from, and its number there; no leaf: one number.
 _Sources = Sequence[tuple[Any, int]]
 
 
@@ -58,9 +59,11 @@ def with_copies(weights: Tree, config, order: Sequence[tuple[int, bool]]) -> Tre
     for path, leaf in flat.items():
         if path.startswith("layers/"):
             places = {layer: place for place, layer in enumerate(config.layers_with(path.removeprefix("layers/")))}
-            zero = path.split("/")[-2] in ("o", "down")
-            kept = [(None if copy and zero else leaf, places[layer]) for layer, copy in order if layer in places]
-            flat[path] = _stack(kept, like=leaf)
+            # Its factor of the whole stream is one.
+            of_copies = 1 if path.endswith(LAYER_SCALAR) else 0 if path.split("/")[-2] in ("o", "down") else None
+            other = of_copies is not None
+            kept = [(None if copy and other else leaf, places[layer]) for layer, copy in order if layer in places]
+            flat[path] = _stack(kept, like=leaf, filled=of_copies)
     return unflatten(flat)
 
 
@@ -71,7 +74,7 @@ def without_group(path: str, groups: Sequence[str]) -> str:
     return f"layers/{inner}" if first == "layers" and group in groups else path
 
 
-def _stack(sources: _Sources, like: Any = None) -> LazyArray:
+def _stack(sources: _Sources, like: Any = None, filled: int | None = None) -> LazyArray:
     leaves = [leaf for leaf, _ in sources if leaf is not None] or [like]
     dtype = np.dtype(leaves[0].dtype)
     for leaf in leaves:
@@ -81,7 +84,7 @@ def _stack(sources: _Sources, like: Any = None) -> LazyArray:
         def layer(index: tuple[int, ...], inner: Slices) -> np.ndarray:
             leaf, number = sources[index[0]]
             if leaf is None:
-                return np.zeros([each.stop - each.start for each in inner], wanted)
+                return np.full([each.stop - each.start for each in inner], filled, wanted)
             return np.asarray(leaf[(number, *inner)])
 
         return stacked(slices, 1, wanted, layer)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cpt_jax.models.attention import Attention
+from cpt_jax.models.attention import Attention, GlobalAttention
 from cpt_jax.models.config import ATTENTION
 from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.linear import LoRAConfig, Weight
 from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import recomputed
 from cpt_jax.models.rope import Rotation
@@ -24,9 +24,10 @@ from cpt_jax.sharding.rules import constrain
 def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | ShortConv:
     """What mixes the tokens of those layers that have it under this name."""
     if name == ATTENTION:
-        return Attention(config, lora, rngs)
+        return Attention(config, None, lora, rngs)
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
-    return {"delta_net": DeltaNet, "short_conv": ShortConv}[name](config, sizes, lora, rngs)
+    classes = {"delta_net": DeltaNet, "short_conv": ShortConv, GlobalAttention.name: Attention}
+    return classes[name](config, sizes, lora, rngs)
 
 
 class Block(nnx.Module):
@@ -45,6 +46,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config) if before and not config.shared_norm else None
         self.mlp = FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
         self.mlp_out_norm = norm(config) if after else None
+        self.layer_scalar = Weight(jnp.ones((1,)), logical_axes=("hidden",)) if config.layer_scalar else None
 
     def __call__(
         self,
@@ -70,7 +72,10 @@ class Block(nnx.Module):
         else:
             fed = self.mlp(inputs, dtype, mlp_norm)
         fed = recomputed(_norm(self.mlp_out_norm))(fed)
-        return constrain(summed + self._scaled(fed), "batch", "sequence", "hidden"), cache, balance
+        outputs = summed + self._scaled(fed)
+        if self.layer_scalar is not None:
+            outputs = outputs * self.layer_scalar[...].astype(outputs.dtype)[None, None]
+        return constrain(outputs, "batch", "sequence", "hidden"), cache, balance
 
     def _scaled(self, added: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return added if self.scale is None else added * self.scale

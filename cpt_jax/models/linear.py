@@ -22,6 +22,7 @@ from cpt_jax.models.products import matmul, matmuls, sum_type
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 PATHS = (
     *(f"layers/attention/{name}" for name in ("q", "k", "v", "o", "gate")),
+    *(f"layers/global_attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/short_conv/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
@@ -32,6 +33,8 @@ PATHS = (
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 # And what DoRA keeps of the frozen kernel.
 KERNEL_NORM = "/kernel_norm"
+# What is never trained, though it is a weight.
+LAYER_SCALAR = "/layer_scalar"
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 # By the names that config.json gives them; several are one function (transformers, activations.py).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -8,6 +8,11 @@ from jaxtyping import Array, Float
 from cpt_jax.models.linear import Weight
 
 
+def unit_rms(x: Float[Array, "*rows D"], epsilon: float) -> Float[Array, "*rows D"]:
+    """x / rms(x), in x's own type."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + scale), in x's own type (Zhang & Sennrich 2019, arXiv 1910.07467); Gemma's scale is
     stored less an offset of 1."""
@@ -17,8 +22,9 @@ class RMSNorm(nnx.Module):
         self.scale = Weight(jnp.full((width,), 1.0 - offset), logical_axes=("hidden",))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * inverse * (self.offset + self.scale[...]).astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return unit_rms(x, self.epsilon) * (self.offset + self.scale[...]).astype(x.dtype).reshape(
+            (1,) * (x.ndim - 1) + (-1,)
+        )
 
 
 class LayerNorm(nnx.Module):

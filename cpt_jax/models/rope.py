@@ -65,7 +65,16 @@ class LongRoPE:
     attention_factor: float
 
 
-Scaling = Linear | DynamicNTK | Llama3 | Yarn | LongRoPE
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proportional:
+    """Of a head's pairs the first `pairs` turn, as fast as if all did, divided by `factor`; the others stand still (LFM3
+    and Gemma 4, in layers without a window)."""
+
+    pairs: int
+    factor: float = 1.0
+
+
+Scaling = Linear | DynamicNTK | Llama3 | Yarn | LongRoPE | Proportional
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,9 @@ class Rope:
                 return _yarn(powers, self.theta, self.dim, self.scaling)
             case LongRoPE(short_factor=divisors):
                 return _ONE / (np.asarray(divisors, np.float32) * powers)
+            case Proportional(pairs=pairs, factor=factor):
+                turning = np.arange(self.dim // 2) < pairs
+                return np.where(turning, _ONE / powers / np.float32(factor), np.float32(0))
         return _ONE / powers
 
     def _powers(self) -> np.ndarray:

@@ -61,8 +61,9 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     found: Caches = {}
     for kind in config.layer_kinds:
         name, counted = kind.mixer_name, config.layer_mixers.count(kind.mixer_name)
-        if kind.mixer is None:
-            found[name] = attention.empty_cache(config, counted, batch, length, dtype)
+        if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
+            head_dim, groups = config.heads_of(kind)
+            found[name] = attention.empty_cache(head_dim, groups, counted, batch, length, dtype)
         else:
             found[name] = kind.mixer.empty_cache(config.hidden_size, counted, batch, dtype)
     return found

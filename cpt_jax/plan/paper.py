@@ -8,7 +8,6 @@ import dataclasses
 import math
 
 from cpt_jax.core.tree import flatten
-from cpt_jax.models.config import ATTENTION
 from cpt_jax.models.decoder import Network, head_path
 from cpt_jax.plan.stage import PlannedStage
 from cpt_jax.recipe.recipe import Stage
@@ -99,8 +98,9 @@ def _sent(planned: PlannedStage, network: Network, shape: MeshShape, tokens: int
     sums = 2 * (3 if stage.remat is not None else 2) * config.num_layers * item * tokens * config.hidden_size
     summed = 2 * (shape.tensor - 1) / shape.tensor * sums * stage.accumulate
     # Keys and values are gathered along the row, and their gradients scattered; weights' gradients are summed too.
-    keys = 2 * item * config.num_kv_heads * config.head_dim * tokens * shape.context / shape.tensor
-    passes = (3 if stage.remat is not None else 2) * config.layer_mixers.count(ATTENTION) * stage.accumulate
+    numbers = sum(2 * math.prod(config.heads_of(kind)) for kind in config.kind_of_layer if kind.attends)
+    keys = item * numbers * tokens * shape.context / shape.tensor
+    passes = (3 if stage.remat is not None else 2) * stage.accumulate
     of_rows = (shape.context - 1) / shape.context * (keys * passes + 2 * 4 * trained / (fsdp * shape.tensor))
     sent = {"fsdp": gathered + scattered, "replica": averaged, "tensor": summed, "context": of_rows}
     return {axis: count for axis, count in sent.items() if getattr(shape, axis) not in (None, 1)}

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpt_jax.models.config import ATTENTION
 from cpt_jax.plan.collectives import KINDS, Collective
 from cpt_jax.plan.hlo import Computation, Instruction, Program
 from cpt_jax.plan.stage import CompiledStage
@@ -70,7 +69,7 @@ def roofline(compiled: CompiledStage, program: Program, found: list[Collective])
         exchange[label] = exchange.get(label, 0.0) + each.sent / hardware.bandwidth(compiled.mesh, each.axes)
     if compiled.network.config.attention not in ("splash", "xla"):
         # Blocks' loops end where the data says, and other kernels are not in this program: as on paper.
-        paper = _attention_flops(compiled, 1) * 3 * compiled.network.config.layer_mixers.count(ATTENTION)
+        paper = _attention_flops(compiled, 1) * 3 * sum(kind.attends for kind in compiled.network.config.kind_of_layer)
         flops, local = flops + paper, local + (0.0 if peak is None else paper / peak)
     known = peak is not None and chip is not None
     return Roofline(
@@ -158,8 +157,8 @@ def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
 def _attention_flops(compiled: CompiledStage, passes: float) -> float:
     """Of one layer's scores and mixtures on one device, `passes` times."""
     stage, config = compiled.planned.stage, compiled.network.config
-    mixing = zip(mixing_flops(config, stage.sequence_length), config.layer_mixers, strict=True)
-    of_layers = [flops for flops, mixer in mixing if mixer == ATTENTION] or [0.0]
+    mixing = zip(mixing_flops(config, stage.sequence_length), config.kind_of_layer, strict=True)
+    of_layers = [flops for flops, kind in mixing if kind.attends] or [0.0]
     tokens = stage.batch_size // stage.accumulate * stage.sequence_length / compiled.hardware.chips
     return passes * sum(of_layers) / len(of_layers) * tokens
 

@@ -119,7 +119,7 @@ class Model:
         work = Work(
             backend=hardware.backend(),
             length=length,
-            head_dim=config.head_dim,
+            head_dim=max(config.heads_of(kind)[0] for kind in config.layer_kinds),
             windows=tuple(kind.window for kind in config.layer_kinds),
             softcap=config.attention_softcap,
             dtype=dtype,

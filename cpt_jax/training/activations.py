@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from cpt_jax.core.tree import flatten
+from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
@@ -56,15 +57,19 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
             return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
-    queries, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = mixer if isinstance(mixer, GlobalAttention) else config
+    queries, groups = config.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    values = 0 if isinstance(mixer, GlobalAttention) and mixer.values_are_keys else groups
     gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
     # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
     kept = item * (queries + 2 * groups + queries + gate)
     kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
     if config.qk_norm is not None:
         kept += 4 * (queries + groups)
+    if config.value_norm:
+        kept += 4 * values
     named = {"queries": queries, "keys": groups, "values": groups, "attention_out": queries}
-    return _Mixed(kept, named, queries + 2 * groups + gate)
+    return _Mixed(kept, named, queries + groups + values + gate)
 
 
 def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, item: int, tensor: int) -> float:

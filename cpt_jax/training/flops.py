@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from cpt_jax.core.tree import flatten
+from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.delta_net import DeltaNetConfig
@@ -103,11 +104,11 @@ def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
     found = []
     for kind in config.kind_of_layer:
         match kind.mixer:
-            case None:
+            case None | GlobalAttention():
                 window = min(kind.window or length, length)
                 # The first `window` queries see 1, 2, ... keys, the others `window`.
                 keys = (window * (window + 1) / 2 + (length - window) * window) / length
-                found.append(4.0 * config.num_heads * config.head_dim * keys)
+                found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys)
             case DeltaNetConfig():
                 found.append(6.0 * kind.mixer.values * kind.mixer.key_dim)
             case ShortConvConfig():

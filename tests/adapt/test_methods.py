@@ -10,7 +10,7 @@ from contracts.test_families import reference_model
 from inputs import tiny_config
 from method_inputs import ANYWHERE, CONFIGS, DENSE, TOKENS, forward, model_of, trained
 
-from cpt_jax.adapt import ByPath, Embeddings, Expand, LoRA, Method, expanded_hf_config
+from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method, expanded_hf_config
 from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.config import from_json, override, to_json
 from cpt_jax.core.errors import UserError
@@ -110,6 +110,14 @@ def test_each_method_trains_what_it_says():
     assert len(added) == 2 * sum(path.startswith("layers/") for path in flatten(abstract_decoder(config).shapes))
 
 
+def test_constants_of_layers_never_train():
+    model = model_of(tiny_config(num_layers=4, layer_scalar=True))
+    for method in (Full(), ByPath(patterns=("layers/*",)), Expand(blocks=2), LoRA(norms=True)):
+        paths = [path for path in flatten(model.adapted(method, 0).weights) if path.endswith("layer_scalar")]
+        assert paths
+        assert not any(map(method.trains, paths))
+
+
 def test_an_added_block_is_a_copy_behind_its_original_that_adds_nothing_yet():
     base = model_of(tiny_config(num_layers=4))
     given, grown = flatten(base.weights), flatten(base.adapted(Expand(blocks=2), 0).weights)
@@ -158,6 +166,8 @@ def test_methods_come_back_from_json():
         ("smollm3", "by interval, biases, yarn"),
         ("qwen3_5_text", "not periodic, one value head a key head"),
         ("lfm2", "untied, biases, not periodic"),
+        ("lfm3", "untied, biases, not periodic"),
+        ("gemma4_text", "as transformers writes it"),
     ],
 )
 def test_an_expanded_model_is_one_that_transformers_runs(model_type, name, tmp_path):

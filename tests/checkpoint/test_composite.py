@@ -44,9 +44,20 @@ SIGHT |= dict(image_size=28, patch_size=14)
 QWEN_SIGHT = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
 PIXTRAL = SIGHT | dict(model_type="pixtral", head_dim=8)
 CLIP = SIGHT | dict(model_type="clip_vision_model")
+GEMMA_4 = TEXT | dict(global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=6)
+GEMMA_4 |= dict(final_logit_softcapping=4.0, use_bidirectional_attention="vision")
+GEMMA_4_SIGHT = SIGHT | dict(head_dim=8, num_key_value_heads=2, patch_size=14, position_embedding_size=8)
 # model_type -> its config.json.
 CONFIGS = {
     "gemma3": dict(text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4, image_token_index=3),
+    "gemma4": dict(
+        text_config=GEMMA_4 | dict(hidden_size_per_layer_input=0), vision_config=GEMMA_4_SIGHT, image_token_id=3
+    ),
+    "gemma4_unified": dict(
+        text_config=GEMMA_4,
+        vision_config=dict(patch_size=4, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=16),
+        image_token_id=3,
+    ),
     "idefics3": dict(text_config=TEXT | dict(model_type="llama"), vision_config=SIGHT, image_token_id=3),
     "internvl": dict(
         text_config=TEXT | dict(model_type="qwen3"),

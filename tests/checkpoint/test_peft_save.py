@@ -45,6 +45,8 @@ FAMILIES = {
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
+    "lfm3": ("lfm3", "as released", LINEARS),
+    "gemma4_text": ("gemma4_text", "as released", LINEARS),
 }
 
 

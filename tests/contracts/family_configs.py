@@ -34,6 +34,10 @@ MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_
 LAYER_NORM, NORM_EPS = dict(layer_norm_eps=1e-5), dict(norm_eps=1e-5)
 DELTA_NET = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
 QWEN_3_5_ROPE = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
+PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.5)
+LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
+GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
+GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -104,6 +108,40 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
                 sliding_attention=dict(rope_type="default", rope_theta=1e3),
             )
         ),
+    },
+    "gemma4_text": {
+        "as released": TIED
+        | GEMMA_4
+        | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(final_logit_softcapping=4.0, use_bidirectional_attention="vision"),
+        "untied, values of their own, not periodic, linear": UNTIED
+        | GEMMA_4
+        | dict(num_hidden_layers=4, sliding_window=9, num_key_value_heads=1, attention_bias=True)
+        | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"])
+        | dict(
+            rope_parameters=dict(
+                full_attention=PROPORTIONAL | dict(factor=2.0),
+                sliding_attention=dict(rope_type="linear", rope_theta=1e4, factor=4.0),
+            )
+        ),
+        "all see all": TIED | GEMMA_4 | dict(layer_types=["full_attention"] * 3, attention_k_eq_v=True),
+        "as transformers writes it": TIED
+        | GEMMA_4
+        | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=6)
+        | dict(per_layer_config={"1": dict(head_dim=12), "2": dict(head_dim=12)}),
+    },
+    "gemma4_unified_text": {
+        "as released": TIED
+        | GEMMA_4_UNIFIED
+        | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(final_logit_softcapping=4.0),
+        "untied, values of their own, the same heads": UNTIED
+        | GEMMA_4_UNIFIED
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], global_head_dim=8),
+        "biases": TIED
+        | GEMMA_4_UNIFIED
+        | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], attention_bias=True)
+        | dict(attention_k_eq_v=True, sliding_window=5),
     },
     "olmo2": {
         "untied": UNTIED,
@@ -201,6 +239,23 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "multiplied width": TIED
         | NORM_EPS
         | dict(block_ffn_dim_multiplier=1.5, block_multiple_of=8, full_attn_idxs=[0, 2], num_key_value_heads=1),
+    },
+    # In released models a layer that sees all comes after a convolution, a windowed one before it.
+    "lfm3": {
+        "as released": TIED
+        | NORM_EPS
+        | dict(num_hidden_layers=8, head_dim=16, sliding_window=6)
+        | dict(rope_parameters=dict(full_attention=PROPORTIONAL, sliding_attention=LOCAL_ROPE)),
+        "untied, biases, not periodic": UNTIED
+        | NORM_EPS
+        | dict(conv_bias=True, conv_L_cache=3, attention_bias=True, head_dim=8, sliding_window=9)
+        | dict(layer_types=["full_attention", "conv", "sliding_attention"], use_attention_gate=False)
+        | dict(rope_parameters=dict(full_attention=PROPORTIONAL | dict(factor=4.0), sliding_attention=LOCAL_ROPE)),
+        "no sandwich, yarn": TIED
+        | NORM_EPS
+        | dict(use_sandwich_norm=False, num_key_value_heads=1, head_dim=8)
+        | dict(layer_types=["conv", "full_attention", "full_attention"])
+        | dict(rope_parameters=dict(full_attention=YARN | dict(rope_theta=1e5))),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),

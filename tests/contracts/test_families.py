@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import ALTERNATING, CONFIGS, YARN, config_json
+from contracts.family_configs import ALTERNATING, CONFIGS, LOCAL_ROPE, PROPORTIONAL, YARN, config_json
 from safetensors.numpy import load_file
 
 from cpt_jax.checkpoint.hf import load
@@ -43,7 +43,8 @@ def reference_model(raw: dict, directory):
     config = AutoConfig.for_model(raw["model_type"], **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        constants = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        for parameter in (*model.parameters(), *constants):
             spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             start = parameter if parameter.ndim == 1 else torch.zeros(())
             parameter.copy_(start + spread * torch.randn(parameter.shape))
@@ -68,6 +69,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
     if model.config.model_type == "gpt_neox" and "lm_head.weight" in found:
         found["embed_out.weight"] = found.pop("lm_head.weight")
+    if model.config.model_type == "lfm3":
+        found = {name.replace(".g_proj.", ".gate_proj."): value for name, value in found.items()}
     if model.config.model_type == "mixtral":
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
@@ -130,7 +133,8 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
         np.testing.assert_allclose(
             found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
         )
-    assert reference_gradients.keys() == names.keys()
+    constants = {name for name in names if name.endswith("layer_scalar")}
+    assert reference_gradients.keys() == names.keys() - constants
 
     save(tmp_path / "ours", ours.config, ours.weights, ours.raw, tmp_path, shard_bytes=20_000)
     before, after = (
@@ -180,8 +184,43 @@ REFUSED = [
     ("qwen2_moe", dict(mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported for model_type qwen2_moe"),
     ("qwen2_moe", dict(shared_expert_intermediate_size=0), "shared_expert_intermediate_size is 0: give at least 1"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
+    (
+        "gemma4_text",
+        dict(hidden_size_per_layer_input=8),
+        "hidden_size_per_layer_input=8 .the default is 256., which is not",
+    ),
+    (
+        "gemma4_text",
+        dict(num_kv_shared_layers=1),
+        "num_kv_shared_layers=1, which is not supported for model_type gemma4",
+    ),
+    ("gemma4_text", dict(use_double_wide_mlp=True), "use_double_wide_mlp=True, which is not supported"),
+    ("gemma4_text", dict(enable_moe_block=True), "enable_moe_block=True, which is not supported"),
+    (
+        "gemma4_text",
+        dict(use_bidirectional_attention="all"),
+        "use_bidirectional_attention='all', which is not supported",
+    ),
+    ("gemma4_text", dict(per_layer_config={"5": dict(sliding_window=3)}), "has 'sliding_window' in per_layer_config"),
+    (
+        "gemma4_text",
+        dict(per_layer_config={"0": dict(head_dim=16)}),
+        "layers of type sliding_attention have different heads in per_layer_config",
+    ),
+    (
+        "gemma4_text",
+        dict(num_global_key_value_heads=3),
+        "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+    ),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
+    (
+        "lfm3",
+        dict(
+            rope_parameters=dict(full_attention=PROPORTIONAL | dict(rope_type="default"), sliding_attention=LOCAL_ROPE)
+        ),
+        "partial_rotary_factor=0.5, which is not supported for model_type lfm3",
+    ),
     ("smollm3", dict(layer_types=ALTERNATING, sliding_window=6), "use_sliding_window=False and sliding_window=6"),
     (
         "smollm3",

@@ -71,6 +71,8 @@ FAMILIES = [
     ("qwen3_5_text", "as released"),
     ("qwen3_5_text", "not periodic, one value head a key head"),
     ("lfm2", "as released"),
+    ("lfm3", "as released"),
+    ("gemma4_text", "as released"),
 ]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cpt_jax.models.rope import Llama3, Rope, Yarn
+from cpt_jax.models.rope import Llama3, Proportional, Rope, Yarn
 
 YARN = {
     "as released": dict(factor=4.0, original_length=4096),
@@ -40,4 +40,11 @@ def test_llama3():
     expected = of_transformers(
         "llama3", 32, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     )
+    np.testing.assert_allclose(Rope(theta=10_000.0, dim=32, scaling=scaling).frequencies(), expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 1.0])
+def test_proportional(share):
+    scaling = Proportional(pairs=int(share * 16), factor=2.0)
+    expected = of_transformers("proportional", 32, partial_rotary_factor=share, factor=2.0)
     np.testing.assert_allclose(Rope(theta=10_000.0, dim=32, scaling=scaling).frequencies(), expected, rtol=2e-7)

@@ -16,10 +16,13 @@ from cpt_jax.checkpoint.train_state import Checkpoints
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import combine, flatten, partition
+from cpt_jax.models.attention import GlobalAttention
+from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.linear import LINEARS
 from cpt_jax.models.remat import Remat
+from cpt_jax.models.rope import Rope
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.loop import train
@@ -84,8 +87,13 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
     assert paper.activations == pytest.approx(kept_by_layers(config, method, compute), rel=0.2)
 
 
+GLOBAL = LayerKind(rope=Rope(theta=1e4, dim=32), mixer=GlobalAttention(head_dim=32, num_kv_heads=2))
+SHARED = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
+NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
+    "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
+    "heads of their own, values are keys": (NORMED | dict(layer_kinds=(SHARED,)), Full()),
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),

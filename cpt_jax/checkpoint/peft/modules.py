@@ -91,7 +91,8 @@ def vocabulary_modules(config: DecoderConfig, hf_config: dict) -> dict[str, str]
 
 def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The torch linear layers of a model; its experts' too, one by one, as transformers 4 had them."""
-    names = family_for(hf_config).weight_names(config)
+    family = family_for(hf_config)
+    names, modules = family.weight_names(config), getattr(family, "MODULES", {})
     shapes = flatten(abstract_decoder(config).shapes)
     found = []
     for name, places in names.items():
@@ -100,7 +101,10 @@ def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
         sizes = [shapes[place.path].shape for place in places]
         parts = tuple(dataclasses.replace(place, path=place.path.removesuffix(_KERNEL)) for place in places)
         outputs = sum(size[-1] for size in sizes)
-        found.append(Module(name=name.removesuffix(".weight"), parts=parts, inputs=sizes[0][-2], outputs=outputs))
+        module = name.removesuffix(".weight")
+        for in_files, in_memory in modules.items():
+            module = module.replace(in_files, in_memory)
+        found.append(Module(name=module, parts=parts, inputs=sizes[0][-2], outputs=outputs))
     return found
 
 

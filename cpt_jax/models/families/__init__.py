@@ -12,10 +12,12 @@ from cpt_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     gpt_neox,
     granite,
     lfm2,
+    lfm3,
     llama,
     ministral,
     ministral3,
@@ -44,10 +46,12 @@ _FILES = (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     gpt_neox,
     granite,
     lfm2,
+    lfm3,
     llama,
     ministral,
     ministral3,
@@ -66,7 +70,8 @@ _FILES = (
     smollm3,
     starcoder2,
 )
-# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`.
+# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files; and
+# MODULES, where transformers' modules are called otherwise.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -19,6 +19,8 @@ _HEAD = "lm_head.weight"
 # model_type -> where transformers' modules have the text model.
 PREFIXES = {
     "gemma3": "model.language_model.",
+    "gemma4": "model.language_model.",
+    "gemma4_unified": "model.language_model.",
     "idefics3": "model.text_model.",
     "internvl": "model.language_model.",
     "llava": "model.language_model.",
@@ -30,6 +32,8 @@ PREFIXES = {
     "qwen3_vl": "model.language_model.",
     "smolvlm": "model.text_model.",
 }
+# Whose transformers' model caps its logits as its text model does.
+_CAPPED = ("gemma4", "gemma4_unified")
 # Text models that are a family's own, but for positions of images. Those of text are the same on all three axes, so that
 # their rotation is the plain one.
 SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -44,7 +48,8 @@ class Composite:
 
     def config_from_hf(self, raw: dict) -> DecoderConfig:
         config = self.text.config_from_hf(_whole_text_config(raw))
-        if config.logit_scale is not None or config.logit_softcap is not None:
+        capped = config.logit_softcap is not None and raw["model_type"] not in _CAPPED
+        if config.logit_scale is not None or capped:
             raise UserError(
                 f"the text model of this {raw['model_type']} scales or caps its logits, which transformers' {raw['model_type']} does not do: it is not supported"
             )

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind, Mixer
-from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Rope, Scaling, Yarn
+from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, Scaling, Yarn
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
@@ -18,7 +19,9 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
     kind, factor = parameters.get("rope_type", "default"), parameters.get("factor")
     original = int(parameters.get("original_max_position_embeddings") or context)
     scaling: Scaling | None = None
+    share = 1.0 if (given := parameters.get("partial_rotary_factor")) is None else given
     try:
+        dim = int(head_dim * share)
         match kind:
             case "default":
                 pass
@@ -51,11 +54,12 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
                     original_length=original,
                     attention_factor=_longrope_attention(parameters, factor, original),
                 )
+            case "proportional":
+                dim, scaling = head_dim, Proportional(pairs=int(share * head_dim // 2), factor=float(factor or 1))
             case _:
                 raise UserError(
-                    f"config.json asks for RoPE of type {kind!r}, which is not supported (linear, dynamic, llama3, yarn, longrope are)"
+                    f"config.json asks for RoPE of type {kind!r}, which is not supported (linear, dynamic, llama3, yarn, longrope, proportional are)"
                 )
-        dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
         return Rope(theta=float(parameters["rope_theta"]), dim=dim, scaling=scaling)
     except KeyError as error:
         raise UserError(f"config.json asks for RoPE of type {kind!r} without {error.args[0]!r}") from error
@@ -98,8 +102,8 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     )
     context, parameters = read.max_position_embeddings, read.rope_parameters
     for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
-        part = each.get("partial_rotary_factor")
-        if part not in (None, 1) and "partial_rotary_factor" not in known.rope_parameters:
+        part, proportional = each.get("partial_rotary_factor"), each.get("rope_type") == "proportional"
+        if part not in (None, 1) and not proportional and "partial_rotary_factor" not in known.rope_parameters:
             raise UserError(
                 f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
             )
@@ -110,11 +114,15 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
-        if kind is not None and kind in mixers:
-            return LayerKind(rope=None, mixer=mixers[kind])
-        rope = rope_of(parameters.get(kind, parameters), head_dim, context)
+        mixer = None if kind is None else mixers.get(kind)
+        if mixer is not None and not isinstance(mixer, GlobalAttention):
+            return LayerKind(rope=None, mixer=mixer)
+        dim = head_dim if mixer is None else mixer.head_dim
+        rope = rope_of(parameters.get(kind, parameters), dim, context)
         return LayerKind(
-            window=window if kind is None else windows[kind], rope=rope if rotated is None or rotated[layer] else None
+            window=window if kind is None else windows[kind],
+            rope=rope if rotated is None or rotated[layer] else None,
+            mixer=mixer,
         )
 
     layers = [kind_of(layer) for layer in range(read.num_hidden_layers)]

@@ -1,9 +1,10 @@
 """LFM2: in most layers a gated short convolution in the place of attention; Qwen3's attention in the others; all under
 names of their own."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from cpt_jax.models.config import ATTENTION, DecoderConfig
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import (
     Names,
     Place,
@@ -22,13 +23,8 @@ from cpt_jax.models.short_conv import ShortConvConfig
 MODEL_TYPES = ("lfm2",)
 NORMS = {"attention_norm": "operator_norm", "mlp_norm": "ffn_norm"}
 MLP = {"gate": "w1", "up": "w3", "down": "w2"}
-_RENAMED = {
-    "self_attn.q_norm": "self_attn.q_layernorm",
-    "self_attn.k_norm": "self_attn.k_layernorm",
-    "self_attn.o_proj": "self_attn.out_proj",
-    ".mlp.": ".feed_forward.",
-    "model.norm.": "model.embedding_norm.",
-}
+_RENAMED = {".mlp.": ".feed_forward.", "model.norm.": "model.embedding_norm."}
+_ATTENTION = {"q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj"}
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
@@ -56,17 +52,23 @@ def _inner_width(hf: Any) -> int:
 
 
 def weight_names(config: DecoderConfig) -> Names:
+    names = names_of(config, NORMS)
+    return _renamed(names, {f"self_attn.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()})
+
+
+def names_of(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
+    """What LFM2 and LFM3 have in common."""
     names = outer_names(config)
     for layer, kind in enumerate(config.kind_of_layer):
-        mixer = attention_names if kind.mixer_name == ATTENTION else short_conv_names
-        names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, NORMS)
-    return {_renamed(name): places for name, places in names.items()}
+        mixer = attention_names if kind.attends else short_conv_names
+        names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, norms)
+    return _renamed(names, _RENAMED)
 
 
-def _renamed(name: str) -> str:
-    for ours, theirs in _RENAMED.items():
-        name = name.replace(ours, theirs)
-    return name
+def _renamed(names: Names, changes: Mapping[str, str]) -> Names:
+    for ours, theirs in changes.items():
+        names = {name.replace(ours, theirs): places for name, places in names.items()}
+    return names
 
 
 def short_conv_names(config: DecoderConfig, layer: int) -> Names:

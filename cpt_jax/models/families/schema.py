@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import ATTENTION, DecoderConfig, Mixer
+from cpt_jax.models.attention import GlobalAttention
+from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
 
@@ -155,16 +156,21 @@ def outer_names(config: DecoderConfig) -> Names:
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
-    """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's."""
-    prefix, path, head = f"model.layers.{layer}.self_attn", "layers/attention", config.head_dim
-    names, number = {}, config.layers_with(ATTENTION).index(layer)
-    for name in ("q", "k", "v", "o"):
+    """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
+    has a gate."""
+    kind = config.kind_of_layer[layer]
+    prefix, path, (head, _) = f"model.layers.{layer}.self_attn", f"layers/{kind.mixer_name}", config.heads_of(kind)
+    names, number = {}, config.layers_with(kind.mixer_name).index(layer)
+    shared = isinstance(kind.mixer, GlobalAttention) and kind.mixer.values_are_keys
+    for name in ("q", "k", "o") if shared else ("q", "k", "v", "o"):
         bias = config.attention_out_bias if name == "o" else config.qkv_bias
         if name == "q" and config.attention_gate == "channel":
             parts = {f"{path}/q": Rows(2 * head, 0, head), f"{path}/gate": Rows(2 * head, head, 2 * head)}
             names |= fused(f"{prefix}.q_proj", parts, number, bias)
         else:
             names |= linear(f"{prefix}.{name}_proj", f"{path}/{name}", number, bias)
+    if config.attention_gate == "head":
+        names |= linear(f"{prefix}.gate_proj", f"{path}/gate", number, False)
     if config.qk_norm is not None:
         names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in "qk"}
     return names
