@@ -88,12 +88,12 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
 
 
 GLOBAL = LayerKind(rope=Rope(theta=1e4, dim=32), mixer=GlobalAttention(head_dim=32, num_kv_heads=2))
-SHARED = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
+VALUES_ARE_KEYS = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
-    "heads of their own, values are keys": (NORMED | dict(layer_kinds=(SHARED,)), Full()),
+    "heads of their own, values are keys": (NORMED | dict(layer_kinds=(VALUES_ARE_KEYS,)), Full()),
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
