@@ -20,6 +20,7 @@ from cpt_jax.models.norms import RMSNorm
 from cpt_jax.models.products import sum_type
 from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation
+from cpt_jax.sharding.hardware import backend
 
 
 class DeltaNetCache(NamedTuple):
@@ -77,6 +78,8 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, config, sizes: DeltaNetConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.sizes = sizes
+        # As in `FeedForward`.
+        self.apart = config.layer_loop == "unroll" and config.remat is None
         width, heads = config.hidden_size, sizes.value_heads
 
         def linear(name: str, outputs: int, bias: bool = False) -> Linear:
@@ -114,7 +117,7 @@ class DeltaNet(nnx.Module):
 
         beta, decay, q, k, v, gate = recomputed(projected)(x)
         mix = functools.partial(self._mixed, visible=visible, dtype=dtype, cache=cache)
-        mixed, new = recomputed(mix)(q, k, v, beta, decay)
+        mixed, new = recomputed(mix, apart=self.apart)(q, k, v, beta, decay)
         mixed = named(mixed.astype(dtype), SAVED)
         gated = recomputed(functools.partial(self._gated, dtype=dtype))(mixed, gate)
         return self.o(gated, dtype), None if cache is None else new
@@ -141,7 +144,8 @@ class DeltaNet(nnx.Module):
             log_decay.reshape(*heads, -1),
             jax.nn.sigmoid(beta.astype(wide)).reshape(*heads, -1),
             visible,
-            dtype,
+            # Its products are small, and a CPU multiplies small ones of bfloat16 more slowly (benchmarks/delta_rule.py).
+            wide if backend() == "cpu" else dtype,
             None if cache is None else cache.state,
         )
         inputs = jnp.concatenate([state for _, state in convolved], axis=-1)

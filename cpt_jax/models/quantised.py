@@ -43,7 +43,8 @@ class OfStack:
 
     def gradient(self, of_layer: Array) -> "OfStack":
         """That of the stack, where this layer's is given."""
-        return OfStack(jnp.zeros_like(self.stack).at[self.place].set(of_layer), self.place)
+        around = ((self.place, len(self.stack) - self.place - 1), *((0, 0),) * of_layer.ndim)
+        return OfStack(jnp.pad(of_layer[None], around), self.place)
 
 
 def is_quantised(weight: Any) -> bool:

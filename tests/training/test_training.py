@@ -105,20 +105,20 @@ def test_an_interrupted_run_ends_bit_for_bit_like_a_whole_one(directories, tmp_p
 def test_eight_devices_give_the_losses_of_one(directories, tmp_path, method):
     for devices in (1, 8):
         train(training(directories, tmp_path / str(devices), method, devices=devices))
-    np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(replica=2, fsdp=2, tensor=2)], ids=str)
 def test_vocabulary_and_heads_cut_over_devices_give_the_losses_of_one(directories, tmp_path, sizes):
     for name, mesh in (("one", make_mesh(jax.devices()[:1])), ("cut", make_mesh(shape=MeshShape(**sizes)))):
         train(training(directories, tmp_path / name, Full(), mesh=mesh, steps=4))
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "one"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_accumulation_is_the_same_step(directories, tmp_path):
     for parts in (1, 4):
         train(training(directories, tmp_path / str(parts), Full(), accumulate=parts, steps=4))
-    np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-4)
     one, four = (flatten(read_trained(tmp_path / name / "checkpoints")["last"]) for name in ("1", "4"))
     for path, leaf in one.items():
         np.testing.assert_allclose(four[path], leaf, atol=2e-4)

@@ -1,0 +1,134 @@
+"""Forward and backward of the gated delta rule, beside transformers' own in torch (the one it takes without
+flash-linear-attention), in turn; one layer of Qwen3.5's smallest size.
+
+    python -m benchmarks.delta_rule                                            # rows of 512 and 2,048 tokens
+    python -m benchmarks.delta_rule --heads 16 32 --lengths 8192 --batch 2     # Qwen3.5-9B's heads
+
+Rows are one document: transformers' keeps no documents apart. Medians of `--repeats`, after one for warming up. Writes
+benchmarks/results/delta_rule-<device>.json.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.models.delta_rule import gated_delta_rule
+from cpt_jax.models.kernels.visible import Visible
+
+
+def inputs(batch: int, length: int, heads: tuple[int, int], head_dim: int) -> list[np.ndarray]:
+    """q, k, v, log decay, beta of one layer."""
+    generator, (keys, values) = np.random.default_rng(0), heads
+    q, k = (generator.normal(size=(batch, length, keys, head_dim)) for _ in range(2))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = generator.normal(size=(batch, length, keys, values // keys, head_dim))
+    log_decay = -generator.exponential(0.1, v.shape[:-1])
+    return [x.astype(np.float32) for x in (q, k, v, log_decay, generator.uniform(size=v.shape[:-1]))]
+
+
+def ours(arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], float]:
+    """(a call that gives result and gradients, temporaries in MiB)."""
+    placed = [jnp.asarray(x) for x in arrays]
+
+    def summed(*x):
+        mixed, _ = gated_delta_rule(*x, Visible(None), jnp.dtype(compute))
+        return jnp.sum(jnp.square(mixed)), mixed
+
+    function = jax.jit(jax.value_and_grad(summed, argnums=range(5), has_aux=True)).lower(*placed).compile()
+
+    def call() -> list:
+        (_, mixed), gradients = jax.block_until_ready(function(*placed))
+        return [np.asarray(mixed), *map(np.asarray, gradients)]
+
+    return call, function.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
+    import torch
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    q, k, v, log_decay, beta = (torch.tensor(x, requires_grad=True) for x in arrays)
+    batch, length, keys, shared, width = v.shape
+    heads = (batch, length, keys * shared)
+
+    def call() -> list:
+        for leaf in (q, k, v, log_decay, beta):
+            leaf.grad = None
+        mixed, _ = torch_chunk_gated_delta_rule(
+            # Queries are scaled within.
+            q * q.shape[-1] ** 0.5,
+            k,
+            v.reshape(*heads, width),
+            g=log_decay.reshape(heads),
+            beta=beta.reshape(heads),
+        )
+        mixed.square().sum().backward()
+        gradients = [leaf.grad.numpy() for leaf in (q, k, v, log_decay, beta)]
+        return [mixed.detach().reshape(v.shape).numpy(), *gradients]
+
+    return call
+
+
+def compared(length: int, arguments: argparse.Namespace) -> list[dict]:
+    """A row of figures for each program, which take turns."""
+    arrays = inputs(arguments.batch, length, tuple(arguments.heads), arguments.head_dim)
+    programs, temporaries = {"torch float32": theirs(arrays)}, {}
+    for compute in ("float32", "bfloat16"):
+        programs[f"cpt_jax {compute}"], temporaries[f"cpt_jax {compute}"] = ours(arrays, compute)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    results = {}
+    for _ in range(arguments.repeats + 1):
+        for name, call in programs.items():
+            started = time.perf_counter()
+            results[name] = call()
+            seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, times in seconds.items():
+        far = max(
+            float(np.linalg.norm(mine - right) / np.linalg.norm(right))
+            for mine, right in zip(results[name], results["torch float32"], strict=True)
+        )
+        row = {"program": name, "length": length, "milliseconds": 1e3 * statistics.median(times[1:])}
+        rows.append(row | {"temporaries_mib": temporaries.get(name), "distance_from_torch": far})
+        print(f"{length:>6} {name:<18}{row['milliseconds']:>10.1f} ms  {far:.1e}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, nargs=2, default=[16, 16], help="of keys, of values")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    results = [row for length in arguments.lengths for row in compared(length, arguments)]
+    import torch
+    import transformers
+
+    device = jax.devices()[0].device_kind
+    machine = {
+        "device": device,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    out = Path("benchmarks/results") / f"delta_rule-{device.replace(' ', '-')}.json"
+    write_json_atomic(out, {"machine": machine, "arguments": vars(arguments), "results": results})
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
