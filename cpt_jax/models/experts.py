@@ -20,6 +20,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, Weight, adapter, initial_kernel
 from cpt_jax.models.products import grouped_matmul, matmul
+from cpt_jax.models.quantised import OfStack, own_layer
 from cpt_jax.models.remat import recomputed
 from cpt_jax.sharding.mesh import AXES
 from cpt_jax.sharding.rules import RULES
@@ -133,6 +134,8 @@ class Experts(nnx.Module):
         else:
             rows = PartitionSpec(RULES["batch"], RULES["sequence"])
             specs = {name: linear.specs() for name, linear in linears.items()}
+            # What is gathered from other devices is this layer's alone.
+            weights = jax.tree.map(own_layer, weights, is_leaf=lambda leaf: isinstance(leaf, OfStack))
             in_rows = [part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares)]
             mixed = jax.shard_map(
                 functools.partial(_spread, specs=(rows, specs), compute=compute),

@@ -46,6 +46,11 @@ class OfStack:
         return OfStack(jnp.zeros_like(self.stack).at[self.place].set(of_layer), self.place)
 
 
+def own_layer(weight: Any) -> Any:
+    """A weight, cut out of the stack that it may be in."""
+    return jax.tree.map(lambda leaf: leaf[weight.place], weight.stack) if isinstance(weight, OfStack) else weight
+
+
 def is_quantised(weight: Any) -> bool:
     if isinstance(weight, OfStack):
         return is_quantised(weight.stack)
@@ -54,8 +59,7 @@ def is_quantised(weight: Any) -> bool:
 
 def dense(weight: Any, dtype: jnp.dtype) -> Array:
     """A weight in `dtype`, however it is stored."""
-    if isinstance(weight, OfStack):
-        return dense(jax.tree.map(lambda leaf: leaf[weight.place], weight.stack), dtype)
+    weight = own_layer(weight)
     if not is_quantised(weight):
         return weight.astype(dtype)
     import qwix
