@@ -127,7 +127,7 @@ def test_its_experts_may_be_quantised():
     weights = jax.tree.map(jnp.asarray, random_weights(MIXTURE, lora=LORA))
     expected = value(MIXTURE, weights, LORA, lambda kernel: dense(kernel, jnp.dtype("float32")))
     np.testing.assert_allclose(value(MIXTURE, weights, LORA), expected, rtol=1e-4)
-    np.testing.assert_allclose(on_mesh(MIXTURE, dict(expert=4, fsdp=2), LORA, value), expected, rtol=1e-4)
+    np.testing.assert_allclose(on_mesh(MIXTURE, dict(expert=2, fsdp=2, tensor=2), LORA, value), expected, rtol=1e-4)
 
 
 def test_stacks_hold_the_layers_that_have_them():
