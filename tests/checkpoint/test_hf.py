@@ -98,8 +98,8 @@ WRONG = {
         "model_type 'mamba'.* is not supported; supported: .*gemma2, .*llama",
     ),
     "rope scaling": (
-        lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),
-        "RoPE of type 'proportional'",
+        lambda d: edit_config(d, rope_scaling={"rope_type": "spiral", "factor": 2}),
+        "RoPE of type 'spiral'",
     ),
     "no object": (lambda d: (d / "config.json").write_text("[]"), "holds a list, not an object"),
     "a text for a number": (
