@@ -19,6 +19,7 @@ from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, text_fields
 from cpt_jax.models.families.schema import Names, Place
+from cpt_jax.models.families.stacked_experts import with_stacks
 
 # transformers may save buffers that follow from the config, and a tied head besides the embedding.
 DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
@@ -80,8 +81,9 @@ def names_in(family: Any, tensors: Collection[str], config: DecoderConfig) -> tu
     """Where tensors belong, by their names in the directory that holds these; and those that are none of the text
     model's, which go along as they are."""
     if isinstance(family, Composite):
-        return family.names_in(tensors, config), family.beside(tensors)
-    return family.weight_names(config), ()
+        return with_stacks(family.names_in(tensors, config), tensors, config), family.beside(tensors)
+    beside = [name for name in tensors if name.startswith(getattr(family, "BESIDE", ()))]
+    return with_stacks(family.weight_names(config), tensors, config), beside
 
 
 def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
@@ -139,8 +141,13 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
         inner = leaf.shape[len(place.index) :]
         return inner[::-1] if place.transposed else inner
 
-    parts = {name: [shape(place) for place in places] for name, places in names.items()}
-    return {name: (sum(part[0] for part in found), *found[0][1:]) for name, found in parts.items()}
+    def whole_shape(places: tuple[Place, ...]) -> tuple[int, ...]:
+        members = len({place.member for place in places})
+        rows = sum(shape(place)[0] for place in places) // members
+        stack = () if places[0].member is None else (members,)
+        return (*stack, rows, *shape(places[0])[1:])
+
+    return {name: whole_shape(places) for name, places in names.items()}
 
 
 def widest(types: Iterable[np.dtype]) -> np.dtype:
@@ -164,11 +171,12 @@ class _Source:
         wanted = slices[::-1] if self.place.transposed else slices
         rows, rest, part = wanted[0], wanted[1:], self.place.rows
         if part is None:
-            array = self.file.read(self.name, rows)
+            array = self.file.read(self.name, rows, self.place.member)
         else:
             size = part.last - part.first
             blocks = slice(rows.start // size, -(-rows.stop // size))
-            array = self.file.read(self.name, slice(blocks.start * part.block, blocks.stop * part.block))
+            wanted_rows = slice(blocks.start * part.block, blocks.stop * part.block)
+            array = self.file.read(self.name, wanted_rows, self.place.member)
             array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
             array = array.reshape(-1, *array.shape[2:])[
                 rows.start - blocks.start * size : rows.stop - blocks.start * size

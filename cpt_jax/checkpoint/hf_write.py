@@ -1,6 +1,7 @@
 """Hugging Face model directories, written whole or not at all."""
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ SHARD_BYTES = 5 << 30
 
 
 def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> np.ndarray:
-    """A tensor of a HF directory, made of our leaves."""
+    """A tensor of a HF directory, or a member of a stack, made of our leaves."""
 
     def matrix(place: Place) -> np.ndarray:
         if place.path in ("embed", "head"):
@@ -70,7 +71,8 @@ class _Written:
     config: DecoderConfig
 
     def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        yield hf_tensor(self.places, self.flat, self.config, dtype)
+        for _, places in itertools.groupby(self.places, key=lambda place: place.member):
+            yield hf_tensor(tuple(places), self.flat, self.config, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +109,16 @@ def save(
     Args:
       tokenizer_directory: whose tokenizer files go along.
       origin: the model that this was made of. Its generation_config.json goes along (default: the tokenizer
-        directory's), and of a model that also sees, what prepares images, and all tensors that are not the text model's,
-        bit for bit.
+        directory's), and of a model that also sees, what prepares images; and all tensors that are not the text model's,
+        bit for bit. Experts are stacked as there (default: one by one).
 
     Raises:
       UserError: the disk is full (nothing is left behind then).
     """
     dtype, flat = np.dtype(dtype), flatten(weights)
     family = family_for(hf_config)
-    held = {}
-    if isinstance(family, Composite):
-        assert origin is not None, "what is not the text model's comes from there"
-        held = tensors_of(origin)
+    assert origin is not None or not isinstance(family, Composite), "what is not the text model's comes from there"
+    held = tensors_of(origin) if origin is not None else {}
     names, beside = names_in(family, held, config)
     shapes = tensor_shapes(config, names)
     tensors: list[tuple[Tensor, np.dtype]] = [

@@ -83,12 +83,16 @@ class SafetensorsFile:
     def _corrupt(self, why: str) -> UserError:
         return UserError(f"{self.path} is truncated or corrupt ({why}): fetch it again")
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """A tensor, or the rows of its first axis from `rows.start` to `rows.stop`: only their bytes are read."""
+    def read(self, name: str, rows: slice | None = None, member: int | None = None) -> np.ndarray:
+        """A tensor, or the rows of its first axis from `rows.start` to `rows.stop`, or of a `member` of a stack of
+        tensors those: only their bytes are read."""
         tensor = self.tensors[name]
-        shape, start = tensor.shape, tensor.start
+        shape, start, size = tensor.shape, tensor.start, tensor.stop - tensor.start
+        if member is not None:
+            size //= shape[0]
+            shape, start = shape[1:], start + member * size
         if rows is not None and shape:
-            of_row = (tensor.stop - tensor.start) // max(1, shape[0])
+            of_row = size // max(1, shape[0])
             shape, start = (rows.stop - rows.start, *shape[1:]), start + rows.start * of_row
         buffer = empty((math.prod(shape) * tensor.dtype.itemsize,), np.uint8)
         view, done = buffer.data, 0

@@ -20,6 +20,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, Weight, adapter, initial_kernel
 from cpt_jax.models.products import grouped_matmul, matmul
+from cpt_jax.models.quantised import OfStack, own_layer
 from cpt_jax.models.remat import recomputed
 from cpt_jax.sharding.mesh import AXES
 from cpt_jax.sharding.rules import RULES
@@ -85,13 +86,16 @@ class ExpertLinear(nnx.Module):
         names = ("kernel", "lora_a", "lora_b") if self.adapter is not None else ("kernel",)
         return {name: getattr(self, name).get_value() for name in names}
 
-    def specs(self) -> dict[str, PartitionSpec]:
-        """How its arrays are cut while it computes: by expert, and along the wide axis; whole along `embed`."""
+    def specs(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """How its arrays (quantised or not) are cut while it computes: by expert, and along the wide axis; whole along
+        `embed`. Of scales there may be one along an axis: all devices have it."""
         cut = {"experts": "expert", "mlp": "tensor"}
-        return {
-            name: PartitionSpec(*(cut.get(axis) for axis in getattr(self, name).get_metadata("logical_axes")))
-            for name in self.weights()
-        }
+
+        def spec(name: str, array: Array) -> PartitionSpec:
+            axes = getattr(self, name).get_metadata("logical_axes")
+            return PartitionSpec(*(cut.get(axis) if n > 1 else None for axis, n in zip(axes, array.shape, strict=True)))
+
+        return {name: jax.tree.map(functools.partial(spec, name), array) for name, array in weights.items()}
 
 
 class Experts(nnx.Module):
@@ -132,7 +136,9 @@ class Experts(nnx.Module):
             mixed = compute(tokens, chosen, shares, weights, first=0)
         else:
             rows = PartitionSpec(RULES["batch"], RULES["sequence"])
-            specs = {name: linear.specs() for name, linear in linears.items()}
+            # What is gathered from other devices is this layer's alone.
+            weights = jax.tree.map(own_layer, weights, is_leaf=lambda leaf: isinstance(leaf, OfStack))
+            specs = {name: linear.specs(weights[name]) for name, linear in linears.items()}
             in_rows = [part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares)]
             mixed = jax.shard_map(
                 functools.partial(_spread, specs=(rows, specs), compute=compute),
@@ -154,21 +160,18 @@ def _spread(tokens, chosen, shares, weights, *, specs, compute):
     (rows, weight_specs), shape = specs, tokens.shape
     flat = (part.reshape(-1, part.shape[-1]) for part in (tokens, chosen, shares))
     gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in flat)
-    weights = {
-        linear: {name: _varying(array, weight_specs[linear][name]) for name, array in arrays.items()}
-        for linear, arrays in weights.items()
-    }
+    weights = jax.tree.map(_varying, weights, weight_specs)
     own = weights["gate"]["kernel"].shape[0]
     part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
     return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True).reshape(shape)
 
 
-def _varying(array: Any, spec: PartitionSpec) -> Any:
+def _varying(array: Array, spec: PartitionSpec) -> Array:
     """An array cut by `spec`, with its copies along the other mesh axes taken for different ones: each device makes
     its own share of the gradient, which is their sum."""
     cut = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
     missing = tuple(axis for axis in AXES if axis not in cut)
-    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, missing, to="varying"), array) if missing else array
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _computed(

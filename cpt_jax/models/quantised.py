@@ -47,6 +47,11 @@ class OfStack:
         return OfStack(jnp.pad(of_layer[None], around), self.place)
 
 
+def own_layer(weight: Any) -> Any:
+    """A weight, cut out of the stack that it may be in."""
+    return jax.tree.map(lambda leaf: leaf[weight.place], weight.stack) if isinstance(weight, OfStack) else weight
+
+
 def is_quantised(weight: Any) -> bool:
     if isinstance(weight, OfStack):
         return is_quantised(weight.stack)
@@ -55,8 +60,7 @@ def is_quantised(weight: Any) -> bool:
 
 def dense(weight: Any, dtype: jnp.dtype) -> Array:
     """A weight in `dtype`, however it is stored."""
-    if isinstance(weight, OfStack):
-        return dense(jax.tree.map(lambda leaf: leaf[weight.place], weight.stack), dtype)
+    weight = own_layer(weight)
     if not is_quantised(weight):
         return weight.astype(dtype)
     import qwix

@@ -196,7 +196,8 @@ def _layer_of(weights: Any, number: int) -> Any:
     """One layer of stacks; its kernels are cut out where they are used, or the backward pass would keep a copy of each."""
 
     def cut(path: Any, leaf: nnx.Variable) -> nnx.Variable:
-        if path[-1].key == "kernel":
+        # A weight of the block itself has no path.
+        if path and path[-1].key == "kernel":
             return leaf.replace(OfStack(leaf.get_value(), number))
         return leaf.replace(_at(leaf.get_value(), number))
 

@@ -39,6 +39,7 @@ TEXT = dict(
 ROTATION = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
 QWEN_3_5 = dict(rope_parameters=ROTATION | dict(partial_rotary_factor=0.5), full_attention_interval=2)
 QWEN_3_5 |= dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 SIGHT |= dict(image_size=28, patch_size=14)
 QWEN_SIGHT = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
@@ -81,6 +82,11 @@ CONFIGS = {
         vision_config=QWEN_SIGHT | dict(num_position_embeddings=16),
         image_token_id=3,
         tie_word_embeddings=True,
+    ),
+    "qwen3_5_moe": dict(
+        text_config=TEXT | QWEN_3_5 | EXPERTS,
+        vision_config=QWEN_SIGHT | dict(num_position_embeddings=16),
+        image_token_id=3,
     ),
     "smolvlm": dict(text_config=TEXT | dict(model_type="llama"), vision_config=SIGHT, image_token_id=3),
 }
@@ -192,6 +198,46 @@ def test_files_may_name_the_text_model_otherwise(models, tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == renamed.keys()
 
 
+def test_experts_may_lie_in_stacks(models, tmp_path):
+    """As in Qwen3.5's files, beside what predicts several tokens: what is written is what was read."""
+    from transformers import AutoModelForImageTextToText
+
+    reference, directory = models("qwen3_5_moe")
+    one_by_one = load_file(directory / "model.safetensors")
+    held = {name: value for name, value in one_by_one.items() if ".mlp.experts." not in name}
+    for layer in range(2):
+        prefix = f"model.language_model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            np.stack([one_by_one[f"{prefix}.{expert}.{name}_proj.weight"] for expert in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        held |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
+    held["mtp.fc.weight"] = np.ones((32, 64), np.float16)
+    (tmp_path / "in").mkdir()
+    save_file(held, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text((directory / "config.json").read_text())
+
+    config, weights, raw = load(tmp_path / "in")
+    expected = flatten(load(directory)[1])
+    for path, leaf in flatten(weights).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected[path]), err_msg=path)
+    part = (1, 2, slice(3, 20), slice(5, 9))
+    for name in ("gate", "up", "down"):
+        path = f"layers/mlp/{name}/kernel"
+        np.testing.assert_array_equal(flatten(weights)[path][part], np.asarray(expected[path])[part])
+
+    save(tmp_path / "out", config, weights, raw, directory, origin=tmp_path / "in", shard_bytes=20_000)
+    written = {
+        name: value for file in (tmp_path / "out").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert written.keys() == held.keys()
+    for name, value in held.items():
+        np.testing.assert_array_equal(written[name], value, err_msg=name, strict=True)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = np.arange(4, 20, dtype=np.int32)[None]
+    np.testing.assert_allclose(theirs_on(tokens, again), theirs_on(tokens, reference), atol=1e-6)
+
+
 def test_what_its_makers_left_to_defaults_is_filled_in(models, tmp_path):
     """Gemma 3's config.json has neither the vocabulary's size nor the heads'; Qwen2.5-VL's had no text_config."""
     text = dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)
@@ -211,13 +257,20 @@ def test_what_its_makers_left_to_defaults_is_filled_in(models, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == flat | {"dtype": "float32"}
 
 
+LAYER = "model.language_model.layers.1.mlp"
+ADAPTED = {
+    "qwen3_vl": dict(target_modules=[f"{LAYER}.up_proj"]),
+    "qwen3_5_moe": dict(target_modules=[], target_parameters=[f"{LAYER}.experts.gate_up_proj"]),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_an_adapter_is_merged_into_the_text_model(models, tmp_path):
+@pytest.mark.parametrize(("model_type", "targets"), ADAPTED.items(), ids=ADAPTED)
+def test_an_adapter_is_merged_into_the_text_model(model_type, targets, models, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    reference, directory = models("qwen3_vl")
-    target = "model.language_model.layers.1.mlp.up_proj"
-    adapted = get_peft_model(reference, LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    reference, directory = models(model_type)
+    adapted = get_peft_model(reference, LoraConfig(r=2, init_lora_weights=False, **targets))
     tokens = np.arange(4, 20, dtype=np.int32)[None]
     expected = theirs_on(tokens, adapted)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -255,6 +308,25 @@ def test_an_adapter_leaves_what_sees_alone(models, tmp_path):
             if "lora_A" in name
         }
         assert names == {f"base_model.model.model.language_model.layers.{layer}" for layer in range(2)}
+    finally:
+        adapted.unload()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_of_experts_is_one_to_peft(models, tmp_path):
+    from peft import PeftModel
+
+    reference, directory = models("qwen3_5_moe")
+    method = LoRA(rank=2, alpha=2.0, targets=("layers/mlp/down",))
+    model = load_model(directory).adapted(method, seed=0)
+    trained = [path for path in flatten(model.weights) if method.trains(path)]
+    save_adapter(
+        tmp_path, model.config, model.weights, model.hf_config, model.lora, base=str(directory), trained=trained
+    )
+    adapted = PeftModel.from_pretrained(reference, tmp_path)
+    try:
+        names = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+        assert names == {f"base_model.model.model.language_model.layers.{layer}.mlp.experts" for layer in range(2)}
     finally:
         adapted.unload()
 

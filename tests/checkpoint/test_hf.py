@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from contracts.family_configs import config_json
 from inputs import hf_config, random_weights, tiny_config
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,7 @@ from cpt_jax.checkpoint.hf import load
 from cpt_jax.checkpoint.hf_write import SHARD_BYTES, save
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
+from cpt_jax.models.families import family_for
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -38,6 +40,19 @@ def test_base_and_new_rows_are_saved_as_one_table(tmp_path):
     table = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(table, np.concatenate([weights["embed"]["base"], weights["embed"]["new"]]))
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 327
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next"])
+def test_what_predicts_several_tokens_goes_along_as_it_is(model_type, tmp_path):
+    raw = config_json(model_type, "as released")
+    config = family_for(raw).config_from_hf(raw)
+    save(tmp_path / "base", config, random_weights(config), raw, tmp_path)
+    beside = {"mtp.fc.weight": np.arange(8, dtype=np.float16).reshape(2, 4)}
+    edit_tensors(tmp_path / "base", lambda tensors: tensors.update(beside))
+    save(tmp_path / "out", *load(tmp_path / "base"), tmp_path, origin=tmp_path / "base")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+    np.testing.assert_array_equal(written["mtp.fc.weight"], beside["mtp.fc.weight"], strict=True)
 
 
 def edit_config(directory: Path, **changes) -> None:
@@ -83,8 +98,8 @@ WRONG = {
         "model_type 'mamba'.* is not supported; supported: .*gemma2, .*llama",
     ),
     "rope scaling": (
-        lambda d: edit_config(d, rope_scaling={"rope_type": "proportional", "factor": 2}),
-        "RoPE of type 'proportional'",
+        lambda d: edit_config(d, rope_scaling={"rope_type": "spiral", "factor": 2}),
+        "RoPE of type 'spiral'",
     ),
     "no object": (lambda d: (d / "config.json").write_text("[]"), "holds a list, not an object"),
     "a text for a number": (

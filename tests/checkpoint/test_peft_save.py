@@ -22,6 +22,7 @@ pytestmark = [
     # PEFT looks for the pattern among modules, not among the parameters that it does apply it to.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match.*(gate_up|down)_proj"),
 ]
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 FAMILIES = {
     "llama, tied": ("llama", "tied, odd head dimension", LINEARS),
     "llama, untied": ("llama", "untied, no grouping, biases", ("q", "v", "down")),
@@ -41,6 +42,12 @@ FAMILIES = {
     "qwen3_5": ("qwen3_5_text", "as released", LINEARS),
     "qwen3_5, all there are": ("qwen3_5_text", "not periodic, one value head a key head", ("layers/*",)),
     "qwen3_5, gates alone": ("qwen3_5_text", "as released", ("layers/attention/gate", "decay")),
+    "qwen3_next, all but the shared expert": (
+        "qwen3_next",
+        "by interval, three of four",
+        ("layers/attention/*", "layers/delta_net/*", *(f"layers/mlp/{name}" for name in ("gate", "up", "down"))),
+    ),
+    "qwen3_5_moe, all there are": ("qwen3_5_moe_text", "by interval, three of four", ("layers/*",)),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
@@ -61,7 +68,7 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
     expected = ours(model.config, model.weights, model.lora)
     found = theirs(tmp_path / "base", tmp_path / "adapter")
     # A head that linear attention leaves near zero is scaled up by its norm, rounding errors too.
-    np.testing.assert_allclose(found, expected, atol=5e-4 if model_type == "qwen3_5_text" else 1e-4)
+    np.testing.assert_allclose(found, expected, atol=5e-4 if model_type in HYBRIDS else 1e-4)
     assert np.abs(expected - theirs(tmp_path / "base")).max() > 0.1
 
     again = load_adapter(tmp_path / "adapter", base.config, base.hf_config)
@@ -72,6 +79,13 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
     after = flatten(again.over(base.config, base.weights))
     for path, leaf in flatten(model.weights).items():
         np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
+
+
+def test_what_peft_takes_for_others_is_refused(tmp_path):
+    reference_model(config_json("qwen3_next", "by interval, three of four"), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=3, alpha=4.5, targets=("up",)))
+    with pytest.raises(UserError, match="PEFT takes the shared expert's linears of qwen3_next for its experts"):
+        saved(model, paths, tmp_path / "adapter", tmp_path / "base")
 
 
 SHARED = "layers/mlp/shared/*"

@@ -39,6 +39,7 @@ LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
 GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
 GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
+HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -227,6 +228,34 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
         | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, partial_rotary_factor=0.5),
         "by interval": TIED | DELTA_NET | dict(num_hidden_layers=6, full_attention_interval=3, head_dim=8),
+    },
+    "qwen3_5_moe_text": {
+        "as released": UNTIED
+        | HYBRID_EXPERTS
+        | dict(num_hidden_layers=4, head_dim=16, rope_parameters=QWEN_3_5_ROPE)
+        | dict(linear_key_head_dim=8, linear_value_head_dim=8),
+        # That field means nothing here.
+        "not periodic, one value head a key head": TIED
+        | HYBRID_EXPERTS
+        | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
+        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
+        "by interval, three of four": TIED
+        | HYBRID_EXPERTS
+        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
+        | dict(linear_num_key_heads=1),
+    },
+    "qwen3_next": {
+        "as released": UNTIED
+        | HYBRID_EXPERTS
+        | dict(num_hidden_layers=4, head_dim=16, rope_theta=1e7, partial_rotary_factor=0.25, norm_topk_prob=True),
+        "not periodic, one value head a key head, not renormalised": TIED
+        | HYBRID_EXPERTS
+        | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
+        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
+        "by interval, three of four": TIED
+        | HYBRID_EXPERTS
+        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
+        | dict(linear_num_key_heads=1, linear_key_head_dim=8, partial_rotary_factor=0.5),
     },
     "lfm2": {
         "as released": TIED

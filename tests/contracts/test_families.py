@@ -183,6 +183,8 @@ REFUSED = [
     ),
     ("qwen2_moe", dict(mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported for model_type qwen2_moe"),
     ("qwen2_moe", dict(shared_expert_intermediate_size=0), "shared_expert_intermediate_size is 0: give at least 1"),
+    ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type qwen3_5_text"),
+    ("qwen3_next", dict(mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported for model_type qwen3_next"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",
@@ -246,7 +248,7 @@ def test_activations_are_those_of_transformers():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "qwen3_next"])
 def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
     import torch
 

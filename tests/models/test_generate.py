@@ -70,6 +70,7 @@ FAMILIES = [
     ("smollm3", "windows, head dimension"),
     ("qwen3_5_text", "as released"),
     ("qwen3_5_text", "not periodic, one value head a key head"),
+    ("qwen3_next", "by interval, three of four"),
     ("lfm2", "as released"),
     ("lfm3", "as released"),
     ("gemma4_text", "as released"),

@@ -10,12 +10,15 @@ from inputs import random_weights, tiny_config
 from method_inputs import TOKENS, forward, trained
 
 from cpt_jax.adapt import ByPath, Expand, LoRA
-from cpt_jax.core.tree import flatten
+from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder, apply
 from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.visible import document_begins
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
+from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.quantised import dense, quantise
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
 from cpt_jax.models.short_conv import ShortConvConfig
@@ -31,6 +34,7 @@ KINDS = (
 )
 # Two periods; no period.
 PATTERNS = {"periodic": (0, 1, 2, 0, 1, 2), "not periodic": (0, 0, 1, 2)}
+LORA = LoRAConfig(rank=3, alpha=6.0, targets=("layers/*",))
 ROWS = np.stack([np.repeat([1, 2, 3], [70, 50, 8]), np.repeat([0, 1], [30, 98])] * 4)
 
 
@@ -40,18 +44,31 @@ def hybrid(pattern="periodic", **changes):
     return tiny_config(**kinds | dict(qk_norm="head", attention="xla") | changes)
 
 
-def value_and_gradients(config, weights, **changes):
-    """Of a number made of all hidden states of packed rows."""
+# Two periods.
+MIXTURE = hybrid(
+    layer_kinds=KINDS[:2],
+    layer_pattern=(0, 1, 0, 1),
+    num_layers=4,
+    experts=ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1, shared_intermediate_size=24),
+)
+
+
+def number_of(config, lora=None):
+    """What makes a number of weights, by all hidden states of packed rows."""
     segments = jnp.asarray(ROWS)
     tokens = jax.random.randint(jax.random.key(0), segments.shape, 3, 320)
     positions = jnp.arange(segments.shape[1])[None] - document_begins(segments)
-    network = abstract_decoder(config)
+    network = abstract_decoder(config, lora)
 
     def summed(weights):
         hidden = apply(network, weights, tokens, positions, segments, compute_dtype="float32")
         return (hidden**2 * jnp.cos(jnp.arange(32.0))[None, None]).sum()
 
-    return jax.jit(jax.value_and_grad(summed))(weights)
+    return summed
+
+
+def value_and_gradients(config, weights, lora=None):
+    return jax.jit(jax.value_and_grad(number_of(config, lora)))(weights)
 
 
 @functools.cache
@@ -59,12 +76,21 @@ def expected(pattern):
     return value_and_gradients(hybrid(pattern), jax.tree.map(jnp.asarray, random_weights(hybrid(pattern))))
 
 
-def assert_close(found, pattern):
-    value, gradients = expected(pattern)
+def assert_close(found, right):
+    value, gradients = right
     np.testing.assert_allclose(found[0], value, rtol=1e-4)
     for path, leaf in flatten(found[1]).items():
         right = np.asarray(flatten(gradients)[path])
         assert np.linalg.norm(np.asarray(leaf) - right) <= 2e-3 * np.linalg.norm(right), path
+
+
+def on_mesh(config, sizes, lora=None, run=value_and_gradients):
+    """The same, on a mesh of these sizes."""
+    network, mesh = abstract_decoder(config, lora), make_mesh(shape=MeshShape(**sizes))
+    where = shardings(network.logical_axes, network.shapes, mesh)
+    placed = jax.tree.map(lambda leaf, there: place(leaf, leaf.dtype, there), random_weights(config, lora=lora), where)
+    with jax.set_mesh(mesh):
+        return run(config, placed, lora)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -72,17 +98,36 @@ def assert_close(found, pattern):
 def test_in_a_loop_or_one_by_one_and_recomputed_the_model_is_the_same(pattern, remat):
     weights = jax.tree.map(jnp.asarray, random_weights(hybrid(pattern)))
     loop = "scan" if remat is not None and remat.products else "unroll"
-    assert_close(value_and_gradients(hybrid(pattern, layer_loop=loop, remat=remat), weights), pattern)
+    assert_close(value_and_gradients(hybrid(pattern, layer_loop=loop, remat=remat), weights), expected(pattern))
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(replica=2, tensor=4), dict(fsdp=2, context=4)], ids=str)
 def test_on_a_mesh_the_model_is_the_same(sizes):
-    config = hybrid()
-    network, mesh = abstract_decoder(config), make_mesh(shape=MeshShape(**sizes))
-    where = shardings(network.logical_axes, network.shapes, mesh)
-    placed = jax.tree.map(lambda leaf, there: place(leaf, leaf.dtype, there), random_weights(config), where)
-    with jax.set_mesh(mesh):
-        assert_close(value_and_gradients(config, placed), "periodic")
+    assert_close(on_mesh(hybrid(), sizes), expected("periodic"))
+
+
+@functools.cache
+def expected_of_experts():
+    return value_and_gradients(MIXTURE, jax.tree.map(jnp.asarray, random_weights(MIXTURE, lora=LORA)), LORA)
+
+
+@pytest.mark.parametrize("sizes", [dict(expert=4, fsdp=2), dict(expert=2, fsdp=2, tensor=2)], ids=str)
+def test_on_a_mesh_its_experts_are_the_same(sizes):
+    assert_close(on_mesh(MIXTURE, sizes, LORA), expected_of_experts())
+
+
+def test_its_experts_may_be_quantised():
+    def value(config, weights, lora, back=lambda kernel: kernel):
+        flat = flatten(weights)
+        for name in ("gate", "up", "down"):
+            path = f"layers/mlp/{name}/kernel"
+            flat[path] = back(jax.jit(quantise, static_argnums=1)(flat[path], "int8"))
+        return jax.jit(number_of(config, lora))(unflatten(flat))
+
+    weights = jax.tree.map(jnp.asarray, random_weights(MIXTURE, lora=LORA))
+    expected = value(MIXTURE, weights, LORA, lambda kernel: dense(kernel, jnp.dtype("float32")))
+    np.testing.assert_allclose(value(MIXTURE, weights, LORA), expected, rtol=1e-4)
+    np.testing.assert_allclose(on_mesh(MIXTURE, dict(expert=2, fsdp=2, tensor=2), LORA, value), expected, rtol=1e-4)
 
 
 def test_stacks_hold_the_layers_that_have_them():

@@ -134,7 +134,7 @@ def _adapted(config: DecoderConfig, hf_config: dict, settings: PeftLoRA, tensors
     found = [module for module in linears(config, hf_config) if settings.adapts(module.name)]
     if not any(module.of_one_expert and f"{module.name}.lora_A.weight" in tensors for module in found):
         found = [module for module in found if not module.of_one_expert]
-    return found + [module for module in stacked_experts(config) if settings.adapts_parameter(module.name)]
+    return found + [module for module in stacked_experts(config, hf_config) if settings.adapts_parameter(module.name)]
 
 
 def _check_dora(directory: Path, settings: PeftLoRA, adapted: Sequence[Module]) -> None:

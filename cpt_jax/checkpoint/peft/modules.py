@@ -108,14 +108,14 @@ def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
     return found
 
 
-def stacked_experts(config: DecoderConfig) -> list[Module]:
+def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The parameters in which transformers 5 holds the experts of a layer."""
     if config.experts is None:
         return []
     width, inner, count = config.hidden_size, config.intermediate_size, config.experts.count
-    found = []
+    found, outer = [], getattr(family_for(hf_config), "prefix", "model.")
     for layer in range(config.num_layers):
-        index, prefix = (layer,), f"model.layers.{layer}.mlp.experts"
+        index, prefix = (layer,), f"{outer}layers.{layer}.mlp.experts"
         gate = Place("layers/mlp/gate", index, True, Rows(2 * inner, 0, inner))
         up = Place("layers/mlp/up", index, True, Rows(2 * inner, inner, 2 * inner))
         down = Place("layers/mlp/down", index, True)

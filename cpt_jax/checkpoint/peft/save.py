@@ -38,6 +38,8 @@ from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, Lo
 
 Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
+# model_types whose shared expert's targets PEFT 0.21 renames to those of experts (utils/transformers_weight_conversion.py).
+_TAKEN_FOR_EXPERTS = ("qwen3_next",)
 _COMMON = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -133,9 +135,12 @@ def _lora_part(
         return {"r": 1, "lora_alpha": 1, "target_modules": NO_TARGET}, {}
     # Experts as transformers 5 has them, not one by one.
     layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
-    adapted = [
-        module for module in layers + stacked_experts(config) if any(f"{path}/lora_a" in flat for path in module.paths)
-    ]
+    layers += stacked_experts(config, hf_config)
+    adapted = [module for module in layers if any(f"{path}/lora_a" in flat for path in module.paths)]
+    if hf_config["model_type"] in _TAKEN_FOR_EXPERTS and any(".shared_expert." in module.name for module in adapted):
+        raise UserError(
+            f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
+        )
     shared = {paths: _shared(paths, flat) for paths in {module.paths for module in adapted}}
     settings: dict[tuple[str, bool], AdapterConfig] = {}
     tensors: dict[str, np.ndarray] = {}

@@ -31,7 +31,9 @@ from cpt_jax.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     starcoder2,
@@ -65,13 +67,15 @@ _FILES = (
     qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     starcoder2,
 )
-# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files; and
-# MODULES, where transformers' modules are called otherwise.
+# By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
+# MODULES, where transformers' modules are called otherwise; and BESIDE, how tensors begin that go along as they are.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -29,6 +29,7 @@ PREFIXES = {
     "qwen2_5_vl": "model.language_model.",
     "qwen2_vl": "model.language_model.",
     "qwen3_5": "model.language_model.",
+    "qwen3_5_moe": "model.language_model.",
     "qwen3_vl": "model.language_model.",
     "smolvlm": "model.text_model.",
 }

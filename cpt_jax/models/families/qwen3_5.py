@@ -1,6 +1,7 @@
 """Qwen3.5, text: in three of four layers Gated DeltaNet in the place of attention; in the others Qwen3's attention with
 gated heads, of which a quarter is turned by positions; norms' scales are stored less one."""
 
+from collections.abc import Callable
 from typing import Any
 
 from cpt_jax.models.config import DecoderConfig
@@ -10,9 +11,10 @@ from cpt_jax.models.families.schema import (
     NORMS,
     Names,
     Place,
-    Rows,
     attention_names,
     config_of,
+    consecutive,
+    experts_names,
     fused,
     linear,
     mlp_names,
@@ -22,14 +24,22 @@ from cpt_jax.models.families.schema import (
 )
 
 MODEL_TYPES = ("qwen3_5_text",)
-UNSUPPORTED = {"attention_bias": (False,), "attn_output_gate": (True,)}
+# What predicts several tokens, which transformers does not read.
+BESIDE = ("mtp.",)
+# The convolution's activation too is `hidden_act`.
+UNSUPPORTED = {"attention_bias": (False,), "attn_output_gate": (True,), "hidden_act": ("silu", "swish")}
+# Linear attention's projections of a layer: of their tensors' prefix, our path, the number there, and the sizes.
+Projections = Callable[[str, str, int, DeltaNetConfig], Names]
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
-    hf = read(raw, UNSUPPORTED)
-    return config_of(
-        hf, mixers={"linear_attention": delta_net(hf)}, norm_offset=1.0, qk_norm="head", attention_gate="channel"
-    )
+    return hybrid(read(raw, UNSUPPORTED))
+
+
+def hybrid(hf: Any, **differences: Any) -> DecoderConfig:
+    """Of a config as transformers reads it, with what is different in this family."""
+    mixers = {"linear_attention": delta_net(hf)}
+    return config_of(hf, mixers=mixers, norm_offset=1.0, qk_norm="head", attention_gate="channel", **differences)
 
 
 def delta_net(hf: Any) -> DeltaNetConfig:
@@ -43,24 +53,32 @@ def delta_net(hf: Any) -> DeltaNetConfig:
 
 
 def weight_names(config: DecoderConfig) -> Names:
+    return hybrid_names(config, _projections)
+
+
+def hybrid_names(config: DecoderConfig, projections: Projections) -> Names:
     names = outer_names(config)
     for layer, kind in enumerate(config.kind_of_layer):
         if isinstance(kind.mixer, DeltaNetConfig):
-            names |= delta_net_names(config, layer, kind.mixer)
+            names |= _delta_net_names(config, layer, kind.mixer, projections)
         else:
             names |= attention_names(config, layer)
-        names |= mlp_names(config, layer, MLP) | norm_names(config, layer, NORMS)
+        fed = mlp_names(config, layer, MLP) if config.experts is None else experts_names(config, layer, "mlp", MLP)
+        names |= fed | norm_names(config, layer, NORMS)
     return names
 
 
-def delta_net_names(config: DecoderConfig, layer: int, sizes: DeltaNetConfig) -> Names:
-    """Those of a layer with linear attention."""
+def _delta_net_names(config: DecoderConfig, layer: int, sizes: DeltaNetConfig, projections: Projections) -> Names:
     prefix, path = f"model.layers.{layer}.linear_attn", "layers/delta_net"
-    number, keys = config.layers_with("delta_net").index(layer), sizes.keys
-    ends = {"q": (0, keys), "k": (keys, 2 * keys), "v": (2 * keys, sizes.channels)}
-    parts = {f"{path}/{name}": Rows(sizes.channels, *rows) for name, rows in ends.items()}
-    names = fused(f"{prefix}.in_proj_qkv", parts, number, False)
-    for ours, theirs in {"gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a", "o": "out_proj"}.items():
-        names |= linear(f"{prefix}.{theirs}", f"{path}/{ours}", number, False)
+    number = config.layers_with("delta_net").index(layer)
+    names = projections(prefix, path, number, sizes) | linear(f"{prefix}.out_proj", f"{path}/o", number, False)
     vectors = {"dt_bias": "decay/bias", "A_log": "a_log", "norm.weight": "norm/scale", "conv1d.weight": "conv"}
     return names | {f"{prefix}.{name}": (Place(f"{path}/{ours}", (number,)),) for name, ours in vectors.items()}
+
+
+def _projections(prefix: str, path: str, number: int, sizes: DeltaNetConfig) -> Names:
+    parts = consecutive({f"{path}/q": sizes.keys, f"{path}/k": sizes.keys, f"{path}/v": sizes.values})
+    names = fused(f"{prefix}.in_proj_qkv", parts, number, False)
+    for ours, theirs in {"gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a"}.items():
+        names |= linear(f"{prefix}.{theirs}", f"{path}/{ours}", number, False)
+    return names

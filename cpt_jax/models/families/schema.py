@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,12 +32,13 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where (these rows of) a HF tensor belong: our path, the index along its stacked axes (layer, expert), and
-    whether it is stored transposed."""
+    whether it is stored transposed. `member`: the number of the matrix, where the tensor is a stack of them."""
 
     path: str
     index: tuple[int, ...] = ()
     transposed: bool = False
     rows: Rows | None = None
+    member: int | None = None
 
 
 # HF tensor name -> its places; more than one where the tensor holds several of our matrices.
@@ -124,11 +126,11 @@ def attention_biases(read: Any) -> dict[str, Any]:
 
 
 def experts_of(read: Any) -> ExpertsConfig:
-    """The experts of Qwen's models, and of those that write them so."""
+    """The experts of Qwen's models, and of those that write them so; renormalised, where nothing is said of it."""
     return ExpertsConfig(
         count=read.num_experts,
         per_token=read.num_experts_per_tok,
-        renormalise=bool(read.norm_topk_prob),
+        renormalise=bool(getattr(read, "norm_topk_prob", True)),
         balance_coefficient=float(read.router_aux_loss_coef),
         shared_intermediate_size=getattr(read, "shared_expert_intermediate_size", None),
     )
@@ -147,6 +149,12 @@ def fused(name: str, parts: Mapping[str, Rows], layer: int, bias: bool) -> Names
     if bias:
         names[f"{name}.bias"] = tuple(Place(f"{path}/bias", (layer,), False, rows) for path, rows in parts.items())
     return names
+
+
+def consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:
+    """The rows of matrices that lie one behind the other in each block of a tensor, by their numbers of rows there."""
+    ends = list(itertools.accumulate(widths.values()))
+    return {path: Rows(ends[-1], end - widths[path], end) for path, end in zip(widths, ends, strict=True)}
 
 
 def outer_names(config: DecoderConfig) -> Names:
