@@ -102,16 +102,17 @@ def inverse_of_unit_lower(system: Float[Array, "*batch C C"]) -> Float[Array, "*
     the library would not be cut over devices.)
     """
     size = system.shape[-1]
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=system.dtype), system.shape)
-    of_block, half = jnp.arange(size), 1
+    inverse = jnp.ones((*system.shape[:-2], size, 1, 1), system.dtype)
+    half = 1
     while half < size:
-        # Below the diagonal of each block of twice the size: its lower left quarter.
-        rows, columns = of_block[:, None] // half, of_block[None] // half
-        quarter = (rows // 2 == columns // 2) & (rows > columns)
-        corner = jnp.where(quarter, system, 0)
-        inverse -= _exact(_exact(inverse, corner), inverse)
+        firsts = range(0, size, 2 * half)
+        corners = jnp.stack([system[..., n + half : n + 2 * half, n : n + half] for n in firsts], axis=-3)
+        upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        corners = -_exact(_exact(lower, corners), upper)
+        above = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
+        inverse = jnp.concatenate([above, jnp.concatenate([corners, lower], axis=-1)], axis=-2)
         half *= 2
-    return inverse
+    return inverse[..., 0, :, :]
 
 
 def _exact(a: Array, b: Array) -> Array:

@@ -121,7 +121,8 @@ def test_accumulation_is_the_same_step(directories, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=1e-4)
     one, four = (flatten(read_trained(tmp_path / name / "checkpoints")["last"]) for name in ("1", "4"))
     for path, leaf in one.items():
-        np.testing.assert_allclose(four[path], leaf, atol=2e-4)
+        # A gradient of nearly zero may have another sign, and Adam's steps go by signs.
+        assert np.linalg.norm(four[path] - leaf) <= 2e-3 * np.linalg.norm(leaf), path
 
 
 def test_bfloat16_follows_float32(directories, tmp_path):
