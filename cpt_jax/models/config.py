@@ -63,8 +63,9 @@ class DecoderConfig:
 
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
     "both"; `attention_gate`: what the heads mix is multiplied by a sigmoid of the input, number by number ("channel"),
-    or head by head; `value_norm`: values are divided by their root mean square, head by head; `layer_scalar`: what a layer gives is
-    multiplied by a number of its own, which does not train; `parallel_residual` adds both to the same input, with `shared_norm` behind the same norm. `norm_bias`: of
+    or head by head; `value_norm`: values are divided by their root mean square, head by head; `layer_scalar`: what a
+    layer gives is multiplied by a number of its own, which does not train; `parallel_residual` adds both to the same
+    input, with `shared_norm` behind the same norm. `norm_bias`: of
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
