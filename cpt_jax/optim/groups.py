@@ -4,7 +4,7 @@ from typing import Literal
 
 Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
 
-_VECTORS = ("scale", "bias", "magnitude")
+_VECTORS = ("scale", "bias", "magnitude", "a_log")
 
 
 def group_of(path: str) -> Group:

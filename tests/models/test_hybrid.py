@@ -10,6 +10,7 @@ from inputs import random_weights, tiny_config
 from method_inputs import TOKENS, forward, trained
 
 from cpt_jax.adapt import ByPath, Expand, LoRA
+from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder, apply
@@ -22,6 +23,7 @@ from cpt_jax.models.quantised import dense, quantise
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.optim.groups import stacked_axes
 from cpt_jax.recipe.model import Model
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
@@ -185,3 +187,9 @@ def test_added_blocks_are_copies_that_change_nothing_yet():
     np.testing.assert_allclose(forward(other, tokens=TOKENS), forward(one, tokens=TOKENS), atol=1e-5)
     joined = flatten(join_layers(copied, deeper.layer_groups))
     assert joined["layers/delta_net/q/kernel"].shape[0] == 3
+
+
+def test_rates_of_decay_are_vectors_that_stay_float32():
+    """exp(a_log) in bfloat16 would be another rate; an optimizer that looks at matrices looks at each layer's alone."""
+    assert Precision(compute="bfloat16").dtype_of("layers/delta_net/a_log") == jnp.float32
+    assert stacked_axes("layers/delta_net/a_log", 2) == 1
