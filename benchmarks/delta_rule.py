@@ -2,7 +2,7 @@
 flash-linear-attention), in turn; one layer of Qwen3.5's smallest size.
 
     python -m benchmarks.delta_rule                                            # rows of 512 and 2,048 tokens
-    python -m benchmarks.delta_rule --heads 16 32 --lengths 8192 --batch 2     # Qwen3.5-9B's heads
+    python -m benchmarks.delta_rule --heads 16 32 --lengths 2048 8192 --batch 2       # Qwen3.5-9B's heads, on a GPU
 
 Rows are one document: transformers' keeps no documents apart. Medians of `--repeats`, after one for warming up. Writes
 benchmarks/results/delta_rule-<device>.json.
@@ -36,7 +36,7 @@ def inputs(batch: int, length: int, heads: tuple[int, int], head_dim: int) -> li
 
 
 def ours(arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], float]:
-    """(a call that gives result and gradients, temporaries in MiB)."""
+    """(a call that gives result and gradients where they were computed, temporaries in MiB)."""
     placed = [jnp.asarray(x) for x in arrays]
 
     def summed(*x):
@@ -47,7 +47,7 @@ def ours(arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], fl
 
     def call() -> list:
         (_, mixed), gradients = jax.block_until_ready(function(*placed))
-        return [np.asarray(mixed), *map(np.asarray, gradients)]
+        return [mixed, *gradients]
 
     return call, function.memory_analysis().temp_size_in_bytes / 2**20
 
@@ -56,7 +56,8 @@ def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
     import torch
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
-    q, k, v, log_decay, beta = (torch.tensor(x, requires_grad=True) for x in arrays)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, log_decay, beta = (torch.tensor(x, device=device, requires_grad=True) for x in arrays)
     batch, length, keys, shared, width = v.shape
     heads = (batch, length, keys * shared)
 
@@ -72,8 +73,9 @@ def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
             beta=beta.reshape(heads),
         )
         mixed.square().sum().backward()
-        gradients = [leaf.grad.numpy() for leaf in (q, k, v, log_decay, beta)]
-        return [mixed.detach().reshape(v.shape).numpy(), *gradients]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return [mixed.detach().reshape(v.shape), *(leaf.grad for leaf in (q, k, v, log_decay, beta))]
 
     return call
 
@@ -89,8 +91,9 @@ def compared(length: int, arguments: argparse.Namespace) -> list[dict]:
     for _ in range(arguments.repeats + 1):
         for name, call in programs.items():
             started = time.perf_counter()
-            results[name] = call()
+            found = call()
             seconds[name].append(time.perf_counter() - started)
+            results[name] = [np.asarray(x.cpu() if hasattr(x, "cpu") else x) for x in found]
     rows = []
     for name, times in seconds.items():
         far = max(
