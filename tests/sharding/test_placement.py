@@ -35,9 +35,9 @@ config, leaves, _ = load(directory)
 network = abstract_decoder(config)
 expected = {path: np.asarray(leaf) for path, leaf in flatten(leaves).items()}
 read, original = 0, safetensors_file.SafetensorsFile.read
-def counted(self, name, rows=None):
+def counted(self, name, rows=None, member=None):
     global read
-    array = original(self, name, rows)
+    array = original(self, name, rows, member)
     read += array.nbytes
     return array
 safetensors_file.SafetensorsFile.read = counted
