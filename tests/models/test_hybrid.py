@@ -10,12 +10,13 @@ from inputs import random_weights, tiny_config
 from method_inputs import TOKENS, forward, trained
 
 from cpt_jax.adapt import ByPath, Expand, LoRA
-from cpt_jax.core.precision import Precision
+from cpt_jax.core.precision import FLOAT32, Precision
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder, apply
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
+from cpt_jax.models.generate import generate
 from cpt_jax.models.kernels.visible import document_begins
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig
@@ -162,6 +163,18 @@ def test_what_trains_in_some_layers_goes_back_into_the_whole_stacks(method):
         np.testing.assert_array_equal(
             np.asarray(after["layers/short_conv/q/kernel"]), before["layers/short_conv/q/kernel"]
         )
+
+
+def test_generation_by_groups_of_layers_is_that_of_whole_stacks():
+    """Each group has its own layers' part of each cache, also none of some."""
+    config = hybrid("not periodic")
+    base = Model(config=config, weights=random_weights(config), hf_config={})
+    grouped = base.adapted(ByPath(patterns=("layers/*",), layers=(1, 3)), seed=0)
+    prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :17].tolist()]
+    expected, found = (
+        generate(model.network, model.on_device(FLOAT32), prompts, new_tokens=20) for model in (base, grouped)
+    )
+    assert found == expected
 
 
 def test_added_blocks_are_copies_that_change_nothing_yet():

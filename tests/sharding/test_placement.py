@@ -74,8 +74,8 @@ def test_two_processes_read_half_each(tmp_path):
         )
         for number in range(2)
     ]
-    for process in processes:
-        out, problems = process.communicate(timeout=120)
+    ended = [(process, *process.communicate(timeout=120)) for process in processes]
+    for process, out, problems in ended:
         assert process.returncode == 0, problems
         figures = json.loads(out.splitlines()[-1])
         assert figures["read"] < 0.51 * figures["whole"]

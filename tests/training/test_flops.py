@@ -9,6 +9,7 @@ import pytest
 from inputs import tiny_config
 from jax.extend import core as jaxprs
 from jax.interpreters.partial_eval import dce_jaxpr
+from models.test_hybrid import KINDS as HYBRID_KINDS
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
 from cpt_jax.core.tree import combine, partition
@@ -101,6 +102,23 @@ def test_parts_of_a_known_model():
     counted = token_flops(adapted, lora.trains, 256, teacher="start")
     # Frozen kernels have no gradient of their own; attention has none that could be saved.
     assert counted.total == pytest.approx(2 * forward + attention + 6 * factors + forward)
+
+
+def test_layers_that_mix_tokens_in_other_ways():
+    """One of each: linear attention, attention with gates, a convolution."""
+    config = tiny_config(**SIZES | dict(new_rows=0), layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2))
+    config = dataclasses.replace(config, attention_gate="channel")
+    width, feed_forward, head = 64, 3 * 64 * 96, 64 * 320
+    # 2 key heads of 8, 4 value heads of 16; q, k, v, the gate, beta and decay, o; the state is read twice and written.
+    linear = width * (16 + 16 + 64 + 64 + 4 + 4) + 64 * width
+    attention = width * (32 + 16 + 16 + 32) + 32 * width
+    convolution = 4 * width * width
+    products = 2.0 * (linear + attention + convolution + 3 * feed_forward + head)
+    mixing = 6 * 4 * 8 * 16 + 4 * 32 * (LENGTH + 1) / 2
+    counted = token_flops(abstract_decoder(config), Full().trains, LENGTH)
+    assert counted.forward == pytest.approx(products + mixing)
+    assert counted.activations == pytest.approx(products + 2 * mixing)
+    assert counted.weights == pytest.approx(products)
 
 
 def test_a_window_and_experts():
