@@ -32,9 +32,3 @@ class Precision:
 FLOAT32 = Precision(compute="float32")
 # For checks, with jax.enable_x64.
 FLOAT64 = Precision(compute="float64")
-
-
-def default_precision() -> Precision:
-    """bfloat16 everywhere: accelerators and CPUs with AVX-512 BF16 or AMX multiply it twice as fast, others no
-    slower than float32."""
-    return Precision(compute="bfloat16")

@@ -14,7 +14,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
 from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.precision import default_precision
+from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
@@ -28,6 +28,7 @@ from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides, model_named, overrides_of
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.recipe.stations import TEXT_SAMPLE, holds_nothing_else
+from cpt_jax.sharding.hardware import multiplies_bfloat16
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
@@ -261,6 +262,7 @@ def adapt_recipe(
             **shape,
         )
     )
+    fast = multiplies_bfloat16()
     recipe = Recipe(
         name=workdir.name or "adapt",
         base=base,
@@ -268,7 +270,7 @@ def adapt_recipe(
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
         stages=tuple(stages),
         chat_template=None if chat_template is None else str(chat_template),
-        precision=default_precision(),
+        precision=Precision(compute="bfloat16" if fast else "float32"),
         evaluation=Evaluation(sequence_length=min(512, context)),
         samples=Samples(prompts=(sample.first[:40],)),
     )
@@ -282,7 +284,7 @@ def adapt_recipe(
         else "none: no --replay was given, expect the old domain to be forgotten",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
-        "precision": recipe.precision.compute,
+        "precision": recipe.precision.compute + ("" if fast else ": this CPU has no instructions for bfloat16"),
     }
     return apply_overrides(recipe, overrides), reasons
 

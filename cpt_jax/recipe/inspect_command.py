@@ -7,7 +7,7 @@ from pathlib import Path
 from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.hf import INDEX, SINGLE, load, read_config
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.precision import default_precision
+from cpt_jax.core.precision import Precision
 from cpt_jax.core.stores import Location, write_json
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.config import DecoderConfig
@@ -78,7 +78,7 @@ def model_inspect(
     summary = {"model_type": hf_config["model_type"], "parameters": total, "trained": trained, "bytes": memory}
     if trained_by is not None:
         settings = OPTIMIZERS[optimizer](learning_rate=1.0)
-        stage = stage_memory(network, trained_by.trains, settings, precision=default_precision())
+        stage = stage_memory(network, trained_by.trains, settings, precision=Precision())
         print(f", {stage.gradients / 1e6:,.1f} MB of gradients, {stage.optimizer / 1e6:,.1f} MB of {optimizer}'s state")
         summary |= {"gradient_bytes": stage.gradients, "optimizer_bytes": stage.optimizer}
     else:
@@ -91,7 +91,7 @@ def _bytes(path: str, size: int, method: Method | None) -> int:
     """Of a weight while a stage trains: what trains is float32."""
     if method is not None and method.trains(path):
         return 4 * size
-    return default_precision().dtype_of(path).itemsize * size
+    return Precision().dtype_of(path).itemsize * size
 
 
 def _table(weights: Sequence[dict], with_method: bool) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -66,6 +67,15 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 def chip(device_kind: str) -> Chip | None:
     """What is known of a device; None of CPUs and of what is not in `CHIPS`."""
     return next((found for pattern, found in CHIPS if re.search(pattern, device_kind)), None)
+
+
+def multiplies_bfloat16(cpu_flags: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether products of bfloat16 are no slower than of float32 here: on accelerators, and on CPUs that have
+    instructions for it (AVX-512 BF16 or AMX; BF16 of ARM)."""
+    if backend() != "cpu":
+        return True
+    found = cpu_flags.read_text().split() if cpu_flags.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found)
 
 
 _planned: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned", default=None)
