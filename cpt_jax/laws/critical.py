@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.laws.answer import HIGH, LOW, Budget, Estimate, answer, fit_both
-from cpt_jax.laws.points import Point
+from cpt_jax.laws.points import Point, lengths
 
 # alpha, s and beta, and one more to see the error.
 TOKENS_NEEDED = 4
@@ -53,8 +53,10 @@ def critical_law(points: Sequence[Point], old: str, new: str, budget: Budget, dr
       UserError: fewer than four numbers of tokens have a critical ratio inside the shares that were run.
     """
     ratios, random = {}, np.random.default_rng(0)
-    for tokens in sorted({point.tokens for point in points if point.tokens > 0}):
-        of_tokens = [point for point in points if point.tokens in (0, tokens)]
+    of_points = lengths([point.tokens for point in points])
+    for length in sorted(set(of_points) - {0}):
+        of_tokens = [point for point, own in zip(points, of_points, strict=True) if own in (0, length)]
+        tokens = max(point.tokens for point in of_tokens)
         try:
             laws = fit_both(of_tokens, old, new, draws)
         except UserError:

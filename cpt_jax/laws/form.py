@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.laws.points import lengths
 
 PARAMETERS = ("E", "A", "alpha", "B", "eta", "beta", "C", "gamma", "epsilon")
 # B may be negative: a loss that grows with the tokens is forgetting that goes on. The others are positive.
@@ -58,7 +59,7 @@ class Settings:
 
     @property
     def distinct(self) -> int:
-        return len(set(zip(self.size.tolist(), self.tokens.tolist(), self.asked.tolist(), strict=True)))
+        return len(set(zip(self.size.tolist(), lengths(self.tokens.tolist()), self.asked.tolist(), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,8 @@ def form_for(at: Settings, domain: str) -> Form:
     Raises:
       UserError: too few runs; it says how many are needed, and which.
     """
-    sizes, tokens, shares = (len(set(values.tolist())) for values in (at.size, at.tokens, at.asked))
+    counted = (at.size.tolist(), lengths(at.tokens.tolist()), at.asked.tolist())
+    sizes, tokens, shares = (len(set(values)) for values in counted)
     if shares < SHARES_NEEDED:
         missing = SHARES_NEEDED - shares
         raise UserError(

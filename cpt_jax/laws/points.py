@@ -10,6 +10,8 @@ from typing import Any
 
 from cpt_jax.core.errors import UserError, nearest
 
+# Runs whose numbers of tokens differ by no more than this were as long as each other: some ended early.
+SAME_LENGTH = 1.05
 COLUMNS = ("name", "size", "tokens", "share", "seed")
 
 
@@ -46,6 +48,15 @@ class Point:
     def asked(self) -> float:
         """The share that was asked for."""
         return self.share if self.planned is None else self.planned
+
+
+def lengths(tokens: Sequence[float]) -> list[float]:
+    """For each number of tokens the least of those that are the same length."""
+    least, by_tokens = 0.0, {}
+    for value in sorted(set(tokens)):
+        least = value if value > SAME_LENGTH * least else least
+        by_tokens[value] = least
+    return [by_tokens[value] for value in tokens]
 
 
 def trained(points: Sequence[Point], domain: str) -> list[Point]:

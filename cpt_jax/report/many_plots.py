@@ -8,6 +8,7 @@ import numpy as np
 
 from cpt_jax.laws.answer import HIGH, LOW, Answer
 from cpt_jax.laws.fit import Law
+from cpt_jax.laws.points import SAME_LENGTH
 from cpt_jax.report.many import Curve
 from cpt_jax.report.plots import ACCENT, DOMAIN_COLOURS, GREY, new_figure, saved
 from cpt_jax.report.side_by_side import Setting
@@ -137,7 +138,11 @@ def law_plot(law: Law, answer: Answer, unit: str, directory: Path) -> str:
     axis.plot(
         shares, law.predict(shares, answer.tokens, answer.size), color=ACCENT, linewidth=1.8, zorder=2, label="law"
     )
-    of_law = [p for p in law.points if p.tokens == answer.tokens and p.size in (answer.size, None)]
+    of_law = [
+        point
+        for point in law.points
+        if 1 / SAME_LENGTH <= point.tokens / answer.tokens <= SAME_LENGTH and point.size in (answer.size, None)
+    ]
     others = [p for p in law.points if p not in of_law]
     for points, colour, name in ((others, "#b9bec7", "runs of other tokens or sizes"), (of_law, "#1c2127", "runs")):
         if points:

@@ -166,6 +166,16 @@ class SweepDirectory:
         there = all(self._read(file) is not None for file in (f"runs/{name}/eval.json", last))
         return there and record.get("inputs") == self._inputs(name)
 
+    def left(self, exports: bool) -> dict[str, Recipe]:
+        """The runs that are still to do. What one has come to with another recipe, text or base is forgotten: it would
+        be shown as this one's until that is done."""
+        left = {name: recipe for name, recipe in self.recipes.items() if not self.is_done(name, exports)}
+        for name in left:
+            record = self.of(name)
+            if record.get("status") == "done" and record["inputs"] != self._inputs(name):
+                self.record(name, status="waiting", base={}, final={})
+        return left
+
     def _inputs(self, name: str) -> str:
         """Tells whether a run would be another one now."""
         recipe = self.recipes[name]

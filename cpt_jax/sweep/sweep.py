@@ -93,7 +93,7 @@ def sweep(
             print("\n".join(planned(directory, recipes, manner)))
         return True
     with SweepDirectory(location, experiment, recipes) as directory:
-        left = {name: recipe for name, recipe in recipes.items() if not directory.is_done(name, manner.exports)}
+        left = directory.left(manner.exports)
         if done := len(recipes) - len(left):
             say(f"sweep: {done} of {len(recipes)} runs are done")
         _bring_through(directory, left, manner)

@@ -12,7 +12,7 @@ from cpt_jax.laws.answer import Answer, Budget, Estimate, _first, answer, fit_bo
 from cpt_jax.laws.critical import critical_law, fit_power
 from cpt_jax.laws.fit import HeldOut, Law, _cost, _draws, _fit, fit_law
 from cpt_jax.laws.form import PARAMETERS, USUAL, USUAL_RANGES, Form, form_for, predict, settings_of, slopes
-from cpt_jax.laws.points import Point
+from cpt_jax.laws.points import Point, lengths
 from experiments.published_figures import CHEMISTRY, CHEMISTRY_SHARE, CRITICAL_RATIOS, CRITICAL_SHARES, GERMAN
 from experiments.synthetic_laws import Truth, runs
 
@@ -103,6 +103,22 @@ def test_a_run_is_left_to_see_the_error_by():
     alike = settings([1e8, 1e9] * 4, [1e9, 2e9] * 4, [0, 0.1, 0.25, 0.5] * 2)
     with pytest.raises(UserError, match=r"has 5 parameters and needs 6 runs .* there are 4: run 2 more"):
         form_for(alike, "old")
+
+
+def test_runs_that_ended_a_little_early_tell_nothing_of_the_tokens():
+    """As a forgetting watch may have it, a seed another number of steps."""
+    assert lengths([100, 0, 104, 106, 0.5, 111, 112]) == [100, 0, 100, 106, 0.5, 106, 112]
+    shares = (0, 0.05, 0.1, 0.25, 0.5)
+    tokens = [1e9 * (1 - 0.01 * (number % 4)) for number in range(10)]
+    assert form_for(settings([1e8] * 10, tokens, shares * 2), "old").free == ("E", "C", "gamma", "epsilon")
+    # Seeds that are as good as alike count once.
+    assert settings([1e8] * 4, [1e9, 0.99e9, 0.98e9, 0.97e9], [0.1] * 4).distinct == 1
+    early = [
+        dataclasses.replace(point, tokens=point.tokens * (1 - 0.01 * (number % 3)))
+        for number, point in enumerate(ratio_runs((1e9, 2e9, 4e9, 8e9)))
+    ]
+    found = critical_law(early, "old", "new", Budget.parse("3%"), draws=20)
+    assert list(found.ratios) == [1e9, 2e9, 4e9, 8e9]
 
 
 @pytest.mark.parametrize("b", [0.3, -0.3], ids=["tokens that teach", "forgetting that goes on"])

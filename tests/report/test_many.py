@@ -349,6 +349,25 @@ def test_a_long_message_moves_no_other_line(tmp_path, monkeypatch):
     assert directory.of("b")["final"] == {}
 
 
+def test_what_another_recipe_came_to_is_not_shown_as_this_ones(tmp_path, monkeypatch):
+    """Where a sweep is killed before it has done the run again."""
+    monkeypatch.chdir(tmp_path)
+    before = {name: without_stages("zh") for name in ("changed", "same")}
+    with ended(tmp_path / "sweep", **before):
+        pass
+    now = before | {"changed": dataclasses.replace(before["changed"], seed=7)}
+    with SweepDirectory(tmp_path / "sweep", "e", now) as directory:
+        assert list(directory.left(exports=False)) == ["changed"]
+    found = SweepDirectory(tmp_path / "sweep", "e", now, claim=False)
+    assert [found.of(name)["status"] for name in now] == ["waiting", "done"]
+    base, changed, same = found.table().splitlines()[1:]
+    assert "1.000" not in changed
+    assert "1.000" in base and "1.000" in same
+    # Wanted with its export besides, a run keeps its figures until it has one.
+    assert list(found.left(exports=True)) == ["changed", "same"]
+    assert found.of("same")["status"] == "done"
+
+
 def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):
     domain = Domain(corpus=Corpus(name="zh", spec=str(tmp_path / "zh.jsonl")), role="new")
     (tmp_path / "zh.jsonl").write_text("{}")
