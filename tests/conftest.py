@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads of torch and NumPy would wait for each other, turning, on cores that two processes of tests share already.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Commands that tests start compile for themselves.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
