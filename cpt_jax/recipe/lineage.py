@@ -60,7 +60,7 @@ class Lineage:
         stage = self.recipe.stages[index]
         before = self.after(names[index - 1] if index else "extended", "last")
         trained = self._trained.get(stage_name) or read_trained(self.directory(index, stage) / "checkpoints")
-        return before.adapted(stage.method, self.recipe.seed + index).overlaid(trained[weights])
+        return before.adapted(stage.method, None).overlaid(trained[weights])
 
     def trained_paths(self) -> set[str]:
         """The paths at which the last stage's model (adapters attached) differs from the grown base."""

@@ -72,9 +72,9 @@ class Model:
         flat = {path: _rounded(leaf, dtype) for path, leaf in flatten(self.weights).items()}
         return dataclasses.replace(self, weights=unflatten(flat))
 
-    def adapted(self, method: Method, seed: int) -> "Model":
+    def adapted(self, method: Method, seed: int | None) -> "Model":
         """This model as a stage with `method` begins: earlier adapters merged, new ones attached, which change
-        nothing yet."""
+        nothing yet. Without a seed they are zeros, for what was trained to be laid over them."""
         model, lora = self.merged(), method.lora_config()
         config, weights, hf_config = method.layout(model.config), model.weights, model.hf_config
         if isinstance(method, Expand):
@@ -83,9 +83,12 @@ class Model:
         weights = split_layers(weights, config)
         if lora is not None:
             network = abstract_decoder(config, lora)
-            factors = initial_weights(network, jax.random.key(seed), lambda path: path.endswith(("/lora_a", "/lora_b")))
-            attached = flatten(weights) | flatten(jax.tree.map(np.asarray, factors))
-            weights = with_magnitudes(unflatten(attached), lora)
+            if seed is None:
+                factors = {p: np.zeros(x.shape, x.dtype) for p, x in flatten(network.shapes).items() if _is_factor(p)}
+            else:
+                drawn = initial_weights(network, jax.random.key(seed), _is_factor)
+                factors = flatten(jax.tree.map(np.asarray, drawn))
+            weights = with_magnitudes(unflatten(flatten(weights) | factors), lora)
         return dataclasses.replace(model, config=config, weights=weights, hf_config=hf_config, lora=lora)
 
     def for_training(
@@ -156,6 +159,10 @@ def _between(leaf: Any, base: Any, share: float) -> LazyArray:
         return (np.float32(1 - share) * new + np.float32(share) * old).astype(dtype, copy=False)
 
     return LazyArray(leaf.shape, np.float32, read)
+
+
+def _is_factor(path: str) -> bool:
+    return path.endswith(("/lora_a", "/lora_b"))
 
 
 def _rounded(leaf: Any, dtype: Any) -> LazyArray:
