@@ -101,17 +101,17 @@ def inverse_of_unit_lower(system: Float[Array, "*batch C C"]) -> Float[Array, "*
     Blocks are inverted in pairs, from single numbers up: forward substitution, as matrix products alone. (A solver of
     the library would not be cut over devices.)
     """
-    size = system.shape[-1]
-    inverse = jnp.ones((*system.shape[:-2], size, 1, 1), system.dtype)
-    half = 1
-    while half < size:
-        firsts = range(0, size, 2 * half)
-        corners = jnp.stack([system[..., n + half : n + 2 * half, n : n + half] for n in firsts], axis=-3)
+    blocks, corners = system[..., None, :, :], []
+    while (half := blocks.shape[-1] // 2) > 0:
+        corners.append(blocks[..., half:, :half])
+        halves = jnp.stack([blocks[..., :half, :half], blocks[..., half:, half:]], axis=-3)
+        blocks = halves.reshape(*system.shape[:-2], -1, half, half)
+    inverse = jnp.ones_like(blocks)
+    for corner in reversed(corners):
         upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        corners = -_exact(_exact(lower, corners), upper)
+        corner = -_exact(_exact(lower, corner), upper)
         above = jnp.concatenate([upper, jnp.zeros_like(upper)], axis=-1)
-        inverse = jnp.concatenate([above, jnp.concatenate([corners, lower], axis=-1)], axis=-2)
-        half *= 2
+        inverse = jnp.concatenate([above, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
     return inverse[..., 0, :, :]
 
 
