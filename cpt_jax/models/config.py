@@ -10,13 +10,14 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
 from cpt_jax.models.short_conv import ShortConvConfig
 
 ATTENTION = "attention"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | ShortConvConfig
+Mixer = DeltaNetConfig | GlobalAttention | Mamba2Config | ShortConvConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import LoRAConfig, Weight
+from cpt_jax.models.mamba2 import Mamba2
 from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import recomputed
 from cpt_jax.models.rope import Rotation
@@ -21,12 +22,12 @@ from cpt_jax.models.short_conv import ShortConv
 from cpt_jax.sharding.rules import constrain
 
 
-def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | ShortConv:
+def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | Mamba2 | ShortConv:
     """What mixes the tokens of those layers that have it under this name."""
     if name == ATTENTION:
         return Attention(config, None, lora, rngs)
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
-    classes = {"delta_net": DeltaNet, "short_conv": ShortConv, GlobalAttention.name: Attention}
+    classes = {"delta_net": DeltaNet, "mamba2": Mamba2, "short_conv": ShortConv, GlobalAttention.name: Attention}
     return classes[name](config, sizes, lora, rngs)
 
 

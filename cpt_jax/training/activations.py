@@ -7,6 +7,7 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.sharding.hardware import backend
@@ -55,6 +56,11 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
             inner = mixer.channels + mixer.values
             kept = item * (inner + 2 * mixer.values) + 8 * mixer.value_heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
+        case Mamba2Config():
+            # The same; the steps' projections are float32.
+            inner = mixer.channels + mixer.values
+            kept = item * (inner + 2 * mixer.values) + 4 * mixer.heads
+            return _Mixed(kept, {"attention_out": mixer.values}, inner + mixer.heads)
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config
@@ -78,9 +84,9 @@ def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, 
     named = mixed.named | dict.fromkeys(("mlp_gate", "mlp_up"), _feed_forward_size(config))
     kept = item * sum(named.get(kept, 0) for kept in remat.keep)
     if remat.products:
-        # Experts' products are none of these, and that of down is only added to the stream; the shared one's is weighted.
+        # Experts' products are none of these, and that of down is only added to the stream, if a shared one's is not weighted.
         inner = _feed_forward_size(config) * (2 if config.gated else 1)
-        inner += config.hidden_size + 1 if _has_shared_expert(config) else 0
+        inner += config.hidden_size + 1 if _weighs_shared_expert(config) else 0
         outputs = mixed.products + config.hidden_size + inner + sum(_ranks(network, name))
         kept += (4 if backend() == "cpu" else item) * outputs
     return 4 * config.hidden_size + kept / tensor
@@ -91,8 +97,9 @@ def _feed_forward_size(config: DecoderConfig) -> int:
     return config.intermediate_size if config.experts is None else config.experts.shared_intermediate_size or 0
 
 
-def _has_shared_expert(config: DecoderConfig) -> bool:
-    return config.experts is not None and config.experts.shared_intermediate_size is not None
+def _weighs_shared_expert(config: DecoderConfig) -> bool:
+    experts = config.experts
+    return experts is not None and experts.shared_intermediate_size is not None and experts.shared_gate
 
 
 def _ranks(network: Network, mixer: str) -> list[int]:
@@ -119,7 +126,7 @@ def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
         of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
-    if _has_shared_expert(config):
+    if _weighs_shared_expert(config):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.

@@ -11,6 +11,7 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.short_conv import ShortConvConfig
 
 
@@ -98,8 +99,8 @@ def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
     """Of each layer, the FLOPs of mixing a token with others, weights' products apart.
 
     Attention counts the keys that a query may see in a row of one document, on average (length + 1) / 2 without a window
-    (causal attention, halved), times 2 products. The gated delta rule counts those of its recurrence, 3 with a state.
-    Convolutions are not counted.
+    (causal attention, halved), times 2 products. The gated delta rule counts those of its recurrence, 3 with a state,
+    Mamba 2 its 2. Convolutions are not counted.
     """
     found = []
     for kind in config.kind_of_layer:
@@ -111,6 +112,8 @@ def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
                 found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys)
             case DeltaNetConfig():
                 found.append(6.0 * kind.mixer.values * kind.mixer.key_dim)
+            case Mamba2Config():
+                found.append(4.0 * kind.mixer.values * kind.mixer.state_size)
             case ShortConvConfig():
                 found.append(0.0)
     return found

@@ -1,5 +1,6 @@
 """For each model_type, config.json files of tiny models that between them have all that the family can do."""
 
+import math
 from typing import Any
 
 SIZES = dict(
@@ -38,6 +39,8 @@ PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_fac
 LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
 GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
 GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
+MAMBA_2 = dict(mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16, mamba_n_groups=1)
+GRANITE_4 = MULTIPLIERS | MAMBA_2 | dict(position_embedding_type="nope", shared_intermediate_size=40)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
@@ -175,6 +178,22 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | MULTIPLIERS
         | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
         "no multipliers": TIED | dict(rope_theta=1e6),
+    },
+    # Tiny and Small have experts, Micro has none.
+    "granitemoehybrid": {
+        "as released": TIED
+        | GRANITE_4
+        | EXPERTS
+        | dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2, num_local_experts=4),
+        "without experts, not periodic, groups, steps within limits": UNTIED
+        | GRANITE_4
+        | dict(num_local_experts=0, layer_types=["attention", "mamba", "mamba"], mamba_n_groups=2)
+        | dict(time_step_limit=[0.5, 1.5], mamba_d_conv=3, position_embedding_type="rope", attention_bias=True),
+        "biases of projections": TIED
+        | GRANITE_4
+        | EXPERTS
+        | dict(num_local_experts=3, layer_types=["mamba", "mamba", "attention"], time_step_limit=[0.0, math.inf])
+        | dict(mamba_proj_bias=True, mamba_conv_bias=False, mamba_d_head="auto"),
     },
     "cohere2": {
         # Three windowed layers and one that does not rotate.

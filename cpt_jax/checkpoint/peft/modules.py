@@ -113,9 +113,10 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     if config.experts is None:
         return []
     width, inner, count = config.hidden_size, config.intermediate_size, config.experts.count
-    found, outer = [], getattr(family_for(hf_config), "prefix", "model.")
+    family = family_for(hf_config)
+    found, outer, block = [], getattr(family, "prefix", "model."), getattr(family, "EXPERTS", "mlp.experts")
     for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.mlp.experts"
+        index, prefix = (layer,), f"{outer}layers.{layer}.{block}"
         gate = Place("layers/mlp/gate", index, True, Rows(2 * inner, 0, inner))
         up = Place("layers/mlp/up", index, True, Rows(2 * inner, inner, 2 * inner))
         down = Place("layers/mlp/down", index, True)

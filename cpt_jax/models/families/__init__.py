@@ -16,6 +16,7 @@ from cpt_jax.models.families import (
     glm4,
     gpt_neox,
     granite,
+    granitemoehybrid,
     lfm2,
     lfm3,
     llama,
@@ -52,6 +53,7 @@ _FILES = (
     glm4,
     gpt_neox,
     granite,
+    granitemoehybrid,
     lfm2,
     lfm3,
     llama,
@@ -75,7 +77,8 @@ _FILES = (
     starcoder2,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
-# MODULES, where transformers' modules are called otherwise; and BESIDE, how tensors begin that go along as they are.
+# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; and BESIDE, how tensors begin that
+# go along as they are.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -75,13 +75,22 @@ def read_whole(raw: dict) -> Any:
         raise _not_supported(raw, "quantization_config")
     try:
         # It writes into what it is given.
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(_with_infinities(copy.deepcopy(raw)))
     # Of wrong types transformers' classes raise huggingface_hub's StrictDataclassError, an Exception alone.
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
             f"config.json is no {raw['model_type']} config that transformers understands: {said}"
         ) from error
+
+
+def _with_infinities(value: Any) -> Any:
+    """The numbers in the place of what transformers 5 writes for those that JSON has no word for."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_infinities(each) for name, each in value.items()}
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value
 
 
 def _not_supported(raw: dict, field: str) -> UserError:
