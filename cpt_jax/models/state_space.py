@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from cpt_jax.models.kernels.visible import Visible, first_visible, mask
 from cpt_jax.models.products import contract, sum_type
 
-CHUNK = 64
+# benchmarks/state_space.py: 64 and 256 are slower on a CPU. Scores of 128 and states take about the same memory.
+CHUNK = 128
 State = Float[Array, "B G k R v"]
 
 

@@ -166,6 +166,7 @@ def test_methods_come_back_from_json():
         ("smollm3", "by interval, biases, yarn"),
         ("qwen3_5_text", "not periodic, one value head a key head"),
         ("qwen3_next", "not periodic, one value head a key head, not renormalised"),
+        ("granitemoehybrid", "without experts, not periodic, groups, steps within limits"),
         ("lfm2", "untied, biases, not periodic"),
         ("lfm3", "untied, biases, not periodic"),
         ("gemma4_text", "as transformers writes it"),

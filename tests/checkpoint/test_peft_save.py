@@ -48,6 +48,12 @@ FAMILIES = {
         ("layers/attention/*", "layers/delta_net/*", *(f"layers/mlp/{name}" for name in ("gate", "up", "down"))),
     ),
     "qwen3_5_moe, all there are": ("qwen3_5_moe_text", "by interval, three of four", ("layers/*",)),
+    "granitemoehybrid": ("granitemoehybrid", "as released", LINEARS),
+    "granitemoehybrid, parts of fused layers": (
+        "granitemoehybrid",
+        "without experts, not periodic, groups, steps within limits",
+        ("layers/mamba2/v", "step", "up"),
+    ),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),

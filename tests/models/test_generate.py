@@ -74,6 +74,7 @@ FAMILIES = [
     ("lfm2", "as released"),
     ("lfm3", "as released"),
     ("gemma4_text", "as released"),
+    ("granitemoehybrid", "as released"),
 ]
 
 

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_delta_rule import BFLOAT16, FLOAT32, ROWS, begins_of
+from models.test_delta_rule import BFLOAT16, FLOAT32, begins_of
 
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.state_space import state_space
+from cpt_jax.models.state_space import CHUNK, state_space
 
 GROUPS, HEADS, KEY, VALUE = 2, 3, 8, 5
+# Documents that end within and at a chunk's edge; one document; less than a chunk.
+ROWS = {"several": [1, 20, CHUNK - 21, CHUNK, 30, 7], "one": [2 * CHUNK + 9], "short": [9, 4]}
 
 
 def inputs(length: int) -> list[np.ndarray]:
@@ -64,11 +66,11 @@ def test_gradients_are_the_recurrences():
 
 def test_a_row_goes_on_where_it_ended():
     """A prompt with padding before it, then tokens one by one and several at once."""
-    length, padding = 150, 11
+    length, padding = 200, 11
     begins, given = np.full((2, length), padding), inputs(length)
     expected, last = recurrence(*(x[:, padding:] for x in given), begins[:, padding:], first=padding)
     state, found = None, []
-    for first, end in ((0, 100), (100, 101), (101, 102), (102, 150)):
+    for first, end in ((0, 40), (40, 41), (41, 42), (42, 200)):
         part = [jnp.asarray(x[:, first:end], jnp.float32) for x in given]
         visible = Visible(jnp.asarray(begins[:, first:end]), index=jnp.int32(first))
         mixed, state = state_space(*part, visible, FLOAT32, state)

@@ -37,7 +37,7 @@ SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
 # Two periods.
-HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2) * 2, attention_gate="head")
+HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3) * 2, num_layers=8, attention_gate="head")
 
 
 def kept_by_layers(config, method, compute) -> int:
@@ -97,9 +97,10 @@ KINDS = {
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
-    "linear attention and convolutions": (HYBRID, Full()),
-    "linear attention and convolutions, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
+    "every mixer": (HYBRID, Full()),
+    "every mixer, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
+    "a shared expert without a gate": (dict(experts=dataclasses.replace(SHARED, shared_gate=False)), Full()),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 
