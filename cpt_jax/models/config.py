@@ -14,10 +14,11 @@ from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 ATTENTION = "attention"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | Mamba2Config | ShortConvConfig
+Mixer = DeltaNetConfig | GlobalAttention | Mamba2Config | ShortConvConfig | SideBySideConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class LayerKind:
     @property
     def attends(self) -> bool:
         """Whether attention mixes tokens."""
-        return self.mixer is None or isinstance(self.mixer, GlobalAttention)
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention | SideBySideConfig)
 
     @property
     def mixer_name(self) -> str:
@@ -70,7 +71,8 @@ class DecoderConfig:
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
-    `residual_scale` multiplies what attention and feed-forward add to their input, `logit_scale` what the final norm
+    `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
+    `residual_scale` what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
@@ -112,6 +114,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation: str = "silu"
     experts: ExpertsConfig | None = None
+    gate_scale: float | None = None
+    down_scale: float | None = None
     embedding_scale: float | None = None
     residual_scale: float | None = None
     logit_scale: float | None = None

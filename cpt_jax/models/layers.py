@@ -19,15 +19,24 @@ from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import recomputed
 from cpt_jax.models.rope import Rotation
 from cpt_jax.models.short_conv import ShortConv
+from cpt_jax.models.side_by_side import SideBySide
 from cpt_jax.sharding.rules import constrain
 
 
-def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | Mamba2 | ShortConv:
+def mixer_of(
+    name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs
+) -> Attention | DeltaNet | Mamba2 | ShortConv | SideBySide:
     """What mixes the tokens of those layers that have it under this name."""
     if name == ATTENTION:
         return Attention(config, None, lora, rngs)
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
-    classes = {"delta_net": DeltaNet, "mamba2": Mamba2, "short_conv": ShortConv, GlobalAttention.name: Attention}
+    classes = {
+        "delta_net": DeltaNet,
+        "mamba2": Mamba2,
+        "short_conv": ShortConv,
+        "side_by_side": SideBySide,
+        GlobalAttention.name: Attention,
+    }
     return classes[name](config, sizes, lora, rngs)
 
 

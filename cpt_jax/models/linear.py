@@ -25,6 +25,8 @@ PATHS = (
     *(f"layers/global_attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
+    *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
+    *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/short_conv/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/mlp/shared/{name}" for name in ("gate", "up", "down")),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,10 @@ class Mamba2Cache(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
     """`heads` of width `head_dim`, in `groups` that share queries and keys of width `state_size`; values, keys and queries
-    pass through a convolution over `kernel_size` tokens, with a bias if `conv_bias`. `bias`: of the projections.
-    `step_limits`: what the steps are clipped to."""
+    pass through a convolution over `kernel_size` tokens, with a bias if `conv_bias`. `bias` and `out_bias`: of the
+    projections before and behind. `step_limits`: what the steps are clipped to. `norm`: what the state space gives is
+    normalised before it is multiplied by its gate, behind that, or not at all. `factors`: what the projections of gate,
+    values, keys, queries and steps are multiplied by."""
 
     name: ClassVar = "mamba2"
     layer_type: ClassVar = "linear_attention"
@@ -46,7 +48,10 @@ class Mamba2Config:
     kernel_size: int
     conv_bias: bool = True
     bias: bool = False
+    out_bias: bool = False
     step_limits: tuple[float, float] = (0.0, math.inf)
+    norm: Literal["before gate", "behind gate"] | None = "behind gate"
+    factors: tuple[float, float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.groups:
@@ -76,24 +81,26 @@ class Mamba2Config:
 
 class Mamba2(nnx.Module):
     """o(norm(y * silu(gate(x)))), where y is what the state space makes of q, k and v, projections behind the convolution
-    and SiLU, and v times `skip`; a token's step is softplus(step(x) + step_bias), its decay exp(-exp(a_log) step).
+    and SiLU, and v times `skip`; or o(norm(y) * silu(gate(x))). A token's step is softplus(step(x) + step_bias), its decay exp(-exp(a_log) step).
 
     In the paper's terms gate is z, v is x, k is B, q is C and step is dt. The norm is of each group's heads together.
     """
 
-    def __init__(self, config, sizes: Mamba2Config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config, sizes: Mamba2Config, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str = "layers/mamba2"
+    ) -> None:
         self.sizes = sizes
         # As in `FeedForward`.
         self.apart = config.layer_loop == "unroll" and config.remat is None
         width, heads = config.hidden_size, sizes.heads
 
         def linear(name: str, outputs: int, axis: str = "heads") -> Linear:
-            return Linear(f"layers/mamba2/{name}", ("embed", axis), (width, outputs), lora, rngs, sizes.bias)
+            return Linear(f"{path}/{name}", ("embed", axis), (width, outputs), lora, rngs, sizes.bias)
 
         self.gate, self.v, self.step = linear("gate", sizes.values), linear("v", sizes.values), linear("step", heads)
         # All heads of a group read these.
         self.k, self.q = linear("k", sizes.keys, "hidden"), linear("q", sizes.keys, "hidden")
-        self.o = Linear("layers/mamba2/o", ("heads", "embed"), (sizes.values, width), lora, rngs, sizes.bias)
+        self.o = Linear(f"{path}/o", ("heads", "embed"), (sizes.values, width), lora, rngs, sizes.out_bias)
         self.conv = Weight(
             jax.random.normal(rngs.params(), (sizes.channels, 1, sizes.kernel_size)) * sizes.kernel_size**-0.5,
             logical_axes=("hidden", "hidden", "hidden"),
@@ -105,7 +112,8 @@ class Mamba2(nnx.Module):
         steps = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=math.log(1e-3), maxval=math.log(0.1)))
         self.step_bias = Weight(jnp.log(jnp.expm1(steps)), logical_axes=("hidden",))
         self.skip = Weight(jnp.ones((heads,)), logical_axes=("hidden",))
-        self.norm = RMSNorm(sizes.values, config.norm_epsilon, groups=sizes.groups)
+        if sizes.norm is not None:
+            self.norm = RMSNorm(sizes.values, config.norm_epsilon, groups=sizes.groups)
 
     def __call__(
         self,
@@ -117,14 +125,16 @@ class Mamba2(nnx.Module):
         norm: Callable[[Array], Array] = lambda x: x,
     ) -> tuple[Float[Array, "B S D"], Mamba2Cache | None]:
         """Of the normalised input: what `norm` makes of x. Positions are not told apart but by order."""
-        linears = (self.step, self.q, self.k, self.v, self.gate)
+        linears, factors = (self.gate, self.v, self.k, self.q, self.step), self.sizes.factors
 
         def projected(x: Array) -> list[Array]:
-            step, *rest = applied(linears, norm(x), dtype)
+            parts = applied(linears, norm(x), dtype)
+            if factors is not None:
+                parts = [y * factor for y, factor in zip(parts, factors, strict=True)]
             # What is kept for the backward pass is kept rounded, as autocast does.
-            return [step, *(y.astype(dtype) for y in rest)]
+            return [*(y.astype(dtype) for y in parts[:-1]), parts[-1]]
 
-        step, q, k, v, gate = recomputed(projected)(x)
+        gate, v, k, q, step = recomputed(projected)(x)
         mix = functools.partial(self._mixed, visible=visible, dtype=dtype, cache=cache)
         mixed, new = recomputed(mix, apart=self.apart)(q, k, v, step)
         mixed = named(mixed.astype(dtype), SAVED)
@@ -169,4 +179,11 @@ class Mamba2(nnx.Module):
 
     def _gated(self, mixed: Float[Array, "B S x"], gate: Float[Array, "B S x"], *, dtype: jnp.dtype) -> Array:
         wide = sum_type(dtype)
-        return self.norm(mixed.astype(wide) * jax.nn.silu(gate.astype(wide)))
+        mixed, gate = mixed.astype(wide), jax.nn.silu(gate.astype(wide))
+        match self.sizes.norm:
+            case "before gate":
+                return self.norm(mixed) * gate
+            case "behind gate":
+                return self.norm(mixed * gate)
+            case None:
+                return mixed * gate

@@ -10,6 +10,7 @@ from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 from cpt_jax.sharding.hardware import backend
 
 
@@ -61,6 +62,10 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
             inner = mixer.channels + mixer.values
             kept = item * (inner + 2 * mixer.values) + 4 * mixer.heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + mixer.heads)
+        case SideBySideConfig():
+            one, other = _mixed(config, None, item, keys), _mixed(config, mixer.mamba2, item, keys)
+            named = {name: width + other.named.get(name, 0) for name, width in one.named.items()}
+            return _Mixed(one.kept + other.kept, named, one.products + other.products)
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config

@@ -13,6 +13,7 @@ from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 
 class TokenFlops(NamedTuple):
@@ -105,18 +106,23 @@ def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
     found = []
     for kind in config.kind_of_layer:
         match kind.mixer:
-            case None | GlobalAttention():
+            case None | GlobalAttention() | SideBySideConfig():
                 window = min(kind.window or length, length)
                 # The first `window` queries see 1, 2, ... keys, the others `window`.
                 keys = (window * (window + 1) / 2 + (length - window) * window) / length
-                found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys)
+                besides = _mamba2_flops(kind.mixer.mamba2) if isinstance(kind.mixer, SideBySideConfig) else 0.0
+                found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys + besides)
             case DeltaNetConfig():
                 found.append(6.0 * kind.mixer.values * kind.mixer.key_dim)
             case Mamba2Config():
-                found.append(4.0 * kind.mixer.values * kind.mixer.state_size)
+                found.append(_mamba2_flops(kind.mixer))
             case ShortConvConfig():
                 found.append(0.0)
     return found
+
+
+def _mamba2_flops(sizes: Mamba2Config) -> float:
+    return 4.0 * sizes.values * sizes.state_size
 
 
 def first_to_train(network: Network, trains: Callable[[str], bool]) -> int:

@@ -41,6 +41,10 @@ GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
 GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
 MAMBA_2 = dict(mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16, mamba_n_groups=1)
 GRANITE_4 = MULTIPLIERS | MAMBA_2 | dict(position_embedding_type="nope", shared_intermediate_size=40)
+FALCON_H1 = dict(mamba_n_heads=6, mamba_d_state=16, mamba_d_head=8, mamba_d_ssm=48, mamba_n_groups=1)
+FALCON_H1 |= dict(embedding_multiplier=5.0, lm_head_multiplier=0.4, mlp_multipliers=[0.9, 0.6], key_multiplier=0.5)
+FALCON_H1 |= dict(attention_in_multiplier=1.2, attention_out_multiplier=0.9, ssm_in_multiplier=1.3)
+FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0.7])
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
@@ -194,6 +198,16 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | EXPERTS
         | dict(num_local_experts=3, layer_types=["mamba", "mamba", "attention"], time_step_limit=[0.0, math.inf])
         | dict(mamba_proj_bias=True, mamba_conv_bias=False, mamba_d_head="auto"),
+    },
+    "falcon_h1": {
+        "as released": UNTIED | FALCON_H1 | dict(num_hidden_layers=2, head_dim=8, rope_theta=1e11),
+        "tied, norm behind the gate, biases": TIED
+        | FALCON_H1
+        | dict(num_hidden_layers=2, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2)
+        | dict(projectors_bias=True, attention_bias=True, mlp_bias=True, mamba_proj_bias=True),
+        "norm before the gate, no factors": TIED
+        | MAMBA_2
+        | dict(num_hidden_layers=2, mamba_d_ssm=None, mamba_rms_norm=True, mamba_n_groups=2, rope_scaling=YARN),
     },
     "cohere2": {
         # Three windowed layers and one that does not rotate.

@@ -23,6 +23,7 @@ from cpt_jax.models.families.schema import (
     read,
 )
 from cpt_jax.models.mamba2 import Mamba2Config
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 MODEL_TYPES = ("granitemoehybrid",)
 EXPERTS = "block_sparse_moe.experts"
@@ -44,10 +45,10 @@ def config_from_hf(raw: dict) -> DecoderConfig:
     )
 
 
-def mamba2(hf: Any) -> Mamba2Config:
-    """Of a config as transformers reads it."""
+def mamba2(hf: Any, **differences: Any) -> Mamba2Config:
+    """Of a config as transformers reads it, with what is different in this family."""
     low, high = hf.time_step_limit or (0.0, float("inf"))
-    return Mamba2Config(
+    common = dict(
         heads=hf.mamba_n_heads,
         groups=hf.mamba_n_groups,
         head_dim=hf.mamba_d_head,
@@ -55,8 +56,10 @@ def mamba2(hf: Any) -> Mamba2Config:
         kernel_size=hf.mamba_d_conv,
         conv_bias=bool(hf.mamba_conv_bias),
         bias=bool(hf.mamba_proj_bias),
+        out_bias=bool(hf.mamba_proj_bias),
         step_limits=(float(low), float(high)),
     )
+    return Mamba2Config(**common | differences)
 
 
 def _experts(hf: Any) -> ExpertsConfig:
@@ -86,22 +89,19 @@ def weight_names(config: DecoderConfig) -> Names:
 
 def mamba2_names(config: DecoderConfig, layer: int) -> Names:
     """Those of a layer with Mamba 2."""
-    prefix, path, sizes = f"model.layers.{layer}.mamba", "layers/mamba2", config.kind_of_layer[layer].mixer
+    kind = config.kind_of_layer[layer]
+    prefix, path, sizes = f"model.layers.{layer}.mamba", f"layers/{kind.mixer_name}", kind.mixer
+    if isinstance(sizes, SideBySideConfig):
+        path, sizes = f"{path}/mamba2", sizes.mamba2
     assert isinstance(sizes, Mamba2Config)
-    number = config.layers_with("mamba2").index(layer)
+    number = config.layers_with(kind.mixer_name).index(layer)
     widths = {"gate": sizes.values, "v": sizes.values, "k": sizes.keys, "q": sizes.keys, "step": sizes.heads}
     parts = consecutive({f"{path}/{name}": width for name, width in widths.items()})
     names = fused(f"{prefix}.in_proj", parts, number, sizes.bias)
-    names |= linear(f"{prefix}.out_proj", f"{path}/o", number, sizes.bias)
-    others = {
-        "conv1d.weight": "conv",
-        "dt_bias": "step_bias",
-        "A_log": "a_log",
-        "D": "skip",
-        "norm.weight": "norm/scale",
-    }
-    if sizes.conv_bias:
-        others["conv1d.bias"] = "bias"
+    names |= linear(f"{prefix}.out_proj", f"{path}/o", number, sizes.out_bias)
+    others = {"conv1d.weight": "conv", "dt_bias": "step_bias", "A_log": "a_log", "D": "skip"}
+    others |= {"conv1d.bias": "bias"} if sizes.conv_bias else {}
+    others |= {"norm.weight": "norm/scale"} if sizes.norm is not None else {}
     return names | {f"{prefix}.{theirs}": (Place(f"{path}/{ours}", (number,)),) for theirs, ours in others.items()}
 
 

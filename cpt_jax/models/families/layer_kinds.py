@@ -8,6 +8,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind, Mixer
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, Scaling, Yarn
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
@@ -115,12 +116,12 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
         mixer = None if kind is None else mixers.get(kind)
-        if mixer is not None and not isinstance(mixer, GlobalAttention):
+        if mixer is not None and not isinstance(mixer, GlobalAttention | SideBySideConfig):
             return LayerKind(rope=None, mixer=mixer)
-        dim = head_dim if mixer is None else mixer.head_dim
+        dim = mixer.head_dim if isinstance(mixer, GlobalAttention) else head_dim
         rope = rope_of(parameters.get(kind, parameters), dim, context)
         return LayerKind(
-            window=window if kind is None else windows[kind],
+            window=window if kind is None else windows.get(kind),
             rope=rope if rotated is None or rotated[layer] else None,
             mixer=mixer,
         )
