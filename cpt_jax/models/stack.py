@@ -62,7 +62,8 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     found: Caches = {}
     for kind in config.layer_kinds:
         name, counted = kind.mixer_name, config.layer_mixers.count(kind.mixer_name)
-        keys = attention.empty_cache(*config.heads_of(kind), counted, batch, length, dtype) if kind.attends else None
+        head_dim, groups = config.heads_of(kind)
+        keys = attention.empty_cache(head_dim, groups, counted, batch, length, dtype) if kind.attends else None
         if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
             found[name] = keys
         elif isinstance(kind.mixer, SideBySideConfig):

@@ -45,6 +45,8 @@ FALCON_H1 = dict(mamba_n_heads=6, mamba_d_state=16, mamba_d_head=8, mamba_d_ssm=
 FALCON_H1 |= dict(embedding_multiplier=5.0, lm_head_multiplier=0.4, mlp_multipliers=[0.9, 0.6], key_multiplier=0.5)
 FALCON_H1 |= dict(attention_in_multiplier=1.2, attention_out_multiplier=0.9, ssm_in_multiplier=1.3)
 FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0.7])
+NEMOTRON_H = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, conv_kernel=3, head_dim=8)
+NEMOTRON_H |= dict(layer_norm_epsilon=1e-5)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
@@ -208,6 +210,17 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "norm before the gate, no factors": TIED
         | MAMBA_2
         | dict(num_hidden_layers=2, mamba_d_ssm=None, mamba_rms_norm=True, mamba_n_groups=2, rope_scaling=YARN),
+    },
+    # 8B, 47B, 56B, and Nano 2.
+    "nemotron_h": {
+        "as released": UNTIED | NEMOTRON_H | dict(num_hidden_layers=5, hybrid_override_pattern="M-M*-"),
+        "biases, periodic": TIED
+        | NEMOTRON_H
+        | dict(num_hidden_layers=6, layers_block_type=["mamba", "attention", "mlp"] * 2, head_dim=12)
+        | dict(use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="silu"),
+        "steps clipped": TIED
+        | NEMOTRON_H
+        | dict(num_hidden_layers=2, hybrid_override_pattern="*M", time_step_min=1.0, n_groups=1),
     },
     "cohere2": {
         # Three windowed layers and one that does not rotate.

@@ -59,6 +59,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
     """Gradients by the names of the files; in memory, transformers names some otherwise, and holds the experts of a
     layer in one parameter."""
     found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    if model.config.model_type == "nemotron_h":
+        found = {name.replace("model.", "backbone."): value for name, value in found.items()}
     if model.config.model_type == "granitemoehybrid":
         renamed = {".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight"}
         for old, new in (renamed | {"router.weight": "router.layer.weight"}).items():
@@ -199,6 +201,7 @@ REFUSED = [
     ),
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
+    ("nemotron_h", dict(hybrid_override_pattern="MEM*E"), "layer_types of kind 'moe'; supported: full_attention"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",

@@ -75,6 +75,8 @@ FAMILIES = [
     ("lfm3", "as released"),
     ("gemma4_text", "as released"),
     ("granitemoehybrid", "as released"),
+    ("falcon_h1", "as released"),
+    ("nemotron_h", "as released"),
 ]
 
 

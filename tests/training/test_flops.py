@@ -13,8 +13,10 @@ from models.test_hybrid import KINDS as HYBRID_KINDS
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
 from cpt_jax.core.tree import combine, partition
+from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.training.flops import mixing_flops, token_flops
 from cpt_jax.training.loss import make_loss
@@ -134,6 +136,9 @@ def test_a_window_and_experts():
     products = 4 * mixture.num_heads * mixture.head_dim
     expected = [products * each for each in (keys, (LENGTH + 1) / 2, (LENGTH + 1) / 2)]
     assert mixing_flops(mixture, LENGTH) == pytest.approx(expected)
+    mamba = HYBRID_KINDS[3].mixer
+    both = dataclasses.replace(config, layer_kinds=(LayerKind(rope=None, mixer=SideBySideConfig(mamba2=mamba)),))
+    assert mixing_flops(both, LENGTH) == pytest.approx([expected[1] + 4 * 64 * 8] * 3)
     experts = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
     mixed = token_flops(abstract_decoder(tiny_config(**SIZES, experts=experts)), Full().trains, LENGTH).forward
     # Two feed-forwards instead of one, and the router.

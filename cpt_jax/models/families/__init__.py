@@ -25,6 +25,7 @@ from cpt_jax.models.families import (
     ministral3,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmo3,
     olmoe,
@@ -63,6 +64,7 @@ _FILES = (
     ministral3,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmo3,
     olmoe,
@@ -79,7 +81,7 @@ _FILES = (
     starcoder2,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
-# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; and BESIDE, how tensors begin that
+# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT refuses; and BESIDE, how tensors begin that
 # go along as they are.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 

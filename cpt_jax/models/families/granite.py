@@ -19,7 +19,7 @@ def config_from_hf(raw: dict) -> DecoderConfig:
     )
 
 
-def multipliers(hf: Any) -> dict[str, float]:
+def multipliers(hf: Any) -> dict[str, Any]:
     """Granite's four, of a config as transformers reads it."""
     return {
         "embedding_scale": float(hf.embedding_multiplier),

@@ -101,7 +101,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     window, types = (
         getattr(read, name) if hasattr(known, name) else None for name in ("sliding_window", "layer_types")
     )
-    context, parameters = read.max_position_embeddings, read.rope_parameters
+    context, parameters = read.max_position_embeddings, getattr(read, "rope_parameters", None) or {}
     for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
         part, proportional = each.get("partial_rotary_factor"), each.get("rope_type") == "proportional"
         if part not in (None, 1) and not proportional and "partial_rotary_factor" not in known.rope_parameters:
@@ -119,10 +119,10 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
         if mixer is not None and not isinstance(mixer, GlobalAttention | SideBySideConfig):
             return LayerKind(rope=None, mixer=mixer)
         dim = mixer.head_dim if isinstance(mixer, GlobalAttention) else head_dim
-        rope = rope_of(parameters.get(kind, parameters), dim, context)
+        turns = rotated is None or rotated[layer]
         return LayerKind(
             window=window if kind is None else windows.get(kind),
-            rope=rope if rotated is None or rotated[layer] else None,
+            rope=rope_of(parameters.get(kind, parameters), dim, context) if turns else None,
             mixer=mixer,
         )
 
