@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -86,9 +86,16 @@ def compared(length: int, arguments: argparse.Namespace) -> list[dict]:
     programs, temporaries = {"torch float32": theirs(arrays)}, {}
     for compute in ("float32", "bfloat16"):
         programs[f"cpt_jax {compute}"], temporaries[f"cpt_jax {compute}"] = ours(arrays, compute)
+    return taking_turns(programs, temporaries, length, arguments.repeats)
+
+
+def taking_turns(
+    programs: Mapping[str, Callable[[], list]], temporaries: Mapping[str, float], length: int, repeats: int
+) -> list[dict]:
+    """A row of figures for each program; one is "torch float32"."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     results = {}
-    for _ in range(arguments.repeats + 1):
+    for _ in range(repeats + 1):
         for name, call in programs.items():
             started = time.perf_counter()
             found = call()
@@ -114,7 +121,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    results = [row for length in arguments.lengths for row in compared(length, arguments)]
+    written("delta_rule", arguments, [row for length in arguments.lengths for row in compared(length, arguments)])
+
+
+def written(name: str, arguments: argparse.Namespace, results: list[dict]) -> None:
+    """The figures as a file, with the machine they are of."""
     import torch
     import transformers
 
@@ -128,7 +139,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    out = Path("benchmarks/results") / f"delta_rule-{device.replace(' ', '-')}.json"
+    out = Path("benchmarks/results") / f"{name}-{device.replace(' ', '-')}.json"
     write_json_atomic(out, {"machine": machine, "arguments": vars(arguments), "results": results})
     print(out)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from cpt_jax.checkpoint.hf import names_in, tensor_shapes, tensors_of
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
-from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.core.storage import atomic_directory, write_bytes_atomic
 from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.config import DecoderConfig
@@ -129,7 +130,10 @@ def save(
         write_weights(out, tensors, shard_bytes)
         saved_config = with_text_fields(hf_config, {"vocab_size": config.total_rows}) | {"dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
-        write_json_atomic(out / "config.json", saved_config)
+        # Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no word for them.
+        write_bytes_atomic(
+            out / "config.json", (json.dumps(saved_config, ensure_ascii=False, indent=2) + "\n").encode()
+        )
         places = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
         places += [Path(origin or tokenizer_directory) / name for name in OTHER_FILES]
         for source in places:

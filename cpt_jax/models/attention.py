@@ -47,7 +47,9 @@ class Attention(nnx.Module):
     """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv
     2305.13245). Without `sizes` they are the config's."""
 
-    def __init__(self, config, sizes: GlobalAttention | None, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config, sizes: GlobalAttention | None, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str | None = None
+    ) -> None:
         self.heads, self.head_dim = config.num_heads, config.head_dim if sizes is None else sizes.head_dim
         self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
         self.softcap, self.normed = config.attention_softcap, config.qk_norm
@@ -56,7 +58,7 @@ class Attention(nnx.Module):
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         queries = self.heads * self.head_dim
         keys = self.head_dim * (config.num_kv_heads if sizes is None else sizes.num_kv_heads)
-        path = "layers/attention" if sizes is None else f"layers/{sizes.name}"
+        path = path or ("layers/attention" if sizes is None else f"layers/{sizes.name}")
 
         def linear(name: str, outputs: int, bias: bool = False) -> Linear:
             return Linear(f"{path}/{name}", ("embed", "heads"), (config.hidden_size, outputs), lora, rngs, bias)

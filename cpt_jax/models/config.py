@@ -10,13 +10,16 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
+from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 ATTENTION = "attention"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | ShortConvConfig
+Mixer = DeltaNetConfig | GlobalAttention | LoneFeedForwardConfig | Mamba2Config | ShortConvConfig | SideBySideConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class LayerKind:
     @property
     def attends(self) -> bool:
         """Whether attention mixes tokens."""
-        return self.mixer is None or isinstance(self.mixer, GlobalAttention)
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention | SideBySideConfig)
 
     @property
     def mixer_name(self) -> str:
@@ -69,7 +72,8 @@ class DecoderConfig:
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
-    `residual_scale` multiplies what attention and feed-forward add to their input, `logit_scale` what the final norm
+    Without `feed_forward` a layer is what its kind says, alone. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
+    `residual_scale` what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
@@ -107,10 +111,13 @@ class DecoderConfig:
     attention_out_bias: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    feed_forward: bool = True
     gated: bool = True
     mlp_bias: bool = False
     activation: str = "silu"
     experts: ExpertsConfig | None = None
+    gate_scale: float | None = None
+    down_scale: float | None = None
     embedding_scale: float | None = None
     residual_scale: float | None = None
     logit_scale: float | None = None

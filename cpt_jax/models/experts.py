@@ -30,14 +30,15 @@ from cpt_jax.sharding.rules import RULES
 class ExpertsConfig:
     """`per_token` of `count` experts serve a token, weighted by the router's softmax; `renormalise` makes the chosen
     weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
-    width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), weighted by a sigmoid
-    (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none."""
+    width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), if `shared_gate` weighted by a
+    sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none."""
 
     count: int
     per_token: int
     renormalise: bool
     balance_coefficient: float
     shared_intermediate_size: int | None = None
+    shared_gate: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -99,7 +100,7 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The router and its experts, each of them down(activation(gate(x)) * up(x)); the shared one times
+    """The router and its experts, each of them down(activation(gate(x)) * up(x)); the shared one may be times
     sigmoid(shared_gate(x))."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
@@ -113,7 +114,8 @@ class Experts(nnx.Module):
         self.down = ExpertLinear("layers/mlp/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
         if (size := experts.shared_intermediate_size) is not None:
             self.shared = FeedForward(config, lora, rngs, path="layers/mlp/shared", intermediate_size=size)
-            self.shared_gate = Linear("layers/mlp/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
+            if experts.shared_gate:
+                self.shared_gate = Linear("layers/mlp/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
 
     def __call__(
         self, x: Float[Array, "B S D"], dtype: jnp.dtype, counted: Float[Array, "B S"]
@@ -151,6 +153,8 @@ class Experts(nnx.Module):
         return mixed, balance
 
     def _of_shared(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
+        if not self.settings.shared_gate:
+            return self.shared(x, dtype)
         share = recomputed(lambda x: jax.nn.sigmoid(self.shared_gate(x, dtype)))(x)
         return share * self.shared(x, dtype)
 

@@ -26,6 +26,7 @@ class FeedForward(nnx.Module):
     ) -> None:
         width, inner, bias = config.hidden_size, intermediate_size or config.intermediate_size, config.mlp_bias
         self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
+        self.gate_scale, self.down_scale = config.gate_scale, config.down_scale
         # A layer that is recomputed as a whole is compiled apart already.
         self.apart = config.layer_loop == "unroll" and config.remat is None
         if self.gated:
@@ -44,7 +45,12 @@ class FeedForward(nnx.Module):
 
         def outer(up: Array, gate: Array | None = None) -> Array:
             wide = sum_type(dtype)
-            product = self.activation(up.astype(wide)) if gate is None else self.activation(gate.astype(wide)) * up
-            return self.down(product, dtype)
+            if gate is None:
+                product = self.activation(up.astype(wide))
+            else:
+                gate = gate.astype(wide) if self.gate_scale is None else gate.astype(wide) * self.gate_scale
+                product = self.activation(gate) * up
+            fed = self.down(product, dtype)
+            return fed if self.down_scale is None else fed * self.down_scale
 
         return recomputed(outer, apart=self.apart)(*inner)

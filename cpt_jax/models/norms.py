@@ -15,16 +15,17 @@ def unit_rms(x: Float[Array, "*rows D"], epsilon: float) -> Float[Array, "*rows 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + scale), in x's own type (Zhang & Sennrich 2019, arXiv 1910.07467); Gemma's scale is
-    stored less an offset of 1."""
+    stored less an offset of 1. Of several `groups` of numbers each is divided by its own rms."""
 
-    def __init__(self, width: int, epsilon: float, offset: float = 0.0) -> None:
-        self.epsilon, self.offset = epsilon, offset
+    def __init__(self, width: int, epsilon: float, offset: float = 0.0, groups: int = 1) -> None:
+        self.epsilon, self.offset, self.groups = epsilon, offset, groups
         self.scale = Weight(jnp.full((width,), 1.0 - offset), logical_axes=("hidden",))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return unit_rms(x, self.epsilon) * (self.offset + self.scale[...]).astype(x.dtype).reshape(
-            (1,) * (x.ndim - 1) + (-1,)
-        )
+        of_groups = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
+        return unit_rms(of_groups, self.epsilon).reshape(x.shape) * (self.offset + self.scale[...]).astype(
+            x.dtype
+        ).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class LayerNorm(nnx.Module):

@@ -13,6 +13,7 @@ from cpt_jax.models import attention
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.quantised import OfStack
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 # By the mixer's name: what its layers know of the tokens before, with those layers as first axis.
 Caches = dict[str, Any]
@@ -61,9 +62,12 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     found: Caches = {}
     for kind in config.layer_kinds:
         name, counted = kind.mixer_name, config.layer_mixers.count(kind.mixer_name)
+        head_dim, groups = config.heads_of(kind)
+        keys = attention.empty_cache(head_dim, groups, counted, batch, length, dtype) if kind.attends else None
         if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
-            head_dim, groups = config.heads_of(kind)
-            found[name] = attention.empty_cache(head_dim, groups, counted, batch, length, dtype)
+            found[name] = keys
+        elif isinstance(kind.mixer, SideBySideConfig):
+            found[name] = (keys, kind.mixer.mamba2.empty_cache(config.hidden_size, counted, batch, dtype))
         else:
             found[name] = kind.mixer.empty_cache(config.hidden_size, counted, batch, dtype)
     return found

@@ -4,7 +4,7 @@ from typing import Literal
 
 Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
 
-_VECTORS = ("scale", "bias", "magnitude", "a_log")
+_VECTORS = ("scale", "bias", "magnitude", "a_log", "step_bias", "skip")
 
 
 def group_of(path: str) -> Group:

@@ -9,7 +9,7 @@ import numpy as np
 from cpt_jax.plan.collectives import KINDS, Collective
 from cpt_jax.plan.hlo import Computation, Instruction, Program
 from cpt_jax.plan.stage import CompiledStage
-from cpt_jax.training.flops import mixing_flops, token_flops
+from cpt_jax.training.flops import attention_flops, token_flops
 
 # Nothing is read or written.
 _FREE = {
@@ -157,8 +157,7 @@ def _kernel_flops(compiled: CompiledStage, instruction: Instruction) -> float:
 def _attention_flops(compiled: CompiledStage, passes: float) -> float:
     """Of one layer's scores and mixtures on one device, `passes` times."""
     stage, config = compiled.planned.stage, compiled.network.config
-    mixing = zip(mixing_flops(config, stage.sequence_length), config.kind_of_layer, strict=True)
-    of_layers = [flops for flops, kind in mixing if kind.attends] or [0.0]
+    of_layers = [flops for flops in attention_flops(config, stage.sequence_length) if flops] or [0.0]
     tokens = stage.batch_size // stage.accumulate * stage.sequence_length / compiled.hardware.chips
     return passes * sum(of_layers) / len(of_layers) * tokens
 

@@ -7,9 +7,14 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 from cpt_jax.sharding.hardware import backend
+
+_MLP = ("mlp_gate", "mlp_up")
 
 
 def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor: int) -> float:
@@ -55,6 +60,19 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
             inner = mixer.channels + mixer.values
             kept = item * (inner + 2 * mixer.values) + 8 * mixer.value_heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
+        case LoneFeedForwardConfig():
+            products = config.intermediate_size * (2 if config.gated else 1)
+            return _Mixed(item * products, dict.fromkeys(_MLP, config.intermediate_size), products)
+        case Mamba2Config():
+            # The same; the steps' projections are float32.
+            inner = mixer.channels + mixer.values
+            kept = item * (inner + 2 * mixer.values) + 4 * mixer.heads
+            return _Mixed(kept, {"attention_out": mixer.values}, inner + mixer.heads)
+        case SideBySideConfig():
+            one, other = _mixed(config, None, item, keys), _mixed(config, mixer.mamba2, item, keys)
+            named = {name: width + other.named.get(name, 0) for name, width in one.named.items()}
+            # And what the first of the two gives; the second's is counted with other mixers'.
+            return _Mixed(one.kept + other.kept, named, one.products + other.products + config.hidden_size)
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config
@@ -75,24 +93,29 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
 def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, item: int, tensor: int) -> float:
     """What a layer keeps of a token with rematerialisation: its input, and what is named."""
     config = network.config
-    named = mixed.named | dict.fromkeys(("mlp_gate", "mlp_up"), _feed_forward_size(config))
+    named = dict.fromkeys(_MLP, _feed_forward_size(config)) | mixed.named
     kept = item * sum(named.get(kept, 0) for kept in remat.keep)
     if remat.products:
-        # Experts' products are none of these, and that of down is only added to the stream; the shared one's is weighted.
+        # Experts' products are none of these, and that of down is only added to the stream, if a shared one's is not weighted.
         inner = _feed_forward_size(config) * (2 if config.gated else 1)
-        inner += config.hidden_size + 1 if _has_shared_expert(config) else 0
-        outputs = mixed.products + config.hidden_size + inner + sum(_ranks(network, name))
+        inner += config.hidden_size + 1 if _weighs_shared_expert(config) else 0
+        # So is that of what mixes, where it is alone.
+        inner += config.hidden_size if config.feed_forward else 0
+        outputs = mixed.products + inner + sum(_ranks(network, name))
         kept += (4 if backend() == "cpu" else item) * outputs
     return 4 * config.hidden_size + kept / tensor
 
 
 def _feed_forward_size(config: DecoderConfig) -> int:
-    """The inner width of what every token goes through: of experts, the shared one's."""
+    """The inner width of what every token goes through besides what mixes tokens: of experts, the shared one's."""
+    if not config.feed_forward:
+        return 0
     return config.intermediate_size if config.experts is None else config.experts.shared_intermediate_size or 0
 
 
-def _has_shared_expert(config: DecoderConfig) -> bool:
-    return config.experts is not None and config.experts.shared_intermediate_size is not None
+def _weighs_shared_expert(config: DecoderConfig) -> bool:
+    experts = config.experts
+    return experts is not None and experts.shared_intermediate_size is not None and experts.shared_gate
 
 
 def _ranks(network: Network, mixer: str) -> list[int]:
@@ -104,7 +127,7 @@ def _ranks(network: Network, mixer: str) -> list[int]:
 
 def _residual_bytes(config: DecoderConfig) -> int:
     """The residual stream of a token before attention and feed-forward, float32."""
-    return 4 * config.hidden_size * (1 if config.parallel_residual else 2)
+    return 4 * config.hidden_size * (1 if config.parallel_residual or not config.feed_forward else 2)
 
 
 def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float:
@@ -119,7 +142,7 @@ def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
         of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
-    if _has_shared_expert(config):
+    if _weighs_shared_expert(config):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.

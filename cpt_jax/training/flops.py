@@ -7,11 +7,14 @@ from typing import Literal, NamedTuple
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
+from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.short_conv import ShortConvConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 
 class TokenFlops(NamedTuple):
@@ -98,22 +101,34 @@ def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
     """Of each layer, the FLOPs of mixing a token with others, weights' products apart.
 
     Attention counts the keys that a query may see in a row of one document, on average (length + 1) / 2 without a window
-    (causal attention, halved), times 2 products. The gated delta rule counts those of its recurrence, 3 with a state.
-    Convolutions are not counted.
+    (causal attention, halved), times 2 products. The gated delta rule counts those of its recurrence, 3 with a state,
+    Mamba 2 its 2. Convolutions are not counted.
     """
+    attention = attention_flops(config, length)
+    return [attended + _state_flops(kind.mixer) for attended, kind in zip(attention, config.kind_of_layer, strict=True)]
+
+
+def attention_flops(config: DecoderConfig, length: int) -> list[float]:
+    """Those of attention: 0 of a layer without."""
     found = []
     for kind in config.kind_of_layer:
-        match kind.mixer:
-            case None | GlobalAttention():
-                window = min(kind.window or length, length)
-                # The first `window` queries see 1, 2, ... keys, the others `window`.
-                keys = (window * (window + 1) / 2 + (length - window) * window) / length
-                found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys)
-            case DeltaNetConfig():
-                found.append(6.0 * kind.mixer.values * kind.mixer.key_dim)
-            case ShortConvConfig():
-                found.append(0.0)
+        window = min(kind.window or length, length)
+        # The first `window` queries see 1, 2, ... keys, the others `window`.
+        keys = (window * (window + 1) / 2 + (length - window) * window) / length
+        found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys if kind.attends else 0.0)
     return found
+
+
+def _state_flops(mixer: Mixer | None) -> float:
+    match mixer:
+        case DeltaNetConfig():
+            return 6.0 * mixer.values * mixer.key_dim
+        case Mamba2Config():
+            return 4.0 * mixer.values * mixer.state_size
+        case SideBySideConfig():
+            return _state_flops(mixer.mamba2)
+        case None | GlobalAttention() | LoneFeedForwardConfig() | ShortConvConfig():
+            return 0.0
 
 
 def first_to_train(network: Network, trains: Callable[[str], bool]) -> int:

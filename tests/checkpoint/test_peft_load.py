@@ -98,6 +98,11 @@ TRAINED_BY_PEFT = {
         | dict(rank_pattern={"shared_expert.down_proj": 2}),
     ),
     "DoRA of qwen2_moe": ("qwen2_moe", "as released", dict(target_modules="all-linear", use_dora=True)),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        "as released",
+        dict(target_modules="all-linear", target_parameters=["block_sparse_moe.experts.down_proj"]),
+    ),
     "mixtral": ("mixtral", "untied", dict(target_modules=["q_proj", "w1", "w2", "w3"])),
 }
 

@@ -48,6 +48,18 @@ FAMILIES = {
         ("layers/attention/*", "layers/delta_net/*", *(f"layers/mlp/{name}" for name in ("gate", "up", "down"))),
     ),
     "qwen3_5_moe, all there are": ("qwen3_5_moe_text", "by interval, three of four", ("layers/*",)),
+    "falcon_h1, all that PEFT adapts": (
+        "falcon_h1",
+        "as released",
+        ("layers/side_by_side/attention/*", "layers/side_by_side/mamba2/[!o]*", "layers/mlp/*"),
+    ),
+    "nemotron_h": ("nemotron_h", "as released", ("layers/mamba2/[!o]*", "layers/attention/*", "up", "down")),
+    "granitemoehybrid": ("granitemoehybrid", "as released", LINEARS),
+    "granitemoehybrid, parts of fused layers": (
+        "granitemoehybrid",
+        "without experts, not periodic, groups, steps within limits",
+        ("layers/mamba2/v", "step", "up"),
+    ),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
@@ -81,10 +93,27 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
         np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(leaf), err_msg=path)
 
 
-def test_what_peft_takes_for_others_is_refused(tmp_path):
-    reference_model(config_json("qwen3_next", "by interval, three of four"), tmp_path / "base")
-    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=3, alpha=4.5, targets=("up",)))
-    with pytest.raises(UserError, match="PEFT takes the shared expert's linears of qwen3_next for its experts"):
+@pytest.mark.parametrize(
+    ("model_type", "name", "target", "said"),
+    [
+        (
+            "qwen3_next",
+            "by interval, three of four",
+            "up",
+            "PEFT takes the shared expert's linears of qwen3_next for its experts",
+        ),
+        (
+            "falcon_h1",
+            "as released",
+            "o",
+            "PEFT adapts no out_proj of falcon_h1: leave 'layers/side_by_side/mamba2/o' out",
+        ),
+    ],
+)
+def test_what_peft_takes_for_others_or_not_at_all_is_refused(model_type, name, target, said, tmp_path):
+    reference_model(config_json(model_type, name), tmp_path / "base")
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=3, alpha=4.5, targets=(target,)))
+    with pytest.raises(UserError, match=said):
         saved(model, paths, tmp_path / "adapter", tmp_path / "base")
 
 

@@ -1,5 +1,6 @@
 """For each model_type, config.json files of tiny models that between them have all that the family can do."""
 
+import math
 from typing import Any
 
 SIZES = dict(
@@ -38,6 +39,14 @@ PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_fac
 LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
 GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
 GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
+MAMBA_2 = dict(mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16, mamba_n_groups=1)
+GRANITE_4 = MULTIPLIERS | MAMBA_2 | dict(position_embedding_type="nope", shared_intermediate_size=40)
+FALCON_H1 = dict(mamba_n_heads=6, mamba_d_state=16, mamba_d_head=8, mamba_d_ssm=48, mamba_n_groups=1)
+FALCON_H1 |= dict(embedding_multiplier=5.0, lm_head_multiplier=0.4, mlp_multipliers=[0.9, 0.6], key_multiplier=0.5)
+FALCON_H1 |= dict(attention_in_multiplier=1.2, attention_out_multiplier=0.9, ssm_in_multiplier=1.3)
+FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0.7])
+NEMOTRON_H = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, conv_kernel=3, head_dim=8)
+NEMOTRON_H |= dict(layer_norm_epsilon=1e-5)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
@@ -175,6 +184,43 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | MULTIPLIERS
         | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
         "no multipliers": TIED | dict(rope_theta=1e6),
+    },
+    # Tiny and Small have experts, Micro has none.
+    "granitemoehybrid": {
+        "as released": TIED
+        | GRANITE_4
+        | EXPERTS
+        | dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2, num_local_experts=4),
+        "without experts, not periodic, groups, steps within limits": UNTIED
+        | GRANITE_4
+        | dict(num_local_experts=0, layer_types=["attention", "mamba", "mamba"], mamba_n_groups=2)
+        | dict(time_step_limit=[0.5, 1.5], mamba_d_conv=3, position_embedding_type="rope", attention_bias=True),
+        "biases of projections": TIED
+        | GRANITE_4
+        | EXPERTS
+        | dict(num_local_experts=3, layer_types=["mamba", "mamba", "attention"], time_step_limit=[0.0, math.inf])
+        | dict(mamba_proj_bias=True, mamba_conv_bias=False, mamba_d_head="auto"),
+    },
+    "falcon_h1": {
+        "as released": UNTIED | FALCON_H1 | dict(num_hidden_layers=2, head_dim=8, rope_theta=1e11),
+        "tied, norm behind the gate, biases": TIED
+        | FALCON_H1
+        | dict(num_hidden_layers=2, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2)
+        | dict(projectors_bias=True, attention_bias=True, mlp_bias=True, mamba_proj_bias=True),
+        "norm before the gate, no factors": TIED
+        | MAMBA_2
+        | dict(num_hidden_layers=2, mamba_d_ssm=None, mamba_rms_norm=True, mamba_n_groups=2, rope_scaling=YARN),
+    },
+    # 8B, 47B, 56B, and Nano 2.
+    "nemotron_h": {
+        "as released": UNTIED | NEMOTRON_H | dict(num_hidden_layers=5, hybrid_override_pattern="M-M*-"),
+        "biases, periodic": TIED
+        | NEMOTRON_H
+        | dict(num_hidden_layers=6, layers_block_type=["mamba", "attention", "mlp"] * 2, head_dim=12)
+        | dict(use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="silu"),
+        "steps clipped": TIED
+        | NEMOTRON_H
+        | dict(num_hidden_layers=2, hybrid_override_pattern="*M", time_step_min=1.0, n_groups=1),
     },
     "cohere2": {
         # Three windowed layers and one that does not rotate.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -60,6 +61,12 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
     """Gradients by the names of the files; in memory, transformers names some otherwise, and holds the experts of a
     layer in one parameter."""
     found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    if model.config.model_type == "nemotron_h":
+        found = {name.replace("model.", "backbone."): value for name, value in found.items()}
+    if model.config.model_type == "granitemoehybrid":
+        renamed = {".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight"}
+        for old, new in (renamed | {"router.weight": "router.layer.weight"}).items():
+            found = {name.replace(old, new): value for name, value in found.items()}
     for name in [name for name in found if ".experts." in name]:
         prefix, _, part = name.rpartition(".")
         whole = found.pop(name)
@@ -139,7 +146,9 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
     names = family_for(raw).weight_names(ours.config)
     reference_gradients = gradients_by_tensor(reference)
     for tensor, gradient in reference_gradients.items():
-        found = hf_tensor(names[tensor], mine, ours.config, np.dtype(np.float32))
+        stack = [tuple(places) for _, places in itertools.groupby(names[tensor], key=lambda place: place.member)]
+        members = [hf_tensor(places, mine, ours.config, np.dtype(np.float32)) for places in stack]
+        found = members[0] if names[tensor][0].member is None else np.stack(members)
         np.testing.assert_allclose(
             found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
         )
@@ -195,6 +204,14 @@ REFUSED = [
     ("qwen2_moe", dict(shared_expert_intermediate_size=0), "shared_expert_intermediate_size is 0: give at least 1"),
     ("qwen3_5_text", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type qwen3_5_text"),
     ("qwen3_next", dict(mlp_only_layers=[0]), "mlp_only_layers=.0., which is not supported for model_type qwen3_next"),
+    (
+        "granitemoehybrid",
+        dict(position_embedding_type="alibi"),
+        "position_embedding_type='alibi', which is not supported for model_type granitemoehybrid",
+    ),
+    ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
+    ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
+    ("nemotron_h", dict(hybrid_override_pattern="MEM*E"), "layer_types of kind 'moe'; supported: full_attention"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",
@@ -249,6 +266,12 @@ def test_what_a_family_does_not_support_is_refused_by_name(model_type, changes, 
         family_for(raw).config_from_hf(raw)
 
 
+def test_infinities_are_read_as_transformers_writes_them():
+    raw = config_json("granitemoehybrid", "biases of projections")
+    written = raw | dict(time_step_limit=[0.0, {"__float__": "Infinity"}])
+    assert family_for(raw).config_from_hf(written) == family_for(raw).config_from_hf(raw)
+
+
 def test_activations_are_those_of_transformers():
     import torch
     from transformers.activations import ACT2FN
@@ -258,7 +281,7 @@ def test_activations_are_those_of_transformers():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "qwen3_next", "granitemoehybrid"])
 def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
     import torch
 

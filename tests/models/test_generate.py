@@ -74,6 +74,9 @@ FAMILIES = [
     ("lfm2", "as released"),
     ("lfm3", "as released"),
     ("gemma4_text", "as released"),
+    ("granitemoehybrid", "as released"),
+    ("falcon_h1", "as released"),
+    ("nemotron_h", "as released"),
 ]
 
 

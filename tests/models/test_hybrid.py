@@ -20,6 +20,7 @@ from cpt_jax.models.generate import generate
 from cpt_jax.models.kernels.visible import document_begins
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig
+from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.quantised import dense, quantise
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
@@ -34,16 +35,19 @@ KINDS = (
     LayerKind(rope=None, mixer=DeltaNetConfig(key_heads=2, value_heads=4, key_dim=8, value_dim=16, kernel_size=4)),
     LayerKind(rope=Rope(theta=1e4, dim=8)),
     LayerKind(rope=None, mixer=ShortConvConfig(kernel_size=3)),
+    LayerKind(rope=None, mixer=Mamba2Config(heads=4, groups=2, head_dim=16, state_size=8, kernel_size=4)),
 )
 # Two periods; no period.
-PATTERNS = {"periodic": (0, 1, 2, 0, 1, 2), "not periodic": (0, 0, 1, 2)}
+PATTERNS = {"periodic": (0, 1, 2, 3) * 2, "not periodic": (0, 0, 1, 2)}
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("layers/*",))
 ROWS = np.stack([np.repeat([1, 2, 3], [70, 50, 8]), np.repeat([0, 1], [30, 98])] * 4)
 
 
 def hybrid(pattern="periodic", **changes):
     layers = PATTERNS[pattern]
-    kinds = dict(layer_kinds=KINDS, layer_pattern=layers, num_layers=len(layers), attention_gate="channel")
+    kinds = dict(
+        layer_kinds=KINDS[: max(layers) + 1], layer_pattern=layers, num_layers=len(layers), attention_gate="channel"
+    )
     return tiny_config(**kinds | dict(qk_norm="head", attention="xla") | changes)
 
 
@@ -202,7 +206,8 @@ def test_added_blocks_are_copies_that_change_nothing_yet():
     assert joined["layers/delta_net/q/kernel"].shape[0] == 3
 
 
-def test_rates_of_decay_are_vectors_that_stay_float32():
+@pytest.mark.parametrize("path", ["delta_net/a_log", "mamba2/a_log", "mamba2/step_bias", "mamba2/skip"])
+def test_rates_of_decay_are_vectors_that_stay_float32(path):
     """exp(a_log) in bfloat16 would be another rate; an optimizer that looks at matrices looks at each layer's alone."""
-    assert Precision(compute="bfloat16").dtype_of("layers/delta_net/a_log") == jnp.float32
-    assert stacked_axes("layers/delta_net/a_log", 2) == 1
+    assert Precision(compute="bfloat16").dtype_of(f"layers/{path}") == jnp.float32
+    assert stacked_axes(f"layers/{path}", 2) == 1

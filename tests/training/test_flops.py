@@ -13,8 +13,10 @@ from models.test_hybrid import KINDS as HYBRID_KINDS
 
 from cpt_jax.adapt import ByPath, Embeddings, Full, LoRA
 from cpt_jax.core.tree import combine, partition
+from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
+from cpt_jax.models.side_by_side import SideBySideConfig
 from cpt_jax.sharding.hardware import peak_flops
 from cpt_jax.training.flops import mixing_flops, token_flops
 from cpt_jax.training.loss import make_loss
@@ -105,16 +107,18 @@ def test_parts_of_a_known_model():
 
 
 def test_layers_that_mix_tokens_in_other_ways():
-    """One of each: linear attention, attention with gates, a convolution."""
-    config = tiny_config(**SIZES | dict(new_rows=0), layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2))
+    """One of each: linear attention, attention with gates, a convolution, Mamba 2."""
+    config = tiny_config(**SIZES | dict(new_rows=0, num_layers=4), layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3))
     config = dataclasses.replace(config, attention_gate="channel")
     width, feed_forward, head = 64, 3 * 64 * 96, 64 * 320
     # 2 key heads of 8, 4 value heads of 16; q, k, v, the gate, beta and decay, o; the state is read twice and written.
     linear = width * (16 + 16 + 64 + 64 + 4 + 4) + 64 * width
     attention = width * (32 + 16 + 16 + 32) + 32 * width
     convolution = 4 * width * width
-    products = 2.0 * (linear + attention + convolution + 3 * feed_forward + head)
-    mixing = 6 * 4 * 8 * 16 + 4 * 32 * (LENGTH + 1) / 2
+    # 4 heads of 16, 2 groups with states of 8; the gate, v, k, q and the steps, o; the state is read and written.
+    mamba = width * (64 + 64 + 16 + 16 + 4) + 64 * width
+    products = 2.0 * (linear + attention + convolution + mamba + 4 * feed_forward + head)
+    mixing = (6 + 4) * 4 * 8 * 16 + 4 * 32 * (LENGTH + 1) / 2
     counted = token_flops(abstract_decoder(config), Full().trains, LENGTH)
     assert counted.forward == pytest.approx(products + mixing)
     assert counted.activations == pytest.approx(products + 2 * mixing)
@@ -132,6 +136,9 @@ def test_a_window_and_experts():
     products = 4 * mixture.num_heads * mixture.head_dim
     expected = [products * each for each in (keys, (LENGTH + 1) / 2, (LENGTH + 1) / 2)]
     assert mixing_flops(mixture, LENGTH) == pytest.approx(expected)
+    mamba = HYBRID_KINDS[3].mixer
+    both = dataclasses.replace(config, layer_kinds=(LayerKind(rope=None, mixer=SideBySideConfig(mamba2=mamba)),))
+    assert mixing_flops(both, LENGTH) == pytest.approx([expected[1] + 4 * 64 * 8] * 3)
     experts = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
     mixed = token_flops(abstract_decoder(tiny_config(**SIZES, experts=experts)), Full().trains, LENGTH).forward
     # Two feed-forwards instead of one, and the router.

@@ -21,8 +21,10 @@ from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.linear import LINEARS
+from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
+from cpt_jax.models.side_by_side import SideBySideConfig
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.training.loop import train
@@ -37,7 +39,7 @@ SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
 # Two periods.
-HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2) * 2, attention_gate="head")
+HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3) * 2, num_layers=8, attention_gate="head")
 
 
 def kept_by_layers(config, method, compute) -> int:
@@ -89,17 +91,23 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
 
 GLOBAL = LayerKind(rope=Rope(theta=1e4, dim=32), mixer=GlobalAttention(head_dim=32, num_kv_heads=2))
 VALUES_ARE_KEYS = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
+SIDE_BY_SIDE = LayerKind(rope=Rope(theta=1e4, dim=16), mixer=SideBySideConfig(mamba2=HYBRID_KINDS[3].mixer))
+ALONE = LayerKind(rope=None, mixer=LoneFeedForwardConfig())
+ONE_OR_THE_OTHER = dict(layer_kinds=(*HYBRID_KINDS[:2], ALONE), layer_pattern=(0, 1, 2) * 2)
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
+    "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
+    "mixers and feed-forwards apart": (ONE_OR_THE_OTHER | dict(feed_forward=False, gated=False), Full()),
     "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
     "heads of their own, values are keys": (NORMED | dict(layer_kinds=(VALUES_ARE_KEYS,)), Full()),
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
-    "linear attention and convolutions": (HYBRID, Full()),
-    "linear attention and convolutions, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
+    "every mixer": (HYBRID, Full()),
+    "every mixer, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
+    "a shared expert without a gate": (dict(experts=dataclasses.replace(SHARED, shared_gate=False)), Full()),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 

@@ -6,6 +6,7 @@ layer holds several of our matrices, its A is theirs one below the other, its B 
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,15 +85,22 @@ class Module:
 
 def vocabulary_modules(config: DecoderConfig, hf_config: dict) -> dict[str, str]:
     """The module of each of our tables, as transformers 5 names them: it calls every family's head lm_head."""
-    names = family_for(hf_config).weight_names(config)
-    embed = next(name for name, places in names.items() if places[0].path == "embed")
-    return {"embed": embed.removesuffix(".weight"), "head": "lm_head"}
+    family = family_for(hf_config)
+    embed = next(name for name, places in family.weight_names(config).items() if places[0].path == "embed")
+    return {"embed": in_memory(family, embed.removesuffix(".weight")), "head": "lm_head"}
+
+
+def in_memory(family: Any, name: str) -> str:
+    """What transformers 5 calls a module, or a tensor, by its name in files."""
+    for in_files, of_modules in getattr(family, "MODULES", {}).items():
+        name = name.replace(in_files, of_modules)
+    return name
 
 
 def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The torch linear layers of a model; its experts' too, one by one, as transformers 4 had them."""
     family = family_for(hf_config)
-    names, modules = family.weight_names(config), getattr(family, "MODULES", {})
+    names = family.weight_names(config)
     shapes = flatten(abstract_decoder(config).shapes)
     found = []
     for name, places in names.items():
@@ -101,9 +109,7 @@ def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
         sizes = [shapes[place.path].shape for place in places]
         parts = tuple(dataclasses.replace(place, path=place.path.removesuffix(_KERNEL)) for place in places)
         outputs = sum(size[-1] for size in sizes)
-        module = name.removesuffix(".weight")
-        for in_files, in_memory in modules.items():
-            module = module.replace(in_files, in_memory)
+        module = in_memory(family, name.removesuffix(".weight"))
         found.append(Module(name=module, parts=parts, inputs=sizes[0][-2], outputs=outputs))
     return found
 
@@ -113,9 +119,10 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     if config.experts is None:
         return []
     width, inner, count = config.hidden_size, config.intermediate_size, config.experts.count
-    found, outer = [], getattr(family_for(hf_config), "prefix", "model.")
+    family = family_for(hf_config)
+    found, outer, block = [], getattr(family, "prefix", "model."), getattr(family, "EXPERTS", "mlp.experts")
     for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.mlp.experts"
+        index, prefix = (layer,), f"{outer}layers.{layer}.{block}"
         gate = Place("layers/mlp/gate", index, True, Rows(2 * inner, 0, inner))
         up = Place("layers/mlp/up", index, True, Rows(2 * inner, inner, 2 * inner))
         down = Place("layers/mlp/down", index, True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax.checkpoint.peft.modules import PREFIX
+from cpt_jax.checkpoint.peft.modules import PREFIX, in_memory
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
@@ -14,8 +14,9 @@ from cpt_jax.models.families.schema import Place
 
 def norm_places(config: DecoderConfig, hf_config: dict) -> dict[str, Place]:
     """The tensors of a model's norms."""
-    names = family_for(hf_config).weight_names(config)
-    return {name: places[0] for name, places in names.items() if is_norm(places[0].path)}
+    family = family_for(hf_config)
+    names = family.weight_names(config)
+    return {in_memory(family, name): places[0] for name, places in names.items() if is_norm(places[0].path)}
 
 
 def is_norm(path: str) -> bool:

@@ -141,6 +141,11 @@ def _lora_part(
         raise UserError(
             f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
         )
+    refused = getattr(family_for(hf_config), "NOT_ADAPTED", ())
+    if found := next((module for module in adapted if module.name.endswith(refused)), None):
+        raise UserError(
+            f"PEFT adapts no {_last(found.name)} of {hf_config['model_type']}: leave {found.paths[0]!r} out of the targets, or export the whole model"
+        )
     shared = {paths: _shared(paths, flat) for paths in {module.paths for module in adapted}}
     settings: dict[tuple[str, bool], AdapterConfig] = {}
     tensors: dict[str, np.ndarray] = {}

@@ -9,6 +9,7 @@ from cpt_jax.models.families import (
     cohere2,
     composite,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3,
@@ -16,6 +17,7 @@ from cpt_jax.models.families import (
     glm4,
     gpt_neox,
     granite,
+    granitemoehybrid,
     lfm2,
     lfm3,
     llama,
@@ -23,6 +25,7 @@ from cpt_jax.models.families import (
     ministral3,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmo3,
     olmoe,
@@ -45,6 +48,7 @@ _FILES = (
     cohere,
     cohere2,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3,
@@ -52,6 +56,7 @@ _FILES = (
     glm4,
     gpt_neox,
     granite,
+    granitemoehybrid,
     lfm2,
     lfm3,
     llama,
@@ -59,6 +64,7 @@ _FILES = (
     ministral3,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmo3,
     olmoe,
@@ -75,7 +81,8 @@ _FILES = (
     starcoder2,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
-# MODULES, where transformers' modules are called otherwise; and BESIDE, how tensors begin that go along as they are.
+# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT refuses; and BESIDE, how tensors begin that
+# go along as they are.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

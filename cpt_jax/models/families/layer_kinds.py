@@ -8,6 +8,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind, Mixer
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, Scaling, Yarn
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 
 def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
@@ -100,7 +101,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     window, types = (
         getattr(read, name) if hasattr(known, name) else None for name in ("sliding_window", "layer_types")
     )
-    context, parameters = read.max_position_embeddings, read.rope_parameters
+    context, parameters = read.max_position_embeddings, getattr(read, "rope_parameters", None) or {}
     for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
         part, proportional = each.get("partial_rotary_factor"), each.get("rope_type") == "proportional"
         if part not in (None, 1) and not proportional and "partial_rotary_factor" not in known.rope_parameters:
@@ -115,13 +116,13 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
         mixer = None if kind is None else mixers.get(kind)
-        if mixer is not None and not isinstance(mixer, GlobalAttention):
+        if mixer is not None and not isinstance(mixer, GlobalAttention | SideBySideConfig):
             return LayerKind(rope=None, mixer=mixer)
-        dim = head_dim if mixer is None else mixer.head_dim
-        rope = rope_of(parameters.get(kind, parameters), dim, context)
+        dim = mixer.head_dim if isinstance(mixer, GlobalAttention) else head_dim
+        turns = rotated is None or rotated[layer]
         return LayerKind(
-            window=window if kind is None else windows[kind],
-            rope=rope if rotated is None or rotated[layer] else None,
+            window=window if kind is None else windows.get(kind),
+            rope=rope_of(parameters.get(kind, parameters), dim, context) if turns else None,
             mixer=mixer,
         )
 

@@ -17,6 +17,7 @@ from cpt_jax.models.families.schema import (
     norm_names,
     outer_names,
     read,
+    renamed,
 )
 from cpt_jax.models.short_conv import ShortConvConfig
 
@@ -53,7 +54,7 @@ def _inner_width(hf: Any) -> int:
 
 def weight_names(config: DecoderConfig) -> Names:
     names = names_of(config, NORMS)
-    return _renamed(names, {f"self_attn.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()})
+    return renamed(names, {f"self_attn.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()})
 
 
 def names_of(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
@@ -62,13 +63,7 @@ def names_of(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
     for layer, kind in enumerate(config.kind_of_layer):
         mixer = attention_names if kind.attends else short_conv_names
         names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, norms)
-    return _renamed(names, _RENAMED)
-
-
-def _renamed(names: Names, changes: Mapping[str, str]) -> Names:
-    for ours, theirs in changes.items():
-        names = {name.replace(ours, theirs): places for name, places in names.items()}
-    return names
+    return renamed(names, _RENAMED)
 
 
 def short_conv_names(config: DecoderConfig, layer: int) -> Names:

@@ -11,6 +11,7 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
+from cpt_jax.models.side_by_side import SideBySideConfig
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -75,13 +76,22 @@ def read_whole(raw: dict) -> Any:
         raise _not_supported(raw, "quantization_config")
     try:
         # It writes into what it is given.
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(_with_infinities(copy.deepcopy(raw)))
     # Of wrong types transformers' classes raise huggingface_hub's StrictDataclassError, an Exception alone.
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
             f"config.json is no {raw['model_type']} config that transformers understands: {said}"
         ) from error
+
+
+def _with_infinities(value: Any) -> Any:
+    """The numbers in the place of what transformers 5 writes for those that JSON has no word for."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_infinities(each) for name, each in value.items()}
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value
 
 
 def _not_supported(raw: dict, field: str) -> UserError:
@@ -168,6 +178,8 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     has a gate."""
     kind = config.kind_of_layer[layer]
     prefix, path, (head, _) = f"model.layers.{layer}.self_attn", f"layers/{kind.mixer_name}", config.heads_of(kind)
+    if isinstance(kind.mixer, SideBySideConfig):
+        path += "/attention"
     names, number = {}, config.layers_with(kind.mixer_name).index(layer)
     shared = isinstance(kind.mixer, GlobalAttention) and kind.mixer.values_are_keys
     for name in ("q", "k", "o") if shared else ("q", "k", "v", "o"):
@@ -221,6 +233,13 @@ def standard_names(config: DecoderConfig, norms: Mapping[str, str], matrices: Ma
     names = outer_names(config)
     for layer in range(config.num_layers):
         names |= attention_names(config, layer) | mlp_names(config, layer, matrices) | norm_names(config, layer, norms)
+    return names
+
+
+def renamed(names: Names, changes: Mapping[str, str]) -> Names:
+    """With parts of names in the place of others."""
+    for ours, theirs in changes.items():
+        names = {name.replace(ours, theirs): places for name, places in names.items()}
     return names
 
 
