@@ -15,8 +15,9 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m benchmarks.train_step --model 1b smollm2 --sequence 8192 2048 --tokens 16384 --documents 8 --compute bfloat16
 "$python" -m benchmarks.cross_entropy --tokens 8192 --width 2048
 "$python" -m benchmarks.methods --sequence 2048 --tokens 16384
-# Linear attention and heads of 256: nothing of hybrids was measured on a GPU yet.
+# Linear attention, Mamba 2 and heads of 256: nothing of hybrids was measured on a GPU yet.
 "$python" -m benchmarks.delta_rule --heads 16 32 --lengths 2048 8192 --batch 2
+"$python" -m benchmarks.state_space --heads 64 --lengths 2048 8192 --batch 2
 "$python" -m benchmarks.attention --heads 16 4 --head-dim 256 --lengths 8192 2048 --compute bfloat16
 # Runs as one program against one by one and two processes at once: `--together auto` stands on it.
 "$python" -m benchmarks.sweep --steps 200 --rows 16 --runs 8
