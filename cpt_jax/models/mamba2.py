@@ -167,7 +167,7 @@ class Mamba2(nnx.Module):
             step[..., None] * v,
             -rates * step,
             visible,
-            # As in `DeltaNet`.
+            # On a CPU bfloat16 would gain little (benchmarks/state_space.py).
             wide if backend() == "cpu" else dtype,
             None if cache is None else cache.state,
         )
