@@ -1,5 +1,6 @@
 """The model as it is after each stage of a run, put together from the base and what the stages' checkpoints hold."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.checkpoint.train_state import read_trained
@@ -64,11 +65,25 @@ class Lineage:
 
     def trained_paths(self) -> set[str]:
         """The paths at which the last stage's model (adapters attached) differs from the grown base."""
-        paths: set[str] = set()
-        for index, stage in enumerate(self.recipe.stages):
-            found = flatten(read_trained(self.directory(index, stage) / "checkpoints")["last"])
-            last = index == len(self.recipe.stages) - 1
-            # An earlier stage's adapters have been merged: what has changed is the kernel.
-            factors = () if last else ADAPTER_LEAVES
-            paths |= {f"{path.rpartition('/')[0]}/kernel" if path.endswith(factors) else path for path in found}
-        return paths
+        stages = enumerate(self.recipe.stages)
+        return _not_the_bases(
+            [[*flatten(read_trained(self.directory(*each) / "checkpoints")["last"])] for each in stages]
+        )
+
+    def as_planned(self) -> tuple[Model, set[str]]:
+        """The model after the last stage, untrained, and the paths at which it will differ from the grown base."""
+        model, trained = self.extended(), []
+        for stage in self.recipe.stages:
+            model = model.adapted(stage.method, None)
+            trained.append([path for path in flatten(model.weights) if stage.method.trains(path)])
+        return model, _not_the_bases(trained)
+
+
+def _not_the_bases(trained: Sequence[Sequence[str]]) -> set[str]:
+    """What differs from the base after stages that trained these paths: of an earlier stage's adapters, which have been
+    merged, the kernels."""
+    paths: set[str] = set()
+    for number, found in enumerate(trained, 1):
+        factors = () if number == len(trained) else ADAPTER_LEAVES
+        paths |= {f"{path.rpartition('/')[0]}/kernel" if path.endswith(factors) else path for path in found}
+    return paths

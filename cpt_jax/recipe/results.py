@@ -8,10 +8,12 @@ from pathlib import Path
 
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.checkpoint.hub import is_hub_id
+from cpt_jax.checkpoint.peft import held_by_adapter
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import clock, progress, say
 from cpt_jax.core.storage import write_json_atomic, write_text_atomic
+from cpt_jax.core.tree import flatten
 from cpt_jax.data.holdout import heldout_documents, read_heldout
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_conversations, pack_documents
@@ -115,6 +117,11 @@ class Results(RunContext):
         file = out / "README.md"
         build = functools.partial(write_text_atomic, file, card)
         self._station("model-card", [card, self.marks["export"]], [file], build, everywhere=False)
+
+    def check_adapter(self) -> None:
+        """Raises a UserError where what will be trained cannot leave as an adapter: before it is trained."""
+        model, trained = self.lineage.as_planned()
+        held_by_adapter(model.config, model.hf_config, flatten(model.weights), trained, model.lora)
 
     def card(self, export: Export) -> str:
         """The model card of an export, by what has been evaluated so far."""

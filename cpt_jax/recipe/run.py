@@ -97,6 +97,8 @@ class Pipeline(VocabularyStations, Stages):
         for stage in self.recipe.stages:
             self.measure_base(stage)
         self.vocabulary()
+        if only is None and self.recipe.export.adapter:
+            self.check_adapter()
         if self.recipe.vocabulary is not None:
             self.evaluate("extended", "last")
         for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:

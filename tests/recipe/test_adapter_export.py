@@ -1,5 +1,6 @@
 """An exported adapter finds its base, or its card says how, wherever it lies."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,13 +13,14 @@ import torch
 from inputs import chinese, english, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from cpt_jax.adapt import LoRA
+from cpt_jax.adapt import Full, LoRA
 from cpt_jax.checkpoint.hub import is_hub_id
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
-from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Stage, Vocabulary
+from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Stage, Vocabulary
 from cpt_jax.recipe.run import export_run, run
 from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.gate import Limits
@@ -89,3 +91,22 @@ def test_a_directory_with_a_hub_ids_form_is_a_directory(tmp_path, monkeypatch):
     Path("models/llama").mkdir(parents=True)
     assert not is_hub_id("models/llama")
     assert not any(map(is_hub_id, ("./llama", "/llama", "~/llama", "a/b/c", "gs://bucket/model", "models/a.gguf")))
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [(Full(),), (LoRA(rank=2, alpha=2), LoRA(rank=2, alpha=2))],
+    ids=["all weights", "adapters merged by a second stage"],
+)
+def test_what_cannot_leave_as_an_adapter_is_told_before_it_is_trained(tmp_path, monkeypatch, tiny_model, methods):
+    monkeypatch.chdir(tmp_path)
+    given = recipe(tmp_path, str(tiny_model), None)
+    stages = [
+        dataclasses.replace(given.stages[0], name=str(number), method=method) for number, method in enumerate(methods)
+    ]
+    given = dataclasses.replace(given, stages=tuple(stages), export=Export(adapter=True))
+    with pytest.raises(
+        UserError, match="an adapter cannot hold 7 .*'layers/attention/k/kernel'.*export the whole model"
+    ):
+        run(given, Path("run"))
+    assert not Path("run/stages").exists()

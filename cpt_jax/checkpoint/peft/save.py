@@ -3,9 +3,9 @@
 import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,53 @@ _COMMON = {
 }
 
 
+class HeldByAdapter(NamedTuple):
+    """How each vocabulary table is held that was trained, whether all norms are, and the linears that are adapted."""
+
+    tables: dict[str, Held]
+    norms: bool
+    adapted: list[Module]
+
+
+def held_by_adapter(
+    config: DecoderConfig, hf_config: dict, paths: Collection[str], trained: Iterable[str], lora: LoRAConfig | None
+) -> HeldByAdapter:
+    """What a PEFT adapter is to hold.
+
+    Args:
+      paths: of all weights, with the factors of `lora` beside their kernels.
+      trained: of all weights that are not the base's.
+
+    Raises:
+      UserError: nothing was trained, or something that an adapter cannot hold.
+    """
+    trained = {path for path in trained if not path.endswith((*ADAPTER_LEAVES, KERNEL_NORM))}
+    norms = {place.path for place in norm_places(config, hf_config).values()}
+    # PEFT asks for norms by the ends of their names, which are those of others too: all of them, or none.
+    every_norm = norms <= trained and not isinstance(family_for(hf_config), Composite)
+    tables = _trained_tables(trained - norms if every_norm else trained)
+    if lora is None:
+        if not tables and not every_norm:
+            raise UserError(
+                "nothing was trained that an adapter could hold: train with LoRA, or export the whole model"
+            )
+        return HeldByAdapter(tables, every_norm, [])
+    # Experts as transformers 5 has them, not one by one.
+    layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
+    layers += stacked_experts(config, hf_config)
+    adapted = [module for module in layers if any(f"{path}/lora_a" in paths for path in module.paths)]
+    if hf_config["model_type"] in _TAKEN_FOR_EXPERTS and any(".shared_expert." in module.name for module in adapted):
+        raise UserError(
+            f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
+        )
+    refused = getattr(family_for(hf_config), "NOT_ADAPTED", ())
+    if found := next((module for module in adapted if module.name.endswith(refused)), None):
+        raise UserError(
+            f"PEFT adapts no {_last(found.name)} of {hf_config['model_type']}: leave {found.paths[0]!r} out of the targets, or export the whole model"
+        )
+    return HeldByAdapter(tables, every_norm, adapted)
+
+
 def save_adapter(
     directory: Path,
     config: DecoderConfig,
@@ -78,15 +125,9 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    trained = {path for path in trained if not path.endswith((*ADAPTER_LEAVES, KERNEL_NORM))}
-    norms = {place.path for place in norm_places(config, hf_config).values()}
-    # PEFT asks for norms by the ends of their names, which are those of others too: all of them, or none.
-    every_norm = norms <= trained and not isinstance(family_for(hf_config), Composite)
     flat, dtype = flatten(weights), np.dtype(dtype)
-    tables = _trained_tables(trained - norms if every_norm else trained)
-    if lora is None and not tables and not every_norm:
-        raise UserError("nothing was trained that an adapter could hold: train with LoRA, or export the whole model")
-    fields, factors = _lora_part(config, hf_config, flat, lora, dtype)
+    tables, every_norm, adapted = held_by_adapter(config, hf_config, flat, trained, lora)
+    fields, factors = _lora_part(hf_config, flat, lora, adapted, dtype)
     vocabulary, rows = _vocabulary_part(config, hf_config, flat, tables, dtype)
     if every_norm:
         modules, tensors = norms_part(config, hf_config, flat, dtype)
@@ -128,24 +169,11 @@ def _trained_tables(trained: Iterable[str]) -> dict[str, Held]:
 
 
 def _lora_part(
-    config: DecoderConfig, hf_config: dict, flat: dict[str, Any], lora: LoRAConfig | None, dtype: np.dtype
+    hf_config: dict, flat: dict[str, Any], lora: LoRAConfig | None, adapted: Sequence[Module], dtype: np.dtype
 ) -> _Part:
     """The factors: fields of adapter_config.json, and tensors."""
     if lora is None:
         return {"r": 1, "lora_alpha": 1, "target_modules": NO_TARGET}, {}
-    # Experts as transformers 5 has them, not one by one.
-    layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
-    layers += stacked_experts(config, hf_config)
-    adapted = [module for module in layers if any(f"{path}/lora_a" in flat for path in module.paths)]
-    if hf_config["model_type"] in _TAKEN_FOR_EXPERTS and any(".shared_expert." in module.name for module in adapted):
-        raise UserError(
-            f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
-        )
-    refused = getattr(family_for(hf_config), "NOT_ADAPTED", ())
-    if found := next((module for module in adapted if module.name.endswith(refused)), None):
-        raise UserError(
-            f"PEFT adapts no {_last(found.name)} of {hf_config['model_type']}: leave {found.paths[0]!r} out of the targets, or export the whole model"
-        )
     shared = {paths: _shared(paths, flat) for paths in {module.paths for module in adapted}}
     settings: dict[tuple[str, bool], AdapterConfig] = {}
     tensors: dict[str, np.ndarray] = {}
