@@ -8,11 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cpt_jax.models.attention import Attention, GlobalAttention
-from cpt_jax.models.config import ATTENTION
+from cpt_jax.models.config import SHARING
 from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.models.layer_inputs import LayerInput
 from cpt_jax.models.linear import LoRAConfig, Weight
 from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import recomputed
@@ -21,31 +22,45 @@ from cpt_jax.models.short_conv import ShortConv
 from cpt_jax.sharding.rules import constrain
 
 
-def mixer_of(name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Attention | DeltaNet | ShortConv:
-    """What mixes the tokens of those layers that have it under this name."""
-    if name == ATTENTION:
-        return Attention(config, None, lora, rngs)
+def mixer_of(
+    name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs, sharing: bool = False
+) -> Attention | DeltaNet | ShortConv:
+    """What mixes the tokens of those layers that have it under this name; `sharing`: and no keys and values."""
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
-    classes = {"delta_net": DeltaNet, "short_conv": ShortConv, GlobalAttention.name: Attention}
+    if sizes is None or isinstance(sizes, GlobalAttention):
+        path = f"layers/{SHARING}/{name}" if sharing else f"layers/{name}"
+        return Attention(config, sizes, lora, rngs, path=path, sharing=sharing)
+    classes = {"delta_net": DeltaNet, "short_conv": ShortConv}
     return classes[name](config, sizes, lora, rngs)
 
 
 class Block(nnx.Module):
     """What mixes tokens (attention, mostly) and feed-forward, each added to its input: one after the other, or both to
-    the same input. Without a name of the mixer it has none, and cannot be called."""
+    the same input; then what it makes of an input of its own, if it has one. Without a name of the mixer it has none,
+    and cannot be called. `sharing`: it takes keys and values of another."""
 
-    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs, mixer: str | None) -> None:
+    def __init__(
+        self, config, lora: LoRAConfig | None, rngs: nnx.Rngs, mixer: str | None, sharing: bool = False
+    ) -> None:
+        path = f"layers/{SHARING}" if sharing else "layers"
         self.mixer = mixer
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.shared_norm = config.shared_norm
         before, after = config.norm_placement in ("before", "both"), config.norm_placement in ("after", "both")
         self.attention_norm = norm(config) if before else None
         if mixer is not None:
-            setattr(self, mixer, mixer_of(mixer, config, lora, rngs))
+            setattr(self, mixer, mixer_of(mixer, config, lora, rngs, sharing))
         self.attention_out_norm = norm(config) if after else None
         self.mlp_norm = norm(config) if before and not config.shared_norm else None
-        self.mlp = FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
+        size = config.sharing_intermediate_size if sharing else None
+        self.mlp = (
+            FeedForward(config, lora, rngs, path=f"{path}/mlp", intermediate_size=size)
+            if config.experts is None
+            else Experts(config, lora, rngs)
+        )
         self.mlp_out_norm = norm(config) if after else None
+        has_input = config.layer_input_size is not None
+        self.layer_input = LayerInput(config, lora, rngs, f"{path}/layer_input") if has_input else None
         self.layer_scalar = Weight(jnp.ones((1,)), logical_axes=("hidden",)) if config.layer_scalar else None
 
     def __call__(
@@ -56,8 +71,9 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         counted: Float[Array, "B S"],
         cache: Any = None,
+        own: Float[Array, "B S P"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Any, Balance | None]:
-        """(output, cache, what the experts were given: of the tokens that are `counted`)."""
+        """(output, cache, what the experts were given: of the tokens that are `counted`). `own`: its own input."""
         assert self.mixer is not None
         mixed, cache = getattr(self, self.mixer)(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         mixed = recomputed(_norm(self.attention_out_norm))(mixed)
@@ -73,6 +89,9 @@ class Block(nnx.Module):
             fed = self.mlp(inputs, dtype, mlp_norm)
         fed = recomputed(_norm(self.mlp_out_norm))(fed)
         outputs = summed + self._scaled(fed)
+        if self.layer_input is not None:
+            assert own is not None
+            outputs += self.layer_input(outputs, own, dtype)
         if self.layer_scalar is not None:
             outputs = outputs * self.layer_scalar[...].astype(outputs.dtype)[None, None]
         return constrain(outputs, "batch", "sequence", "hidden"), cache, balance

@@ -74,6 +74,7 @@ FAMILIES = [
     ("lfm2", "as released"),
     ("lfm3", "as released"),
     ("gemma4_text", "as released"),
+    ("gemma4_text", "inputs of layers, shared keys, double width"),
 ]
 
 

@@ -57,7 +57,11 @@ def kept_by_layers(config, method, compute) -> int:
     kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
     for loop in loops:
         periods = config.num_layers // max(1, len(config.layer_kinds))
-        of_layers = loop.params["length"] in (config.num_layers, periods, *dict(config.layer_groups).values())
+        groups = dict(config.layer_groups).values() or (
+            config.num_layers - config.sharing_layers,
+            config.sharing_layers,
+        )
+        of_layers = loop.params["length"] in (config.num_layers, periods, *groups)
         if of_layers and not loop.params["reverse"]:
             # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
             inner = loop.params["jaxpr"].out_avals
@@ -90,6 +94,8 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
 GLOBAL = LayerKind(rope=Rope(theta=1e4, dim=32), mixer=GlobalAttention(head_dim=32, num_kv_heads=2))
 VALUES_ARE_KEYS = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
+SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_intermediate_size=512, layer_input_size=16)
+SHARING |= dict(norm_placement="both")
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
@@ -100,6 +106,9 @@ KINDS = {
     "linear attention and convolutions": (HYBRID, Full()),
     "linear attention and convolutions, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
+    # Two layers with keys and values of their own, four without.
+    "shared keys, inputs of layers": (SHARING, Full()),
+    "shared keys, inputs of layers, with adapters": (SHARING, LoRA(rank=4, alpha=8)),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 

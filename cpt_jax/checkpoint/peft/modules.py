@@ -14,6 +14,7 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Place, Rows
+from cpt_jax.models.vocab_table import TABLES
 
 # Of tensors' names in a file, and of the file.
 PREFIX = "base_model.model."
@@ -85,8 +86,8 @@ class Module:
 def vocabulary_modules(config: DecoderConfig, hf_config: dict) -> dict[str, str]:
     """The module of each of our tables, as transformers 5 names them: it calls every family's head lm_head."""
     names = family_for(hf_config).weight_names(config)
-    embed = next(name for name, places in names.items() if places[0].path == "embed")
-    return {"embed": embed.removesuffix(".weight"), "head": "lm_head"}
+    found = {p[0].path: name.removesuffix(".weight") for name, p in names.items() if p[0].path in TABLES}
+    return found | {"head": "lm_head"}
 
 
 def linears(config: DecoderConfig, hf_config: dict) -> list[Module]:
