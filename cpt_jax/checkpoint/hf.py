@@ -81,10 +81,12 @@ def tensors_of(directory: Path) -> dict[str, SafetensorsFile]:
 def names_in(family: Any, tensors: Collection[str], config: DecoderConfig) -> tuple[Names, Collection[str]]:
     """Where tensors belong, by their names in the directory that holds these; and those that are none of the text
     model's, which go along as they are."""
+    text = family.text if isinstance(family, Composite) else family
+    always = getattr(text, "STACKED", False)
     if isinstance(family, Composite):
-        return with_stacks(family.names_in(tensors, config), tensors, config), family.beside(tensors, config)
+        return with_stacks(family.names_in(tensors, config), tensors, config, always), family.beside(tensors, config)
     beside = [name for name in tensors if name.startswith(beginnings_beside(family, config))]
-    return with_stacks(family.weight_names(config), tensors, config), beside
+    return with_stacks(family.weight_names(config), tensors, config, always), beside
 
 
 def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:

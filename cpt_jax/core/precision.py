@@ -25,7 +25,16 @@ class Precision:
 
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
-        vectors = ("/scale", "/bias", "/magnitude", "/kernel_norm", "/layer_scalar", "/a_log")
+        vectors = (
+            "/scale",
+            "/bias",
+            "/magnitude",
+            "/kernel_norm",
+            "/layer_scalar",
+            "/a_log",
+            "/router_scale",
+            "/expert_scale",
+        )
         return jnp.dtype(jnp.float32) if path.endswith(vectors) else self.dtype
 
 

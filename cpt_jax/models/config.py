@@ -144,6 +144,8 @@ class DecoderConfig:
             raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
         if self.layer_groups and sum(count for _, count in self.layer_groups) != self.num_layers:
             raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
+        if self.sharing_layers and self.experts is not None:
+            raise UserError("layers that take keys and values of others have no experts")
         mixers, own = self.layer_mixers, self.num_layers - self.sharing_layers
         if lacking := [mixer for mixer in mixers[own:] if mixer not in mixers[:own]]:
             raise UserError(
@@ -172,6 +174,18 @@ class DecoderConfig:
         if part == SHARING:
             part, layers = inner.split("/")[1], range(own, self.num_layers)
         return tuple(n for n in layers if part not in mixers or mixers[n] == part)
+
+    @property
+    def experts_name(self) -> str | None:
+        """The subtree of a layer's weights that holds its experts."""
+        if self.experts is None:
+            return None
+        return "mlp" if self.experts.intermediate_size is None else "experts"
+
+    @property
+    def expert_size(self) -> int:
+        """The width of each expert."""
+        return (self.experts and self.experts.intermediate_size) or self.intermediate_size
 
     @property
     def total_rows(self) -> int:

@@ -36,7 +36,7 @@ def mixer_of(
 
 class Block(nnx.Module):
     """What mixes tokens (attention, mostly) and feed-forward, each added to its input: one after the other, or both to
-    the same input; then what it makes of an input of its own, if it has one. Without a name of the mixer it has none,
+    the same input; beside the feed-forward there may be experts; then what it makes of an input of its own, if it has one. Without a name of the mixer it has none,
     and cannot be called. `sharing`: it takes keys and values of another."""
 
     def __init__(
@@ -54,10 +54,14 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config) if before and not config.shared_norm else None
         size = config.sharing_intermediate_size if sharing else None
         self.mlp = (
-            FeedForward(config, lora, rngs, path=f"{path}/mlp", intermediate_size=size)
-            if config.experts is None
-            else Experts(config, lora, rngs)
+            Experts(config, lora, rngs)
+            if config.experts_name == "mlp"
+            else FeedForward(config, lora, rngs, path=f"{path}/mlp", intermediate_size=size)
         )
+        beside = config.experts_name == "experts"
+        self.experts = Experts(config, lora, rngs) if beside else None
+        if beside:
+            self.dense_out_norm, self.experts_norm, self.experts_out_norm = norm(config), norm(config), norm(config)
         self.mlp_out_norm = norm(config) if after else None
         has_input = config.layer_input_size is not None
         self.layer_input = LayerInput(config, lora, rngs, f"{path}/layer_input") if has_input else None
@@ -87,6 +91,9 @@ class Block(nnx.Module):
             fed, balance = self.mlp(recomputed(mlp_norm)(inputs), dtype, counted)
         else:
             fed = self.mlp(inputs, dtype, mlp_norm)
+        if self.experts is not None:
+            mixed, balance = self.experts(inputs, dtype, counted, self.experts_norm)
+            fed = recomputed(self.dense_out_norm)(fed) + recomputed(self.experts_out_norm)(mixed)
         fed = recomputed(_norm(self.mlp_out_norm))(fed)
         outputs = summed + self._scaled(fed)
         if self.layer_input is not None:

@@ -102,8 +102,8 @@ def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Lay
 
 
 def _feed_forward_size(config: DecoderConfig, layer: _Layer) -> int:
-    """The inner width of what every token goes through: of experts, the shared one's."""
-    if config.experts is not None:
+    """The inner width of what every token goes through: of experts in its place, the shared one's."""
+    if config.experts is not None and config.experts_name == "mlp":
         return config.experts.shared_intermediate_size or 0
     return (layer.sharing and config.sharing_intermediate_size) or config.intermediate_size
 
@@ -140,8 +140,11 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
     if config.experts is not None:
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
-        of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
+        of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+        if config.experts_name == "experts":
+            # What both norms behind are given, and the experts' own input.
+            kept += 4 * 3 * config.hidden_size
     if _has_shared_expert(config):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)

@@ -55,6 +55,7 @@ FAMILIES = {
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
+    "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),
     "gemma4_text, shared keys, all there are": (
         "gemma4_text",
         "inputs of layers, shared keys, double width",

@@ -136,6 +136,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(per_layer_config={"1": dict(head_dim=12), "2": dict(head_dim=12)}),
         # As E2B, whose last layers share keys and values.
         "inputs of layers, shared keys, double width": TIED | GEMMA_4_SMALL,
+        # As 26B-A4B.
+        "experts beside the feed-forward": TIED
+        | GEMMA_4
+        | dict(num_hidden_layers=2, sliding_window=6, attention_k_eq_v=True, enable_moe_block=True)
+        | dict(layer_types=["sliding_attention", "full_attention"])
+        | dict(num_experts=4, top_k_experts=2, moe_intermediate_size=20),
         "untied, inputs of layers": UNTIED
         | GEMMA_4_UNIFIED
         | dict(hidden_size_per_layer_input=5, vocab_size_per_layer_input=64)

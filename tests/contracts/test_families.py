@@ -192,7 +192,6 @@ REFUSED = [
         "vocab_size_per_layer_input=262144 .the default is 262144. beside vocab_size=64",
     ),
     ("gemma4_text", dict(num_kv_shared_layers=6), "before them no layer has those of attention"),
-    ("gemma4_text", dict(enable_moe_block=True), "enable_moe_block=True, which is not supported"),
     (
         "gemma4_text",
         dict(use_bidirectional_attention="all"),

@@ -96,6 +96,7 @@ VALUES_ARE_KEYS = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32,
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_intermediate_size=512, layer_input_size=16)
 SHARING |= dict(norm_placement="both")
+BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128), norm_placement="both")
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
@@ -106,6 +107,7 @@ KINDS = {
     "linear attention and convolutions": (HYBRID, Full()),
     "linear attention and convolutions, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
+    "experts beside a feed-forward": (BESIDE, Full()),
     # Two layers with keys and values of their own, four without.
     "shared keys, inputs of layers": (SHARING, Full()),
     "shared keys, inputs of layers, with adapters": (SHARING, LoRA(rank=4, alpha=8)),

@@ -113,13 +113,14 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The parameters in which transformers 5 holds the experts of a layer."""
     if config.experts is None:
         return []
-    width, inner, count = config.hidden_size, config.intermediate_size, config.experts.count
+    width, inner, count = config.hidden_size, config.expert_size, config.experts.count
     found, outer = [], getattr(family_for(hf_config), "prefix", "model.")
+    path, name = f"layers/{config.experts_name}", "mlp.experts" if config.experts_name == "mlp" else "experts"
     for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.mlp.experts"
-        gate = Place("layers/mlp/gate", index, True, Rows(2 * inner, 0, inner))
-        up = Place("layers/mlp/up", index, True, Rows(2 * inner, inner, 2 * inner))
-        down = Place("layers/mlp/down", index, True)
+        index, prefix = (layer,), f"{outer}layers.{layer}.{name}"
+        gate = Place(f"{path}/gate", index, True, Rows(2 * inner, 0, inner))
+        up = Place(f"{path}/up", index, True, Rows(2 * inner, inner, 2 * inner))
+        down = Place(f"{path}/down", index, True)
         found += [
             Module(name=f"{prefix}.gate_up_proj", parts=(gate, up), inputs=width, outputs=2 * inner, experts=count),
             Module(name=f"{prefix}.down_proj", parts=(down,), inputs=inner, outputs=width, experts=count),

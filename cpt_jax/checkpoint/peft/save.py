@@ -191,7 +191,7 @@ def _target(module: Module) -> tuple[str, bool]:
     """(the name that targets it in all layers, and nothing else; whether that is a parameter)."""
     parts = module.name.split(".")
     if module.experts is not None:
-        return ".".join(parts[-3:]), True
+        return ".".join(parts[-3:] if "mlp" in parts else parts[-2:]), True
     # Patterns of ranks compare the ends of names, and the chosen experts' have the same.
     return ".".join(parts[-2:] if "shared_expert" in parts else parts[-1:]), False
 

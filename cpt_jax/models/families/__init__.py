@@ -76,7 +76,7 @@ _FILES = (
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
 # MODULES, where transformers' modules are called otherwise; and BESIDE (or `unread(config)`), how tensors begin that go
-# along as they are.
+# along as they are; and STACKED, where its experts always lie in stacks.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -238,14 +238,21 @@ def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mappi
     assert config.experts is not None
     prefix = f"model.layers.{layer}.{block}"
     names: Names = {f"{prefix}.gate.weight": (Place("layers/mlp/router", (layer,), True),)}
-    for expert in range(config.experts.count):
-        for ours, hf in matrices.items():
-            place = Place(f"layers/mlp/{ours}/kernel", (layer, expert), True)
-            names[f"{prefix}.experts.{expert}.{hf}.weight"] = (place,)
+    names |= each_expert(config, layer, f"{prefix}.experts", "layers/mlp", matrices)
     if config.experts.shared_intermediate_size is not None:
         names |= linear(f"{prefix}.shared_expert_gate", "layers/mlp/shared_gate", layer, False)
         for ours, hf in matrices.items():
             names |= linear(f"{prefix}.shared_expert.{hf}", f"layers/mlp/shared/{ours}", layer, config.mlp_bias)
+    return names
+
+
+def each_expert(config: DecoderConfig, layer: int, prefix: str, path: str, matrices: Mapping[str, str]) -> Names:
+    """The experts of a layer, one by one."""
+    assert config.experts is not None
+    names: Names = {}
+    for expert in range(config.experts.count):
+        for ours, hf in matrices.items():
+            names[f"{prefix}.{expert}.{hf}.weight"] = (Place(f"{path}/{ours}/kernel", (layer, expert), True),)
     return names
 
 

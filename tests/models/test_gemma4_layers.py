@@ -1,5 +1,5 @@
-"""Layers that take keys and values of others, and layers with inputs of their own: however they are compiled, cut and
-grouped, the model is the same."""
+"""Layers that take keys and values of others, layers with inputs of their own, and experts beside a feed-forward: however
+they are compiled, cut and grouped, the model is the same."""
 
 import functools
 
@@ -18,6 +18,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.generate import generate
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
@@ -45,6 +46,14 @@ def expected():
 def test_one_by_one_and_recomputed_the_model_is_the_same(changes):
     weights = jax.tree.map(jnp.asarray, random_weights(sharing()))
     assert_close(value_and_gradients(sharing(**changes), weights), expected())
+
+
+def test_on_a_mesh_experts_beside_a_feed_forward_are_the_same():
+    experts = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.0, intermediate_size=24)
+    config = tiny_config(experts=experts, norm_placement="both", attention="xla")
+    right = value_and_gradients(config, jax.tree.map(jnp.asarray, random_weights(config)))
+    assert flatten(right[1])["layers/experts/expert_scale"].any()
+    assert_close(on_mesh(config, dict(expert=2, fsdp=2, tensor=2)), right)
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(fsdp=2, context=4)], ids=str)
