@@ -17,6 +17,7 @@ from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind
+from cpt_jax.models.cut_vocabulary import looked_up
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.generate import generate
@@ -114,3 +115,17 @@ def test_rows_that_are_padding_and_copies_of_blocks():
     np.testing.assert_allclose(forward(padded), forward(model()), atol=1e-5)
     with pytest.raises(UserError, match="Expand: this model's layers take keys and values of others"):
         model().adapted(Expand(blocks=1), seed=0)
+
+
+def test_rows_of_a_large_table_and_their_gradient_are_those_of_any():
+    table, tokens = (
+        jax.random.normal(jax.random.key(0), (50, 8)).astype(jnp.bfloat16),
+        jnp.asarray([[1, 2, 2], [7, 49, 1]]),
+    )
+
+    def summed(table, large):
+        rows = looked_up(table, tokens, 0, large=large)
+        return (rows.astype(jnp.float32) * jnp.arange(48.0).reshape(rows.shape)).sum(), rows
+
+    found, expected = (jax.grad(summed, has_aux=True)(table, large) for large in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
