@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from cpt_jax.checkpoint.peft import save_adapter
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
+from cpt_jax.models.vocab_table import NEW_ROWS as NEW_ROWS_OF_TABLES
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 40))
 # Of the 64 rows of every tiny model, those that an extension added.
@@ -45,7 +46,7 @@ def ours(config, weights, lora=None) -> np.ndarray:
     return np.asarray(forward(unflatten(arrays), jnp.asarray(TOKENS, jnp.int32)))
 
 
-def trained(model, lora, tables=("embed/new", "head/new")):
+def trained(model, lora, tables=NEW_ROWS_OF_TABLES):
     """(the model with random factors and tables, their paths)."""
     generator, flat = np.random.default_rng(1), flatten(model.weights)
     shapes = flatten(abstract_decoder(model.config, lora).shapes)

@@ -35,6 +35,10 @@ class Expand:
         return [(number + 1) * num_layers // self.blocks - 1 for number in range(self.blocks)]
 
     def layout(self, config: DecoderConfig) -> DecoderConfig:
+        if config.sharing_layers or config.layer_input_size is not None:
+            raise UserError(
+                "Expand: this model's layers take keys and values of others, or have columns of a second vocabulary, which copies would not have: train with LoRA or Full"
+            )
         pattern, groups, first = config.layer_pattern, [], 0
         for number, copied in enumerate(self._copied(config.num_layers)):
             groups += [(f"kept_{number}", copied + 1 - first), (f"added_{number}", 1)]

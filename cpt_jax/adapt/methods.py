@@ -11,13 +11,13 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.layer_groups import without_group
 from cpt_jax.models.linear import ADAPTER_LEAVES, LAYER_SCALAR, LINEARS, LoRAConfig, Scaling
-
-_NEW_ROWS = ("embed/new", "head/new")
+from cpt_jax.models.vocab_table import NEW_ROWS, TABLES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The vocabulary's rows: the new ones only, or all of them; of both tables, or of one where they are two."""
+    """The vocabulary's rows: the new ones only, or all of them; of all tables, or of the head's ("output") or the others
+    ("input") where it has one."""
 
     rows: Literal["new", "all"] = "new"
     tables: Literal["both", "input", "output"] = "both"
@@ -34,8 +34,8 @@ class Embeddings:
 
     def trains(self, path: str) -> bool:
         table, _, part = path.partition("/")
-        wanted = {"both": ("embed", "head"), "input": ("embed",), "output": ("head",)}[self.tables]
-        return table in wanted and (part == "new" or self.rows == "all")
+        wanted = {"both": True, "input": table != "head", "output": table == "head"}[self.tables]
+        return table in TABLES and wanted and (part == "new" or self.rows == "all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class LoRA:
 
     def trains(self, path: str) -> bool:
         of_norm = path.rpartition("/")[0].endswith("norm")
-        return path.endswith(ADAPTER_LEAVES) or (self.new_rows and path in _NEW_ROWS) or (self.norms and of_norm)
+        return path.endswith(ADAPTER_LEAVES) or (self.new_rows and path in NEW_ROWS) or (self.norms and of_norm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
-from cpt_jax.models.families.composite import Composite, text_fields
+from cpt_jax.models.families.composite import Composite, beginnings_beside, text_fields
 from cpt_jax.models.families.schema import Names, Place
 from cpt_jax.models.families.stacked_experts import with_stacks
+from cpt_jax.models.vocab_table import TABLES
 
 # transformers may save buffers that follow from the config, and a tied head besides the embedding.
 DERIVED = ("rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
@@ -80,10 +81,12 @@ def tensors_of(directory: Path) -> dict[str, SafetensorsFile]:
 def names_in(family: Any, tensors: Collection[str], config: DecoderConfig) -> tuple[Names, Collection[str]]:
     """Where tensors belong, by their names in the directory that holds these; and those that are none of the text
     model's, which go along as they are."""
+    text = family.text if isinstance(family, Composite) else family
+    always = getattr(text, "STACKED", False)
     if isinstance(family, Composite):
-        return with_stacks(family.names_in(tensors, config), tensors, config), family.beside(tensors)
-    beside = [name for name in tensors if name.startswith(getattr(family, "BESIDE", ()))]
-    return with_stacks(family.weight_names(config), tensors, config), beside
+        return with_stacks(family.names_in(tensors, config), tensors, config, always), family.beside(tensors, config)
+    beside = [name for name in tensors if name.startswith(beginnings_beside(family, config))]
+    return with_stacks(family.weight_names(config), tensors, config, always), beside
 
 
 def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
@@ -119,13 +122,13 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     sources: dict[str, dict[tuple[int, ...], _Source]] = {}
     for name, places in names.items():
         if (given := files[name].tensors[name].shape) != expected[name]:
-            rows = places[0].path in ("embed", "head")
+            rows = places[0].path in TABLES
             hint = "run `cpt model extend`" if rows else "config.json and weights do not belong together"
             raise UserError(
                 f"{directory}: {name} has shape {list(given)}, config.json asks for {list(expected[name])}: {hint}"
             )
         for place in places:
-            path = f"{place.path}/base" if place.path in ("embed", "head") else place.path
+            path = f"{place.path}/base" if place.path in TABLES else place.path
             sources.setdefault(path, {})[place.index] = _Source(files[name], name, place)
     _check_tied(directory, sources["embed/base"][()], heads)
     return config, unflatten({path: _leaf(shapes[path].shape, sources[path]) for path in shapes}), hf_config
@@ -137,7 +140,7 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
     shapes = flatten(abstract_decoder(whole).shapes)
 
     def shape(place: Place) -> tuple[int, ...]:
-        leaf = shapes[f"{place.path}/base" if place.path in ("embed", "head") else place.path]
+        leaf = shapes[f"{place.path}/base" if place.path in TABLES else place.path]
         inner = leaf.shape[len(place.index) :]
         return inner[::-1] if place.transposed else inner
 

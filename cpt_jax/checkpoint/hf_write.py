@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax.checkpoint.hf import names_in, tensor_shapes, tensors_of
+from cpt_jax.checkpoint.hf import CHUNK_VALUES, names_in, tensor_shapes, tensors_of
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
 from cpt_jax.core.storage import atomic_directory, write_bytes_atomic
@@ -20,6 +20,7 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, with_text_fields
 from cpt_jax.models.families.schema import Place
+from cpt_jax.models.vocab_table import TABLES
 
 # Files of a model directory that are not weights and go along unchanged: the tokenizer's, and others.
 TOKENIZER_FILES = (
@@ -46,9 +47,8 @@ def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderCo
     """A tensor of a HF directory, or a member of a stack, made of our leaves."""
 
     def matrix(place: Place) -> np.ndarray:
-        if place.path in ("embed", "head"):
-            parts = [np.asarray(flat[f"{place.path}/{part}"][:count]) for part, count in config.table_rows.items()]
-            return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+        if place.path in TABLES:
+            return np.concatenate(list(_rows(place, flat, config, dtype)))
         array = np.asarray(flat[place.path][place.index or ...]).astype(dtype, copy=False)
         return transposed(array) if place.transposed else array
 
@@ -59,6 +59,15 @@ def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderCo
     sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
     blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
     return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
+
+
+def _rows(place: Place, flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tokens' rows of both parts of a table, some at a time."""
+    for part, count in config.table_rows.items():
+        leaf = flat[f"{place.path}/{part}"]
+        step = max(1, CHUNK_VALUES // leaf.shape[1])
+        for first in range(0, count, step):
+            yield np.asarray(leaf[first : min(first + step, count)]).astype(dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,9 @@ class _Written:
     config: DecoderConfig
 
     def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        if self.places[0].path in TABLES:
+            yield from _rows(self.places[0], self.flat, self.config, dtype)
+            return
         for _, places in itertools.groupby(self.places, key=lambda place: place.member):
             yield hf_tensor(tuple(places), self.flat, self.config, dtype)
 
@@ -105,7 +117,7 @@ def save(
 ) -> None:
     """Writes a Hugging Face model directory: base and new rows become one table, tied heads stay tied.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time, of a vocabulary's table a part of it.
 
     Args:
       tokenizer_directory: whose tokenizer files go along.
@@ -128,7 +140,10 @@ def save(
     tensors += [(_Copied(name, held[name]), held[name].tensors[name].dtype) for name in beside]
     with atomic_directory(Path(directory)) as out:
         write_weights(out, tensors, shard_bytes)
-        saved_config = with_text_fields(hf_config, {"vocab_size": config.total_rows}) | {"dtype": dtype.name}
+        rows = {"vocab_size": config.total_rows}
+        if config.layer_input_size is not None:
+            rows["vocab_size_per_layer_input"] = config.total_rows
+        saved_config = with_text_fields(hf_config, rows) | {"dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
         # Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no word for them.
         write_bytes_atomic(

@@ -47,7 +47,9 @@ class LazyArray:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        given = index if isinstance(index, tuple) else (index,)
+        if isinstance(index, list | np.ndarray) and np.issubdtype(np.asarray(index).dtype, np.integer):
+            return self._chosen(np.asarray(index))
+        given: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(part, slice | int | np.integer) for part in given):
             return np.asarray(self)[index]
         slices: list[slice] = []
@@ -64,6 +66,12 @@ class LazyArray:
                 slices.append(slice(int(part) % size, int(part) % size + 1))
         array = self.part(tuple(slices), self.dtype)
         return array[tuple(0 if not isinstance(part, slice) else slice(None) for part in given)]
+
+    def _chosen(self, numbers: np.ndarray) -> np.ndarray:
+        """The parts with these numbers along the first axis, each read once."""
+        different, places = np.unique(numbers, return_inverse=True)
+        parts = [self[int(number)] for number in different]
+        return np.stack(parts)[places.reshape(numbers.shape)] if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.part(tuple(slice(0, size) for size in self.shape), self.dtype if dtype is None else dtype)

@@ -45,10 +45,17 @@ def empty_cache(head_dim: int, groups: int, layers: int, batch: int, length: int
 
 class Attention(nnx.Module):
     """Projections and heads; H query heads share G key/value heads (grouped-query: Ainslie et al. 2023, arXiv
-    2305.13245). Without `sizes` they are the config's."""
+    2305.13245). Without `sizes` they are the config's. A layer in the stack "sharing" has queries alone."""
 
     def __init__(
-        self, config, sizes: GlobalAttention | None, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str | None = None
+        self,
+        config,
+        sizes: GlobalAttention | None,
+        lora: LoRAConfig | None,
+        rngs: nnx.Rngs,
+        *,
+        path: str = "layers/attention",
+        sharing: bool = False,
     ) -> None:
         self.heads, self.head_dim = config.num_heads, config.head_dim if sizes is None else sizes.head_dim
         self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
@@ -58,14 +65,16 @@ class Attention(nnx.Module):
         self.documents, self.runs, self.interleaved = config.documents, config.runs, config.interleaved_rotation
         queries = self.heads * self.head_dim
         keys = self.head_dim * (config.num_kv_heads if sizes is None else sizes.num_kv_heads)
-        path = path or ("layers/attention" if sizes is None else f"layers/{sizes.name}")
+        self.sharing, self.shared = sharing, config.sharing_layers > 0
 
         def linear(name: str, outputs: int, bias: bool = False) -> Linear:
             return Linear(f"{path}/{name}", ("embed", "heads"), (config.hidden_size, outputs), lora, rngs, bias)
 
-        self.q, self.k = linear("q", queries, config.qkv_bias), linear("k", keys, config.qkv_bias)
-        shared = sizes is not None and sizes.values_are_keys
-        self.v = None if shared else linear("v", keys, config.qkv_bias)
+        self.q = linear("q", queries, config.qkv_bias)
+        self.k = None if sharing else linear("k", keys, config.qkv_bias)
+        self.v = (
+            None if sharing or (sizes is not None and sizes.values_are_keys) else linear("v", keys, config.qkv_bias)
+        )
         self.o = Linear(
             f"{path}/o", ("heads", "embed"), (queries, config.hidden_size), lora, rngs, config.attention_out_bias
         )
@@ -75,27 +84,30 @@ class Attention(nnx.Module):
         if self.normed is not None:
             each = self.normed == "head"
             self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)
-            self.k_norm = RMSNorm(self.head_dim if each else keys, config.norm_epsilon, config.norm_offset)
+            if not sharing:
+                self.k_norm = RMSNorm(self.head_dim if each else keys, config.norm_epsilon, config.norm_offset)
 
     def _split(self, y: Float[Array, "B S x"]) -> Float[Array, "B heads S head"]:
         batch, length, _ = y.shape
         return y.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
 
     def _projected(self, x: Float[Array, "B S D"], angles: Rotation, dtype: jnp.dtype):
-        values = () if self.v is None else (self.v,)
-        q, k, *others = applied((self.q, self.k, *values, *((self.gate,) if self.gated else ())), x, dtype)
-        v, gate = (k, others) if self.v is None else (others[0], others[1:])
+        """Queries, keys and values (unless they are another layer's), and what gates are made of."""
+        keys, values = () if self.k is None else (self.k,), () if self.v is None else (self.v,)
+        q, *others = applied((self.q, *keys, *values, *((self.gate,) if self.gated else ())), x, dtype)
+        k, others = others[: len(keys)], others[len(keys) :]
+        v, gate = others[: len(values)] or k, others[len(values) :]
         if self.normed == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = self._split(q), self._split(k), self._split(v)
+            q, k = self.q_norm(q), [self.k_norm(y) for y in k]
+        q, k, v = self._split(q), [self._split(y) for y in k], [self._split(y) for y in v]
         if self.normed == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q), [self.k_norm(y) for y in k]
         if self.value_epsilon is not None:
-            v = unit_rms(v, self.value_epsilon)
-        q, k = rotate(q, angles, self.interleaved) * self.scale, rotate(k, angles, self.interleaved)
+            v = [unit_rms(y, self.value_epsilon) for y in v]
+        q, k = rotate(q, angles, self.interleaved) * self.scale, [rotate(y, angles, self.interleaved) for y in k]
         if angles.queries is not None:
             q = q * angles.queries[:, None, :, None]
-        return q, k, v, *(y.astype(dtype) for y in gate)
+        return [q], k, v, [y.astype(dtype) for y in gate]
 
     def __call__(
         self,
@@ -107,14 +119,24 @@ class Attention(nnx.Module):
         norm: Callable[[Array], Array] = lambda x: x,
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Of the normalised input: what `norm` makes of x. Attends to what is visible; with a cache, this call's keys
-        go into it at the first query's place, all of it is attended to, and always by the reference."""
+        go into it at the first query's place, all of it is attended to, and always by the reference. Where layers share
+        keys and values, these are given back as a cache is; a layer that has none is given them so, and writes nothing."""
         batch, length, _ = x.shape
-        q, k, v, *gate = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
-        q, k, v = named(q, "queries"), named(k, "keys"), named(v, "values")
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), visible.index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), visible.index, axis=2)
-            cache = Cache(k, v)
+        (q,), k, v, gate = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
+        q = named(q, "queries")
+        if self.sharing:
+            assert cache is not None
+            k, v = cache
+            # A cache has room for more than this call's tokens.
+            cached = k.shape[2] > length
+        else:
+            k, v, cached = named(k[0], "keys"), named(v[0], "values"), cache is not None
+            if cache is not None:
+                k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), visible.index, axis=2)
+                v = jax.lax.dynamic_update_slice_in_dim(
+                    cache.values, v.astype(cache.values.dtype), visible.index, axis=2
+                )
+            cache = Cache(k, v) if cached or self.shared else None
         mixed = attend(
             q,
             k,
@@ -123,7 +145,7 @@ class Attention(nnx.Module):
             windows=self.windows,
             softcap=self.softcap,
             dtype=dtype,
-            kernel=self.kernel if cache is None else "xla",
+            kernel="xla" if cached else self.kernel,
             documents=self.documents,
             runs=self.runs,
         )

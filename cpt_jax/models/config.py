@@ -18,6 +18,8 @@ from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
 
 ATTENTION = "attention"
+# The stack of the layers that take others' keys and values, within that of the layers.
+SHARING = "sharing"
 # What else mixes tokens.
 Mixer = DeltaNetConfig | GlobalAttention | LoneFeedForwardConfig | Mamba2Config | ShortConvConfig | SideBySideConfig
 
@@ -67,7 +69,8 @@ class DecoderConfig:
     `norm_placement`: of attention and feed-forward, the input is normalised ("before"), the output ("after"), or
     "both"; `attention_gate`: what the heads mix is multiplied by a sigmoid of the input, number by number ("channel"),
     or head by head; `value_norm`: values are divided by their root mean square, head by head; `layer_scalar`: what a
-    layer gives is multiplied by a number of its own, which does not train; `parallel_residual` adds both to the same
+    layer gives is multiplied by a number of its own, which does not train; `layer_input_size`: each layer is also given
+    so many numbers of each token, from a second vocabulary (see `layer_inputs`); `parallel_residual` adds both to the same
     input, with `shared_norm` behind the same norm. `norm_bias`: of
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
@@ -75,6 +78,10 @@ class DecoderConfig:
     Without `feed_forward` a layer is what its kind says, alone. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
     `residual_scale` what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
+
+    The last `sharing_layers` have no keys and values: they take those of the last layer before them that has their
+    heads. They are a stack of their own, "layers/sharing", whose feed-forward is `sharing_intermediate_size` wide
+    (default: as the others').
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
@@ -104,6 +111,9 @@ class DecoderConfig:
     value_norm: bool = False
     attention_gate: Literal["channel", "head"] | None = None
     layer_scalar: bool = False
+    layer_input_size: int | None = None
+    sharing_layers: int = 0
+    sharing_intermediate_size: int | None = None
     parallel_residual: bool = False
     shared_norm: bool = False
     interleaved_rotation: bool = False
@@ -141,6 +151,13 @@ class DecoderConfig:
             raise UserError(f"layer_types names {len(self.layer_pattern)} layers, num_hidden_layers {self.num_layers}")
         if self.layer_groups and sum(count for _, count in self.layer_groups) != self.num_layers:
             raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
+        if self.sharing_layers and self.experts is not None:
+            raise UserError("layers that take keys and values of others have no experts")
+        mixers, own = self.layer_mixers, self.num_layers - self.sharing_layers
+        if lacking := [mixer for mixer in mixers[own:] if mixer not in mixers[:own]]:
+            raise UserError(
+                f"the last {self.sharing_layers} layers have no keys and values, and before them no layer has those of {lacking[0]}"
+            )
 
     @property
     def kind_of_layer(self) -> tuple[LayerKind, ...]:
@@ -159,8 +176,23 @@ class DecoderConfig:
 
     def layers_with(self, inner: str) -> tuple[int, ...]:
         """The numbers of the layers that have a weight, by its path within a layer: those that the stack of it holds."""
-        part, mixers = inner.partition("/")[0], self.layer_mixers
-        return tuple(n for n, mixer in enumerate(mixers) if part not in mixers or mixer == part)
+        part, mixers, own = inner.partition("/")[0], self.layer_mixers, self.num_layers - self.sharing_layers
+        layers = range(own)
+        if part == SHARING:
+            part, layers = inner.split("/")[1], range(own, self.num_layers)
+        return tuple(n for n in layers if part not in mixers or mixers[n] == part)
+
+    @property
+    def experts_name(self) -> str | None:
+        """The subtree of a layer's weights that holds its experts."""
+        if self.experts is None:
+            return None
+        return "mlp" if self.experts.intermediate_size is None else "experts"
+
+    @property
+    def expert_size(self) -> int:
+        """The width of each expert."""
+        return (self.experts and self.experts.intermediate_size) or self.intermediate_size
 
     @property
     def total_rows(self) -> int:

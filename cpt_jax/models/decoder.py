@@ -18,6 +18,7 @@ from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import Balance, load_balancing_loss
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
+from cpt_jax.models.layer_inputs import InputsOfLayers
 from cpt_jax.models.layers import Block
 from cpt_jax.models.linear import LoRAConfig, drop_inputs
 from cpt_jax.models.norms import norm
@@ -37,15 +38,19 @@ class Outputs(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm; the head is the embedding itself when it is tied."""
+    """Embedding, blocks, final norm; the head is the embedding itself when it is tied. Where layers have inputs of their
+    own, a second embedding is theirs."""
 
     def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = VocabTable(config, rngs)
+        self.embed = VocabTable(config, rngs, scale=config.embedding_scale)
         self.layers = stacked_blocks(config, lora, rngs)
         self.final_norm = norm(config)
         if not config.tie_word_embeddings:
             self.head = VocabTable(config, rngs)
+        if (size := config.layer_input_size) is not None:
+            self.layer_embed = VocabTable(config, rngs, width=config.num_layers * size, scale=size**0.5)
+            self.layer_inputs = InputsOfLayers(config, rngs)
 
     def __call__(
         self,
@@ -78,15 +83,20 @@ class Decoder(nnx.Module):
             parts = rotations_of(positions, lengths, ropes)
             rotations[mixer] = jax.tree.map(lambda *parts: jnp.stack(parts), *parts)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+        own = None
+        if config.layer_input_size is not None:
+            own = self.layer_inputs(x, self.layer_embed.lookup(tokens, dtype), dtype)
+            own = constrain(own, "layers", "batch", "sequence", "hidden")
 
         def run(block: Block, x: Array, inputs: LayerInputs) -> tuple[Array, Any, Any]:
             kind = 0 if inputs.kind is None else inputs.kind
             angles, seen = jax.tree.map(lambda each: each[kind], rotations[block.mixer]), visible._replace(kind=kind)
-            if inputs.own is not None:
-                drop_inputs(block, inputs.own)
-            return block(x, angles, seen, dtype, counted, inputs.cache)
+            key, own = inputs.own
+            if key is not None:
+                drop_inputs(block, key)
+            return block(x, angles, seen, dtype, counted, inputs.cache, own)
 
-        x, caches, balance = run_blocks(config, self.layers, x, keys, caches, run)
+        x, caches, balance = run_blocks(config, self.layers, x, (keys, own), caches, run)
         hidden = self.final_norm(x)
         return Outputs(hidden if config.logit_scale is None else hidden * config.logit_scale, caches, balance)
 

@@ -8,6 +8,7 @@ added and scattered back.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, Weight, adapter, initial_kernel
+from cpt_jax.models.norms import unit_rms
 from cpt_jax.models.products import grouped_matmul, matmul
 from cpt_jax.models.quantised import OfStack, own_layer
 from cpt_jax.models.remat import recomputed
@@ -31,7 +33,9 @@ class ExpertsConfig:
     """`per_token` of `count` experts serve a token, weighted by the router's softmax; `renormalise` makes the chosen
     weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
     width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), if `shared_gate` weighted by a
-    sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none."""
+    sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of
+    experts that stand beside a feed-forward (Gemma 4), with scales of the router's input and of each expert; None: they
+    are in its place."""
 
     count: int
     per_token: int
@@ -39,6 +43,7 @@ class ExpertsConfig:
     balance_coefficient: float
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
+    intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -101,31 +106,46 @@ class ExpertLinear(nnx.Module):
 
 class Experts(nnx.Module):
     """The router and its experts, each of them down(activation(gate(x)) * up(x)); the shared one may be times
-    sigmoid(shared_gate(x))."""
+    sigmoid(shared_gate(x)). Beside a feed-forward the router reads x / rms(x) * router_scale / sqrt(D), and the chosen
+    weights are multiplied by their experts' `expert_scale`."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         experts: ExpertsConfig = config.experts
-        width, inner, count = config.hidden_size, config.intermediate_size, experts.count
+        width, inner, count = config.hidden_size, config.expert_size, experts.count
+        path, self.epsilon = f"layers/{config.experts_name}", config.norm_epsilon
         self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
-        self.gate = ExpertLinear("layers/mlp/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.up = ExpertLinear("layers/mlp/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.down = ExpertLinear("layers/mlp/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+        self.gate = ExpertLinear(f"{path}/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.up = ExpertLinear(f"{path}/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
+        self.down = ExpertLinear(f"{path}/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+        if experts.intermediate_size is not None:
+            self.router_scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
+            self.expert_scale = Weight(jnp.ones((count,)), logical_axes=("router",))
         if (size := experts.shared_intermediate_size) is not None:
             self.shared = FeedForward(config, lora, rngs, path="layers/mlp/shared", intermediate_size=size)
             if experts.shared_gate:
                 self.shared_gate = Linear("layers/mlp/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
 
     def __call__(
-        self, x: Float[Array, "B S D"], dtype: jnp.dtype, counted: Float[Array, "B S"]
+        self,
+        x: Float[Array, "B S D"],
+        dtype: jnp.dtype,
+        counted: Float[Array, "B S"],
+        norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B S D"], Balance]:
-        tokens = x.reshape(-1, x.shape[-1])
+        """What the experts make of x, or of what `norm` makes of it: the router reads x itself."""
+        tokens, beside = x.reshape(-1, x.shape[-1]), self.settings.intermediate_size is not None
+        read = recomputed(self._scaled)(tokens) if beside else tokens
         # The router is small, and a wrong choice is not: it computes in the residual's own type.
-        probabilities = jax.nn.softmax(matmul(tokens, self.router[...], tokens.dtype), axis=-1)
+        probabilities = jax.nn.softmax(matmul(read, self.router[...], tokens.dtype), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
         if self.settings.renormalise:
             shares /= shares.sum(-1, keepdims=True)
+        if beside:
+            shares = shares * self.expert_scale[...].astype(shares.dtype)[chosen]
+        if norm is not None:
+            tokens = recomputed(norm)(x).reshape(tokens.shape)
         weight = counted.reshape(-1, 1)
         times = jax.nn.one_hot(chosen, self.settings.count, dtype=probabilities.dtype).sum(1)
         balance = Balance((times * weight).sum(0), (probabilities * weight).sum(0))
@@ -151,6 +171,10 @@ class Experts(nnx.Module):
         if self.settings.shared_intermediate_size is not None:
             mixed += self._of_shared(x, dtype)
         return mixed, balance
+
+    def _scaled(self, tokens: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        scale = self.router_scale[...].astype(tokens.dtype) * tokens.shape[-1] ** -0.5
+        return unit_rms(tokens, self.epsilon) * scale[None]
 
     def _of_shared(self, x: Float[Array, "B S D"], dtype: jnp.dtype) -> Float[Array, "B S D"]:
         if not self.settings.shared_gate:

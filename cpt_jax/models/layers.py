@@ -8,11 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cpt_jax.models.attention import Attention, GlobalAttention
-from cpt_jax.models.config import ATTENTION
+from cpt_jax.models.config import SHARING
 from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.models.layer_inputs import LayerInput
 from cpt_jax.models.linear import LoRAConfig, Weight
 from cpt_jax.models.lone_feed_forward import LoneFeedForward
 from cpt_jax.models.mamba2 import Mamba2
@@ -25,39 +26,50 @@ from cpt_jax.sharding.rules import constrain
 
 
 def mixer_of(
-    name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs
+    name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs, sharing: bool = False
 ) -> Attention | DeltaNet | LoneFeedForward | Mamba2 | ShortConv | SideBySide:
-    """What mixes the tokens of those layers that have it under this name."""
-    if name == ATTENTION:
-        return Attention(config, None, lora, rngs)
+    """What mixes the tokens of those layers that have it under this name; `sharing`: and no keys and values."""
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
+    if sizes is None or isinstance(sizes, GlobalAttention):
+        path = f"layers/{SHARING}/{name}" if sharing else f"layers/{name}"
+        return Attention(config, sizes, lora, rngs, path=path, sharing=sharing)
     classes = {
         "delta_net": DeltaNet,
         "feed_forward": LoneFeedForward,
         "mamba2": Mamba2,
         "short_conv": ShortConv,
         "side_by_side": SideBySide,
-        GlobalAttention.name: Attention,
     }
     return classes[name](config, sizes, lora, rngs)
 
 
 class Block(nnx.Module):
     """What mixes tokens (attention, mostly) and feed-forward, each added to its input: one after the other, or both to
-    the same input; or the first alone. Without a name of the mixer it has none, and cannot be called."""
+    the same input, or the first alone; beside the feed-forward there may be experts; then what it makes of an input of
+    its own, if it has one. Without a name of the mixer it has none, and cannot be called. `sharing`: it takes keys and
+    values of another."""
 
-    def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs, mixer: str | None) -> None:
+    def __init__(
+        self, config, lora: LoRAConfig | None, rngs: nnx.Rngs, mixer: str | None, sharing: bool = False
+    ) -> None:
+        path = f"layers/{SHARING}" if sharing else "layers"
         self.mixer = mixer
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.shared_norm = config.shared_norm
         before, after = config.norm_placement in ("before", "both"), config.norm_placement in ("after", "both")
         self.attention_norm = norm(config) if before else None
         if mixer is not None:
-            setattr(self, mixer, mixer_of(mixer, config, lora, rngs))
+            setattr(self, mixer, mixer_of(mixer, config, lora, rngs, sharing))
         self.attention_out_norm = norm(config) if after else None
         self.mlp_norm = norm(config) if before and config.feed_forward and not config.shared_norm else None
-        self.mlp = _fed(config, lora, rngs) if config.feed_forward else None
+        self.mlp = _fed(config, lora, rngs, path, sharing) if config.feed_forward else None
+        beside = config.experts_name == "experts"
+        self.experts = Experts(config, lora, rngs) if beside else None
+        if beside:
+            self.dense_out_norm, self.experts_norm, self.experts_out_norm = norm(config), norm(config), norm(config)
         self.mlp_out_norm = norm(config) if after and config.feed_forward else None
+        has_input = config.layer_input_size is not None
+        self.layer_input = LayerInput(config, lora, rngs, f"{path}/layer_input") if has_input else None
         self.layer_scalar = Weight(jnp.ones((1,)), logical_axes=("hidden",)) if config.layer_scalar else None
 
     def __call__(
@@ -68,8 +80,9 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         counted: Float[Array, "B S"],
         cache: Any = None,
+        own: Float[Array, "B S P"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Any, Balance | None]:
-        """(output, cache, what the experts were given: of the tokens that are `counted`)."""
+        """(output, cache, what the experts were given: of the tokens that are `counted`). `own`: its own input."""
         assert self.mixer is not None
         mixed, cache = getattr(self, self.mixer)(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         mixed = recomputed(_norm(self.attention_out_norm))(mixed)
@@ -85,8 +98,14 @@ class Block(nnx.Module):
             fed, balance = self.mlp(recomputed(mlp_norm)(inputs), dtype, counted)
         else:
             fed = self.mlp(inputs, dtype, mlp_norm)
+        if self.experts is not None:
+            mixed, balance = self.experts(inputs, dtype, counted, self.experts_norm)
+            fed = recomputed(self.dense_out_norm)(fed) + recomputed(self.experts_out_norm)(mixed)
         fed = recomputed(_norm(self.mlp_out_norm))(fed)
         outputs = summed + self._scaled(fed)
+        if self.layer_input is not None:
+            assert own is not None
+            outputs += self.layer_input(outputs, own, dtype)
         if self.layer_scalar is not None:
             outputs = outputs * self.layer_scalar[...].astype(outputs.dtype)[None, None]
         return constrain(outputs, "batch", "sequence", "hidden"), cache, balance
@@ -95,8 +114,11 @@ class Block(nnx.Module):
         return added if self.scale is None else added * self.scale
 
 
-def _fed(config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> FeedForward | Experts:
-    return FeedForward(config, lora, rngs) if config.experts is None else Experts(config, lora, rngs)
+def _fed(config, lora: LoRAConfig | None, rngs: nnx.Rngs, path: str, sharing: bool) -> FeedForward | Experts:
+    if config.experts_name == "mlp":
+        return Experts(config, lora, rngs)
+    size = config.sharing_intermediate_size if sharing else None
+    return FeedForward(config, lora, rngs, path=f"{path}/mlp", intermediate_size=size)
 
 
 def _norm(norm: Any) -> Callable[[Array], Array]:

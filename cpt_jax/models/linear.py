@@ -32,6 +32,11 @@ PATHS = (
     *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/mlp/shared/{name}" for name in ("gate", "up", "down")),
     "layers/mlp/shared_gate",
+    *(f"layers/experts/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/layer_input/{name}" for name in ("input_gate", "projection")),
+    *(f"layers/sharing/{mixer}/{name}" for mixer in ("attention", "global_attention") for name in "qo"),
+    *(f"layers/sharing/mlp/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/sharing/layer_input/{name}" for name in ("input_gate", "projection")),
 )
 # What an adapter trains, by the ends of its leaves' paths.
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")

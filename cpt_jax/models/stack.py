@@ -1,7 +1,7 @@
 """The decoder's blocks as one stack, or as a stack for each group of layers, and how they run one after another."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from cpt_jax.models import attention
+from cpt_jax.models.config import SHARING
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.quantised import OfStack
@@ -20,8 +21,9 @@ Caches = dict[str, Any]
 
 
 class LayerInputs(NamedTuple):
-    """What a block is given besides x: its cache, the number of its kind (None where all are of one), and what
-    `run_blocks` was given for it. With the layers as first axis, of all of them."""
+    """What a block is given besides x: its cache (or keys and values of another layer, where it has none), the number
+    of its kind (None where all are of one), and what `run_blocks` was given for it. With the layers as first axis, of
+    all of them."""
 
     cache: Any
     kind: Any
@@ -33,7 +35,8 @@ Call = Callable[[Block, Array, LayerInputs], tuple[Array, Any, Any]]
 
 def stacked_blocks(config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Any:
     """All blocks of a DecoderConfig; by the group's name, where it has groups. Of layers that mix tokens in different
-    ways, each way is a stack of its own, and the rest is one."""
+    ways, each way is a stack of its own, and the rest is one; the layers that share keys and values are another such
+    stack, "sharing"."""
 
     def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
         @nnx.split_rngs(splits=count)
@@ -43,25 +46,37 @@ def stacked_blocks(config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Any:
 
         return made(rngs)
 
-    def blocks(mixers: Sequence[str]) -> Block:
+    def blocks(mixers: Sequence[str], sharing: bool = False) -> Block:
         first, *others = dict.fromkeys(mixers)
         if not others:
-            return stack(len(mixers), lambda rngs: Block(config, lora, rngs, first))
-        whole = stack(len(mixers), lambda rngs: Block(config, lora, rngs, None))
+            return stack(len(mixers), lambda rngs: Block(config, lora, rngs, first, sharing))
+        whole = stack(len(mixers), lambda rngs: Block(config, lora, rngs, None, sharing))
         for name in (first, *others):
-            setattr(whole, name, stack(mixers.count(name), lambda rngs, name=name: mixer_of(name, config, lora, rngs)))
+            mixer = lambda rngs, name=name: mixer_of(name, config, lora, rngs, sharing)  # noqa: E731
+            setattr(whole, name, stack(mixers.count(name), mixer))
+        return whole
+
+    def both(first: int, last: int) -> Any:
+        own, mixers = _own_layers(config, first, last), config.layer_mixers
+        if own == last:
+            return blocks(mixers[first:last])
+        sharing = blocks(mixers[own:last], sharing=True)
+        if first == own:
+            return nnx.Dict({SHARING: sharing})
+        whole = blocks(mixers[first:own])
+        setattr(whole, SHARING, sharing)
         return whole
 
     if not config.layer_groups:
-        return blocks(config.layer_mixers)
-    return nnx.Dict({name: blocks(config.layer_mixers[first:last]) for name, first, last in _groups(config)})
+        return both(0, config.num_layers)
+    return nnx.Dict({name: both(first, last) for name, first, last in _groups(config)})
 
 
 def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     """Of layers that have seen nothing, with room for rows of `length` tokens."""
     found: Caches = {}
     for kind in config.layer_kinds:
-        name, counted = kind.mixer_name, config.layer_mixers.count(kind.mixer_name)
+        name, counted = kind.mixer_name, len(config.layers_with(kind.mixer_name))
         head_dim, groups = config.heads_of(kind)
         keys = attention.empty_cache(head_dim, groups, counted, batch, length, dtype) if kind.attends else None
         if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
@@ -82,18 +97,45 @@ def run_blocks(
     Args:
       inputs: what each block is given besides: a tree of arrays, with the layers as first axis.
     """
-    if not config.layer_groups:
+    if not config.layer_groups and not config.sharing_layers:
         return _run(config, blocks, range(config.num_layers), x, inputs, caches, call)
-    every, results = [], []
-    for name, first, last in _groups(config):
-        before = config.layer_mixers[:first]
-        part = None
-        if caches is not None:
+    every, results, shared = [], [], {}
+    for stack, first, last in _stacks(config, blocks):
+        mixers, part = config.layer_mixers[first:last], None
+        if sharing := first >= config.num_layers - config.sharing_layers:
+            part = shared
+        elif caches is not None:
+            before = config.layer_mixers[:first]
             counts = {mixer: (before.count(mixer), config.layer_mixers[:last].count(mixer)) for mixer in caches}
             part = {mixer: _cut(cache, *counts[mixer]) for mixer, cache in caches.items()}
-        x, part, result = _run(config, blocks[name], range(first, last), x, _cut(inputs, first, last), part, call)
-        every, results = [*every, part], [*results, result]
+        x, part, result = _run(config, stack, range(first, last), x, _cut(inputs, first, last), part, call, sharing)
+        results.append(result)
+        if sharing:
+            continue
+        every.append(part)
+        if part is not None and config.sharing_layers:
+            shared |= {mixer: _at(part[mixer], -1) for mixer in dict.fromkeys(mixers)}
     return x, None if caches is None else _joined(every), _joined(results)
+
+
+def _stacks(config, blocks: Any) -> Iterator[tuple[Block, int, int]]:
+    """(blocks, first layer, the first behind) of each part of the layers that is one loop."""
+    for name, first, last in _groups(config) or [("", 0, config.num_layers)]:
+        stack, own = blocks[name] if name else blocks, _own_layers(config, first, last)
+        if own == last:
+            yield stack, first, last
+            continue
+        sharing = getattr(stack, SHARING)
+        if first < own:
+            # The module is this call's alone.
+            delattr(stack, SHARING)
+            yield stack, first, own
+        yield sharing, own, last
+
+
+def _own_layers(config, first: int, last: int) -> int:
+    """Of the layers from `first` up to `last`, the first that shares keys and values; `last`, if none does."""
+    return max(first, min(last, config.num_layers - config.sharing_layers))
 
 
 def _groups(config) -> list[tuple[str, int, int]]:
@@ -106,15 +148,20 @@ def _groups(config) -> list[tuple[str, int, int]]:
 
 
 def _run(
-    config, stack: Block, layers: range, x: Array, inputs: Any, caches: Caches | None, call: Call
+    config, stack: Block, layers: range, x: Array, inputs: Any, caches: Caches | None, call: Call, sharing: bool = False
 ) -> tuple[Array, Caches | None, Any]:
-    """Layers in a loop, whose body is one layer, or as many different ones as come again and again."""
+    """Layers in a loop, whose body is one layer, or as many different ones as come again and again.
+
+    Without caches the second result is, where others share them, keys and values of each mixer's last layer of each
+    period. Layers that are `sharing` are given such of one layer as caches, which they leave as they are.
+    """
     mixers = config.layer_mixers[layers.start : layers.stop]
     pattern = None if config.layer_pattern is None else config.layer_pattern[layers.start : layers.stop]
     graphdef, weights = nnx.split(stack)
     layer = functools.partial(_layer, graphdef, call)
-    if len(set(mixers)) > 1:
-        return _run_periods(config, layer, mixers, pattern, weights, x, inputs, caches)
+    if len(set(mixers)) > 1 or config.sharing_layers:
+        pattern = pattern or (0,) * len(layers)
+        return _run_periods(config, layer, mixers, pattern, weights, x, inputs, caches, sharing)
     kinds = None if pattern is None else jnp.asarray(pattern)
     each = (weights, LayerInputs(None if caches is None else caches[mixers[0]], kinds, inputs))
     unroll = len(layers) if config.layer_loop == "unroll" else 1
@@ -144,16 +191,24 @@ def _recomputed(config, layer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_periods(
-    config, layer: Callable[..., Any], mixers, pattern, weights, x: Array, inputs: Any, caches: Caches | None
+    config,
+    layer: Callable[..., Any],
+    mixers,
+    pattern,
+    weights,
+    x: Array,
+    inputs: Any,
+    caches: Caches | None,
+    sharing: bool = False,
 ) -> tuple[Array, Caches | None, Any]:
     """Layers that mix tokens in different ways: one after the other within a period, the periods in a loop."""
     size = _period(pattern)
     count = len(mixers) // size
-    before = None if caches is None else {mixer: caches[mixer] for mixer in dict.fromkeys(mixers)}
+    before = None if caches is None or sharing else {mixer: caches[mixer] for mixer in dict.fromkeys(mixers)}
 
     def period(x, given):
-        weights, caches, inputs = given
-        after: dict[str, list[Any]] = {mixer: [] for mixer in caches or ()}
+        weights, before, inputs = given
+        after: dict[str, list[Any]] = {mixer: [] for mixer in sorted(set(mixers))}
         results = []
         for number, mixer in enumerate(mixers[:size]):
             place = mixers[:number].count(mixer)
@@ -164,18 +219,23 @@ def _run_periods(
                 own = {name: _layer_of(part, places.get(name, number)) for name, part in weights.items()}
                 return layer(mixer, pattern[number])(x, (nnx.State(own), given))
 
-            cache = None if caches is None else _at(caches[mixer], place)
+            cache = None if caches is None else caches[mixer] if sharing else _at(before[mixer], place)
             given = LayerInputs(cache, None, _at(inputs, number))
             x, (cache, result) = _recomputed(config, run)(x, weights, given)
-            if caches is not None:
-                after[mixer].append(cache)
+            after[mixer].append(cache)
             results.append(result)
+        if sharing:
+            after = {}
+        elif caches is None:
+            after = {mixer: parts[-1:] for mixer, parts in after.items()}
         return x, ({mixer: _stacked(parts) for mixer, parts in after.items()}, _stacked(results))
 
     in_periods = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (dict(weights), before, inputs))
     x, outputs = jax.lax.scan(period, x, in_periods, unroll=count if config.layer_loop == "unroll" else 1)
     after, results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-    return x, None if caches is None else caches | after, results
+    if caches is None and not config.sharing_layers:
+        return x, None, results
+    return x, (caches or {}) | after, results
 
 
 def _period(pattern: Sequence[int]) -> int:

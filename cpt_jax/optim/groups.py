@@ -2,18 +2,20 @@
 
 from typing import Literal
 
+from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS
+
 Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
 
-_VECTORS = ("scale", "bias", "magnitude", "a_log", "step_bias", "skip")
+_VECTORS = ("scale", "bias", "magnitude", "a_log", "step_bias", "skip", "router_scale", "expert_scale")
 
 
 def group_of(path: str) -> Group:
     """The one group of a weight: the layers' matrices, LoRA's two factors, the vocabulary's old and new rows, and the
     others (norms, biases, magnitudes, routers, the shared expert's gate)."""
     name = path.rpartition("/")[2]
-    if path in ("embed/new", "head/new"):
+    if path in NEW_ROWS:
         return "new_rows"
-    if path in ("embed/base", "head/base"):
+    if path in BASE_ROWS:
         return "old_rows"
     if name == "lora_a":
         return "lora_a"

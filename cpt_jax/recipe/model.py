@@ -20,6 +20,7 @@ from cpt_jax.models.kernels.choice import AttentionChoice, Work, kernel_for
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig, merge_lora, with_magnitudes
 from cpt_jax.models.remat import Remat
+from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS, TABLES
 from cpt_jax.sharding import hardware
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
@@ -63,7 +64,7 @@ class Model:
             raise UserError("interpolate_base needs a base with as many layers: give 0 after a stage that adds blocks")
         old, mixed = flatten(base.weights), flatten(merged.weights)
         for path, leaf in mixed.items():
-            if path not in ("embed/new", "head/new"):
+            if path not in NEW_ROWS:
                 mixed[path] = _between(leaf, old[path], share)
         return dataclasses.replace(merged, weights=unflatten(mixed))
 
@@ -137,7 +138,7 @@ class Model:
         config = dataclasses.replace(self.config, row_multiple=multiple)
         flat = flatten(self.weights)
         for path, leaf in flat.items():
-            if path.split("/")[0] in ("embed", "head"):
+            if path in BASE_ROWS + NEW_ROWS:
                 rows = config.table_rows[path.split("/")[1]]
                 flat[path] = rows_of(leaf, 0, rows, config.padded(rows))
         return dataclasses.replace(self, config=config, weights=unflatten(flat))
@@ -177,7 +178,7 @@ def load_model(directory: Path, base_rows: int | None = None) -> Model:
     config, weights, hf_config = load(directory)
     if base_rows is not None and base_rows < config.vocab_size:
         flat = flatten(weights)
-        for table in ("embed", "head"):
+        for table in TABLES:
             if (whole := flat.pop(f"{table}/base", None)) is not None:
                 new_rows = config.vocab_size - base_rows
                 flat[f"{table}/base"] = rows_of(whole, 0, base_rows, base_rows)

@@ -14,6 +14,7 @@ from cpt_jax.adapt import Embeddings
 from cpt_jax.checkpoint.hf import load, named_ids, widest
 from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.lazy import LazyArray, rows_of
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import progress, say
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
@@ -21,6 +22,7 @@ from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare
 from cpt_jax.data.sources import SkipCounts
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_documents
+from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant
 from cpt_jax.recipe.model import Model
@@ -29,7 +31,7 @@ from cpt_jax.training.program import Settings
 from cpt_jax.training.step import Controls
 from cpt_jax.vocab.distil import FrozenModel
 from cpt_jax.vocab.extend import old_segmentation
-from cpt_jax.vocab.init_rows import InitRows, RowContext, Rows
+from cpt_jax.vocab.init_rows import InitRows, RowContext, Rows, Table, mean_of
 from cpt_jax.vocab.selection import sampled
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -62,7 +64,7 @@ class Growth:
         _tell_rows(config.vocab_size, self.base.size)
         flat = flatten(weights)
         self.tables = {
-            name: _fitted(flat[f"{name}/base"], self.base.size) for name in ("embed", "head") if f"{name}/base" in flat
+            name: _fitted(name, flat[f"{name}/base"], self.base.size) for name in TABLES if f"{name}/base" in flat
         }
         self._weights = flat | {f"{name}/base": table for name, table in self.tables.items()}
         self._config = dataclasses.replace(config, vocab_size=self.base.size)
@@ -85,7 +87,8 @@ class Growth:
             model=self._frozen,
             seed=self.seed if seed is None else seed,
         )
-        return initial_rows.build({name: np.asarray(t, np.float32) for name, t in self.tables.items()}, context)
+        tables = {n: t if isinstance(t, LazyArray) else np.asarray(t, np.float32) for n, t in self.tables.items()}
+        return initial_rows.build(tables, context)
 
     def model(self, rows: NewRows) -> Model:
         """The grown model; its new rows are leaves of their own."""
@@ -130,11 +133,14 @@ def _tell_rows(rows: int, pieces: int) -> None:
         )
 
 
-def _fitted(table: np.ndarray, rows: int) -> np.ndarray:
-    """The first `rows` rows; those that the table lacks are its mean."""
+def _fitted(name: str, table: LazyArray, rows: int) -> Table:
+    """The first `rows` rows; those that the table lacks are its mean.
+
+    Of the layers' inputs, rows are read when they are asked for: E2B's are 4.7 GB, and as much again in float32 twice.
+    """
     if table.shape[0] >= rows:
-        return table[:rows]
-    mean = np.asarray(table, np.float64).mean(0).astype(table.dtype)
+        return rows_of(table, 0, rows, rows) if name == "layer_embed" else table[:rows]
+    mean = mean_of(table).astype(table.dtype)
     return np.concatenate([table, np.tile(mean, (rows - table.shape[0], 1))])
 
 

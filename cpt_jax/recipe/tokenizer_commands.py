@@ -16,6 +16,7 @@ from cpt_jax.data.holdout import HeldApart, Holdout
 from cpt_jax.data.sources import Corpus, SkipCounts, corpora_of, read, texts_of
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
+from cpt_jax.models.vocab_table import BASE_ROWS
 from cpt_jax.recipe.find import find_tokenizer
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.recipe import Vocabulary
@@ -260,6 +261,7 @@ def model_sizes(directory: Path) -> ModelSizes | None:
         say(f"curve: what a piece costs in the model is left out ({error})")
         return None
     shapes = flatten(abstract_decoder(config).shapes)
-    tables = [path for path in shapes if path in ("embed/base", "head/base")]
+    tables = [path for path in shapes if path in BASE_ROWS]
     other = sum(leaf.size for path, leaf in shapes.items() if path not in tables)
-    return ModelSizes(width=config.hidden_size, tables=len(tables), other_parameters=other)
+    row = sum(shapes[path].shape[1] for path in tables)
+    return ModelSizes(width=config.hidden_size, row=row, other_parameters=other)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import DecoderConfig, Mixer
+from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
@@ -26,22 +26,31 @@ def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor
       keys: of which all weights of the softmax are kept; 0 where a kernel keeps a number a query.
     """
     config = network.config
-    kinds = config.kind_of_layer[begins:]
-    mixers: dict[str, Mixer | None] = {kind.mixer_name: kind.mixer for kind in kinds}
+    own = config.num_layers - config.sharing_layers
+    layers = [_Layer(kind.mixer_name, kind.mixer, n >= own) for n, kind in enumerate(config.kind_of_layer)][begins:]
+    mixed = {layer: _mixed(network, layer, item, keys) for layer in layers}
     residual = _residual_bytes(config)
     # The residual stream is whole on each device.
-    each = {
-        name: residual + (_layer_bytes(network, _mixed(config, mixer, item, keys), name, item) - residual) / tensor
-        for name, mixer in mixers.items()
-    }
+    each = {layer: residual + (_layer_bytes(network, mixed[layer], layer, item) - residual) / tensor for layer in mixed}
+    # What the layers are given besides is there from the first to the last.
+    inputs = item * config.num_layers * (config.layer_input_size or 0) if layers else 0
     if config.remat is None:
-        return sum(each[kind.mixer_name] for kind in kinds)
+        return inputs + sum(each[layer] for layer in layers)
     # Of each layer what is kept, and of one all, while its gradient is computed.
-    kept = {
-        name: _bytes_with_remat(network, config.remat, _mixed(config, mixer, item, keys), name, item, tensor)
-        for name, mixer in mixers.items()
-    }
-    return sum(kept[kind.mixer_name] for kind in kinds) + max(each.values(), default=0)
+    kept = {layer: _bytes_with_remat(network, config.remat, mixed[layer], layer, item, tensor) for layer in mixed}
+    return inputs + sum(kept[layer] for layer in layers) + max(each.values(), default=0)
+
+
+class _Layer(NamedTuple):
+    """What mixes tokens in a layer, by name; whether it takes keys and values of another."""
+
+    name: str
+    mixer: Mixer | None
+    sharing: bool
+
+    def has(self, path: str) -> bool:
+        """Whether a weight of the layers may be its own, but for others' mixers."""
+        return self.sharing == (f"/{SHARING}/" in path)
 
 
 class _Mixed(NamedTuple):
@@ -52,9 +61,10 @@ class _Mixed(NamedTuple):
     products: int
 
 
-def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> _Mixed:
+def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
     """See `models.remat.recomputed`."""
-    match mixer:
+    config = network.config
+    match mixer := layer.mixer:
         case DeltaNetConfig():
             # Projections, float32 those of decay and beta; what is mixed, and with its gate as the product takes it.
             inner = mixer.channels + mixer.values
@@ -69,48 +79,57 @@ def _mixed(config: DecoderConfig, mixer: Mixer | None, item: int, keys: int) -> 
             kept = item * (inner + 2 * mixer.values) + 4 * mixer.heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + mixer.heads)
         case SideBySideConfig():
-            one, other = _mixed(config, None, item, keys), _mixed(config, mixer.mamba2, item, keys)
+            parts = (layer._replace(mixer=part) for part in (None, mixer.mamba2))
+            one, other = (_mixed(network, part, item, keys) for part in parts)
             named = {name: width + other.named.get(name, 0) for name, width in one.named.items()}
             # And what the first of the two gives; the second's is counted with other mixers'.
             return _Mixed(one.kept + other.kept, named, one.products + other.products + config.hidden_size)
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config
-    queries, groups = config.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    queries, groups = config.num_heads * sizes.head_dim, 0 if layer.sharing else sizes.num_kv_heads * sizes.head_dim
     values = 0 if isinstance(mixer, GlobalAttention) and mixer.values_are_keys else groups
     gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
     # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
     kept = item * (queries + 2 * groups + queries + gate)
     kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
-    if config.qk_norm is not None:
-        kept += 4 * (queries + groups)
-    if config.value_norm:
-        kept += 4 * values
+    # What norms are given: the products with the kernels, and those with the adapters' B.
+    adapted = [path for path in flatten(network.shapes) if path.endswith("/lora_b") and layer.has(path)]
+    normed = ({"q": queries, "k": groups} if config.qk_norm is not None else {}) | (
+        {"v": values} if config.value_norm else {}
+    )
+    for name, width in normed.items():
+        kept += 4 * width * (2 if any(path.endswith(f"/{layer.name}/{name}/lora_b") for path in adapted) else 1)
     named = {"queries": queries, "keys": groups, "values": groups, "attention_out": queries}
     return _Mixed(kept, named, queries + groups + values + gate)
 
 
-def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, name: str, item: int, tensor: int) -> float:
+def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Layer, item: int, tensor: int) -> float:
     """What a layer keeps of a token with rematerialisation: its input, and what is named."""
     config = network.config
-    named = dict.fromkeys(_MLP, _feed_forward_size(config)) | mixed.named
+    size = _feed_forward_size(config, layer)
+    named = dict.fromkeys(_MLP, size) | mixed.named
     kept = item * sum(named.get(kept, 0) for kept in remat.keep)
     if remat.products:
         # Experts' products are none of these, and that of down is only added to the stream, if a shared one's is not weighted.
-        inner = _feed_forward_size(config) * (2 if config.gated else 1)
+        inner = size * (2 if config.gated else 1)
         inner += config.hidden_size + 1 if _weighs_shared_expert(config) else 0
+        inner += 0 if config.layer_input_size is None else config.layer_input_size + config.hidden_size
         # So is that of what mixes, where it is alone.
         inner += config.hidden_size if config.feed_forward else 0
-        outputs = mixed.products + inner + sum(_ranks(network, name))
+        outputs = mixed.products + inner + sum(_ranks(network, layer))
         kept += (4 if backend() == "cpu" else item) * outputs
     return 4 * config.hidden_size + kept / tensor
 
 
-def _feed_forward_size(config: DecoderConfig) -> int:
-    """The inner width of what every token goes through besides what mixes tokens: of experts, the shared one's."""
+def _feed_forward_size(config: DecoderConfig, layer: _Layer) -> int:
+    """The inner width of what every token goes through besides what mixes tokens: of experts in its place, the shared
+    one's."""
     if not config.feed_forward:
         return 0
-    return config.intermediate_size if config.experts is None else config.experts.shared_intermediate_size or 0
+    if config.experts is not None and config.experts_name == "mlp":
+        return config.experts.shared_intermediate_size or 0
+    return (layer.sharing and config.sharing_intermediate_size) or config.intermediate_size
 
 
 def _weighs_shared_expert(config: DecoderConfig) -> bool:
@@ -118,32 +137,42 @@ def _weighs_shared_expert(config: DecoderConfig) -> bool:
     return experts is not None and experts.shared_intermediate_size is not None and experts.shared_gate
 
 
-def _ranks(network: Network, mixer: str) -> list[int]:
-    """Of the adapters of a layer that has this mixer."""
-    others = {f"/{name}/" for name in network.config.layer_mixers if name != mixer}
+def _ranks(network: Network, layer: _Layer) -> list[int]:
+    """Of the adapters of a layer."""
+    others = {f"/{name}/" for name in network.config.layer_mixers if name != layer.name}
     paths = {path: leaf for path, leaf in flatten(network.shapes).items() if path.endswith("/lora_a")}
-    return [leaf.shape[-1] for path, leaf in paths.items() if not any(other in path for other in others)]
+    return [
+        leaf.shape[-1] for path, leaf in paths.items() if layer.has(path) and not any(other in path for other in others)
+    ]
 
 
 def _residual_bytes(config: DecoderConfig) -> int:
-    """The residual stream of a token before attention and feed-forward, float32."""
-    return 4 * config.hidden_size * (1 if config.parallel_residual or not config.feed_forward else 2)
+    """The residual stream of a token before attention and feed-forward, and before what is made of the layer's own
+    input, float32."""
+    parts = (1 if config.parallel_residual or not config.feed_forward else 2) + (config.layer_input_size is not None)
+    return 4 * config.hidden_size * parts
 
 
-def _layer_bytes(network: Network, mixed: _Mixed, name: str, item: int) -> float:
+def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> float:
     """What one layer keeps of a token without rematerialisation."""
     config = network.config
     kept = _residual_bytes(config) + mixed.kept
     if config.norm_placement in ("after", "both"):
         kept += 8 * config.hidden_size
-    kept += item * _feed_forward_size(config) * (2 if config.gated else 1)
+    kept += item * _feed_forward_size(config, layer) * (2 if config.gated else 1)
+    if config.layer_input_size is not None:
+        # The gate, and what the norm behind it is given.
+        kept += item * config.layer_input_size + 4 * config.hidden_size
     if config.experts is not None:
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
-        of_expert = (20 + item) * config.intermediate_size + (4 + 2 * item) * config.hidden_size
+        of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+        if config.experts_name == "experts":
+            # What both norms behind are given, and the experts' own input.
+            kept += 4 * 3 * config.hidden_size
     if _weighs_shared_expert(config):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.
-    return kept + (4 + item) * sum(_ranks(network, name))
+    return kept + (4 + item) * sum(_ranks(network, layer))

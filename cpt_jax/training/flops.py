@@ -49,11 +49,11 @@ def token_flops(
       teacher: "average" runs the same network once more, "start" the one without adapters, over the base's vocabulary.
     """
     config = network.config
-    layers, head = _by_layer(network), _head_products(config)
+    layers, head, inputs = _by_layer(network), _head_products(config), _input_products(network)
     mixing = mixing_flops(config, sequence_length)
     paths = flatten(network.shapes)
     begins = first_to_train(network, trains)
-    forward = sum(sum(layer.values()) for layer in layers) + sum(mixing) + sum(head.values())
+    forward = sum(sum(layer.values()) for layer in [inputs, *layers]) + sum(mixing) + sum(head.values())
     # A layer below which, and in which, nothing trains has no backward pass.
     activations = sum(
         sum(layer.values()) + 2 * mixed
@@ -62,7 +62,9 @@ def token_flops(
     )
     if any(trains(path) for path in paths if not path.startswith(f"{head_path(config)}/")) or begins < len(layers):
         activations += sum(head.values())
-    products = [head, *layers]
+    if any(trains(path) for path in paths if path.startswith("embed/")):
+        activations += sum(inputs.values())
+    products = [head, inputs, *layers]
     weights = sum(flops for layer in products for path, flops in layer.items() if trains(path))
     taught = 0.0
     if teacher is not None:
@@ -70,7 +72,7 @@ def token_flops(
         parts = (
             head if teacher == "average" else {path: flops for path, flops in head.items() if path.endswith("/base")}
         )
-        taught = sum(sum(layer.values()) for layer in _by_layer(base)) + sum(mixing) + sum(parts.values())
+        taught = sum(sum(layer.values()) for layer in [inputs, *_by_layer(base)]) + sum(mixing) + sum(parts.values())
     return TokenFlops(forward, activations, weights, taught)
 
 
@@ -95,6 +97,14 @@ def _by_layer(network: Network) -> list[dict[str, float]]:
 
 def _head_products(config: DecoderConfig) -> dict[str, float]:
     return {f"{head_path(config)}/{name}": 2.0 * rows * config.hidden_size for name, rows in config.table_rows.items()}
+
+
+def _input_products(network: Network) -> dict[str, float]:
+    """What makes the layers' own inputs."""
+    products = {
+        path: leaf for path, leaf in flatten(network.shapes).items() if path == "layer_inputs/projection/kernel"
+    }
+    return {path: 2.0 * leaf.size for path, leaf in products.items()}
 
 
 def mixing_flops(config: DecoderConfig, length: int) -> list[float]:
@@ -133,9 +143,9 @@ def _state_flops(mixer: Mixer | None) -> float:
 
 def first_to_train(network: Network, trains: Callable[[str], bool]) -> int:
     """The number of the first layer that needs a backward pass: of the first that has a weight that trains, or 0 where
-    the input's table does."""
+    the inputs' tables do."""
     config, paths = network.config, list(flatten(network.shapes))
-    if any(trains(path) for path in paths if path.startswith("embed/")):
+    if any(trains(path) for path in paths if path.startswith(("embed/", "layer_embed/", "layer_inputs/"))):
         return 0
     groups = [(f"layers/{name}/", count) for name, count in config.layer_groups] or [("layers/", config.num_layers)]
     first = 0

@@ -63,11 +63,11 @@ def speed(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What a vocabulary costs in a model: one row has `width` numbers in each of `tables` tables; the rest of a
+    """What a vocabulary costs in a model: one row has `row` numbers in all tables, `width` in the head's; the rest of a
     forward pass takes 2 FLOPs for each of `other_parameters` a token (Kaplan et al. 2020, arXiv 2001.08361)."""
 
     width: int
-    tables: int
+    row: int
     other_parameters: int
 
 
@@ -107,7 +107,7 @@ def _cost(model: ModelSizes | None, rows: int, size: int, rate: float) -> dict:
         return {}
     logits, other = 2 * rows * model.width, 2 * model.other_parameters
     return {
-        "parameters": size * model.width * model.tables,
+        "parameters": size * model.row,
         "logit_share": logits / (logits + other),
         "flops_per_character": rate * (logits + other),
     }

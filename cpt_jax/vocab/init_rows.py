@@ -1,8 +1,8 @@
-"""What the new rows start from, in the input table and, where it is not tied, the output table. Old rows are not
-touched."""
+"""What the new rows start from, in the input table and, where it is not tied, the output table; and in that of the
+layers' inputs, where there is one. Old rows are not touched."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.lazy import LazyArray
 from cpt_jax.vocab.distil import FrozenModel, distilled_rows
 from cpt_jax.vocab.static import static_vectors, word_vectors
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -18,7 +19,9 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 ROWS_AT_ONCE = 256
 
 Rows = Float[np.ndarray, "N D"]
-Tables = dict[str, Float[np.ndarray, "V D"]]
+# A large one is read where it is needed.
+Table = Float[np.ndarray, "V D"] | LazyArray
+Tables = Mapping[str, Table]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Mean:
     """The mean of the whole table, for every new piece (Hewitt 2021, "Initializing new word embeddings")."""
 
     def build(self, tables: Tables, context: RowContext) -> dict[str, Rows]:
-        means = {name: table.mean(0, dtype=np.float64).astype(np.float32) for name, table in tables.items()}
+        means = {name: mean_of(table).astype(np.float32) for name, table in tables.items()}
         return {name: np.tile(mean, (len(context.pieces), 1)) for name, mean in means.items()}
 
 
@@ -91,7 +94,7 @@ class Random:
         generator = np.random.default_rng(context.seed)
         rows = {}
         for name, table in tables.items():
-            mean = table.mean(0, dtype=np.float64)
+            mean = mean_of(table)
             covariance = _covariance(table, mean)
             drawn = generator.multivariate_normal(mean, covariance, size=len(context.pieces), method="cholesky")
             rows[name] = drawn.astype(np.float32)
@@ -208,11 +211,22 @@ NAMED_ROWS: dict[str, InitRows] = {
 NEEDS_TEXT = (Focus, Wechsel, Distilled)
 
 
-def _covariance(table: np.ndarray, mean: np.ndarray) -> Float[np.ndarray, "D D"]:
+def mean_of(table: Table) -> Float[np.ndarray, "D"]:
+    """The mean row, summed in float64, in parts."""
+    return np.sum([part.sum(0) for part in _parts_of(table)], axis=0) / len(table)
+
+
+def _parts_of(table: Table) -> Iterator[Float[np.ndarray, "N D"]]:
+    """Rows in float64, some at a time."""
+    for start in range(0, len(table), 4096):
+        yield np.asarray(table[start : start + 4096], np.float64)
+
+
+def _covariance(table: Table, mean: np.ndarray) -> Float[np.ndarray, "D D"]:
     """In parts: numpy's would hold the table in float64 twice, 10 GB for 150,000 rows of 4,096."""
     products = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(table), 4096):
-        apart = table[start : start + 4096] - mean
+    for part in _parts_of(table):
+        apart = part - mean
         products += apart.T @ apart
     return products / (len(table) - 1)
 

@@ -20,6 +20,7 @@ from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import PREFIXES
+from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.recipe.model import load_model
 
 ROWS = 64
@@ -52,7 +53,12 @@ GEMMA_4_SIGHT = SIGHT | dict(head_dim=8, num_key_value_heads=2, patch_size=14, p
 CONFIGS = {
     "gemma3": dict(text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4, image_token_index=3),
     "gemma4": dict(
-        text_config=GEMMA_4 | dict(hidden_size_per_layer_input=0), vision_config=GEMMA_4_SIGHT, image_token_id=3
+        # As E2B: of four layers the last two have no keys and values.
+        text_config=GEMMA_4
+        | dict(hidden_size_per_layer_input=4, vocab_size_per_layer_input=ROWS, num_hidden_layers=4)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2),
+        vision_config=GEMMA_4_SIGHT,
+        image_token_id=3,
     ),
     "gemma4_unified": dict(
         text_config=GEMMA_4,
@@ -158,7 +164,11 @@ def test_a_grown_text_model_goes_back_among_what_it_was_in(model_type, models, t
 
     config, weights, raw = load(directory)
     flat = flatten(weights)
-    tables = {f"{name}/new": np.ones((5, 32), np.float32) for name in ("embed", "head") if f"{name}/base" in flat}
+    tables = {
+        f"{name}/new": np.ones((5, flat[f"{name}/base"].shape[1]), np.float32)
+        for name in TABLES
+        if f"{name}/base" in flat
+    }
     grown = dataclasses.replace(config, new_rows=5)
     save(tmp_path / "out", grown, unflatten(flat | tables), raw, directory, origin=directory, shard_bytes=20_000)
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"size": 28}

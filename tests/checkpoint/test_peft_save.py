@@ -15,6 +15,7 @@ from cpt_jax.checkpoint.peft.config import read_peft_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.linear import LINEARS, PATHS, LoRAConfig
+from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.recipe.model import load_model
 
 pytestmark = [
@@ -66,6 +67,12 @@ FAMILIES = {
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
+    "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),
+    "gemma4_text, shared keys, all there are": (
+        "gemma4_text",
+        "inputs of layers, shared keys, double width",
+        ("layers/*",),
+    ),
 }
 
 
@@ -76,7 +83,7 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
     model, paths = trained(base, LoRAConfig(rank=3, alpha=4.5, targets=targets))
     held = saved(model, paths, tmp_path / "adapter", tmp_path / "base")
     assert set(held.values()) == {"rows"}
-    assert len(held) == 2 - model.config.tie_word_embeddings
+    assert len(held) == sum(f"{table}/new" in paths for table in TABLES)
     expected = ours(model.config, model.weights, model.lora)
     found = theirs(tmp_path / "base", tmp_path / "adapter")
     # A head that linear attention leaves near zero is scaled up by its norm, rounding errors too.

@@ -47,6 +47,10 @@ FALCON_H1 |= dict(attention_in_multiplier=1.2, attention_out_multiplier=0.9, ssm
 FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0.7])
 NEMOTRON_H = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, conv_kernel=3, head_dim=8)
 NEMOTRON_H |= dict(layer_norm_epsilon=1e-5)
+GEMMA_4_SMALL = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=6, vocab_size_per_layer_input=64, sliding_window=6)
+GEMMA_4_SMALL |= dict(num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True)
+GEMMA_4_SMALL |= dict(layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2)
+GEMMA_4_SMALL |= dict(final_logit_softcapping=4.0)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
@@ -139,6 +143,25 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | GEMMA_4
         | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=6)
         | dict(per_layer_config={"1": dict(head_dim=12), "2": dict(head_dim=12)}),
+        # As E2B, whose last layers share keys and values.
+        "inputs of layers, shared keys, double width": TIED | GEMMA_4_SMALL,
+        # As 26B-A4B.
+        "experts beside the feed-forward": TIED
+        | GEMMA_4
+        | dict(num_hidden_layers=2, sliding_window=6, attention_k_eq_v=True, enable_moe_block=True)
+        | dict(layer_types=["sliding_attention", "full_attention"])
+        | dict(num_experts=4, top_k_experts=2, moe_intermediate_size=20),
+        "untied, inputs of layers": UNTIED
+        | GEMMA_4_UNIFIED
+        | dict(hidden_size_per_layer_input=5, vocab_size_per_layer_input=64)
+        | dict(num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        # Without inputs transformers cannot compute it.
+        "shared keys, not periodic, values are keys, biases": TIED
+        | GEMMA_4_SMALL
+        | dict(sliding_window=5, num_kv_shared_layers=3, attention_k_eq_v=True, use_double_wide_mlp=False)
+        | dict(
+            attention_bias=True, layer_types=[*ALTERNATING, "full_attention", "sliding_attention", "full_attention"]
+        ),
     },
     "gemma4_unified_text": {
         "as released": TIED

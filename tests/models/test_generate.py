@@ -77,6 +77,7 @@ FAMILIES = [
     ("granitemoehybrid", "as released"),
     ("falcon_h1", "as released"),
     ("nemotron_h", "as released"),
+    ("gemma4_text", "inputs of layers, shared keys, double width"),
 ]
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_leave_as_an_adapter_is_told_before_it_is_trained(tmp_path, 
     ]
     given = dataclasses.replace(given, stages=tuple(stages), export=Export(adapter=True))
     with pytest.raises(
-        UserError, match="an adapter cannot hold 7 .*'layers/attention/k/kernel'.*export the whole model"
+        UserError, match=r"an adapter cannot hold 7 .*'layers/attention/k/kernel'.*export the whole model"
     ):
         run(given, Path("run"))
     assert not Path("run/stages").exists()

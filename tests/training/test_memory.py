@@ -59,7 +59,11 @@ def kept_by_layers(config, method, compute) -> int:
     kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
     for loop in loops:
         periods = config.num_layers // max(1, len(config.layer_kinds))
-        of_layers = loop.params["length"] in (config.num_layers, periods, *dict(config.layer_groups).values())
+        groups = dict(config.layer_groups).values() or (
+            config.num_layers - config.sharing_layers,
+            config.sharing_layers,
+        )
+        of_layers = loop.params["length"] in (config.num_layers, periods, *groups)
         if of_layers and not loop.params["reverse"]:
             # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
             inner = loop.params["jaxpr"].out_avals
@@ -95,6 +99,9 @@ SIDE_BY_SIDE = LayerKind(rope=Rope(theta=1e4, dim=16), mixer=SideBySideConfig(ma
 ALONE = LayerKind(rope=None, mixer=LoneFeedForwardConfig())
 ONE_OR_THE_OTHER = dict(layer_kinds=(*HYBRID_KINDS[:2], ALONE), layer_pattern=(0, 1, 2) * 2)
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
+SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_intermediate_size=512, layer_input_size=16)
+SHARING |= dict(norm_placement="both")
+BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128), norm_placement="both")
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
@@ -108,6 +115,10 @@ KINDS = {
     "every mixer, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
     "a shared expert without a gate": (dict(experts=dataclasses.replace(SHARED, shared_gate=False)), Full()),
+    "experts beside a feed-forward": (BESIDE, Full()),
+    # Two layers with keys and values of their own, four without.
+    "shared keys, inputs of layers": (SHARING, Full()),
+    "shared keys, inputs of layers, with adapters": (SHARING, LoRA(rank=4, alpha=8)),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 

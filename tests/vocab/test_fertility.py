@@ -79,7 +79,7 @@ def test_the_last_point_is_all_that_the_text_gives(bases):
 
 
 def test_a_point_costs_what_its_rows_cost(bases):
-    base, model = Tokenizer(bases["gpt2"]), ModelSizes(width=64, tables=2, other_parameters=100_000)
+    base, model = Tokenizer(bases["gpt2"]), ModelSizes(width=64, row=128, other_parameters=100_000)
     found = curve(base, ContinuedBPE(new_tokens=1), HELD, [], HELD, (10, 20), model)
     for point in found["points"]:
         logits = 2 * 64 * (base.size + point["new_tokens"])

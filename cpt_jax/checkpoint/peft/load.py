@@ -45,7 +45,7 @@ class TrainedRows:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
     """What an adapter changes in its base: low-rank factors and magnitudes (paths like "layers/attention/q/lora_a"),
-    rows of the tables "embed" and "head", and norms, all float32. `base` is where it says that its base is."""
+    rows of vocabulary tables ("embed", "head"), and norms, all float32. `base` is where it says that its base is."""
 
     lora: LoRAConfig | None
     factors: Tree
@@ -101,8 +101,11 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
         shapes |= {f"{keys[module]}{MAGNITUDE}": (module.outputs,) for module in adapted}
     norms, norm_entries = asked_norms(config, hf_config, settings.whole_modules)
     tables = _vocabulary(directory, config, hf_config, settings, tensors, norm_entries)
-    shapes |= {key: (len(ids), config.hidden_size) for key, (_, ids) in tables.items()}
     widths = flatten(abstract_decoder(config).shapes)
+    shapes |= {
+        key: (len(ids), config.hidden_size if table == "head" else widths[f"{table}/base"].shape[1])
+        for key, (table, ids) in tables.items()
+    }
     shapes |= {name: (widths[place.path].shape[-1],) for name, place in norms.items()}
     if not shapes:
         raise UserError(f"{directory / FILE} has target_modules={settings.targets!r}, which this base does not have")
@@ -224,9 +227,9 @@ def _untied(
     Raises:
       UserError: the adapter's head is another than its embedding, and the base's is not.
     """
-    if not (config.tie_word_embeddings and rows):
-        return rows
     embed, head = rows.get("embed"), rows.get("head")
+    if not config.tie_word_embeddings or (embed is None and head is None):
+        return rows
     whole = embed is not None and len(embed.ids) == config.total_rows
     # Trained as a copy of its own, the embedding leaves the head behind.
     alone = whole and head is None and bool(settings.whole_modules) and not settings.ties
@@ -237,7 +240,7 @@ def _untied(
         raise UserError(
             f"{directory} has a head that is not its embedding, while the base has tie_word_embeddings=true: untie the base, or train with ensure_weight_tying=True"
         )
-    return {"embed": embed}
+    return {table: each for table, each in rows.items() if table != "head"}
 
 
 def _assembled(

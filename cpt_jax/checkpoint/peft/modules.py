@@ -15,6 +15,7 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.schema import Place, Rows
+from cpt_jax.models.vocab_table import TABLES
 
 # Of tensors' names in a file, and of the file.
 PREFIX = "base_model.model."
@@ -86,8 +87,9 @@ class Module:
 def vocabulary_modules(config: DecoderConfig, hf_config: dict) -> dict[str, str]:
     """The module of each of our tables, as transformers 5 names them: it calls every family's head lm_head."""
     family = family_for(hf_config)
-    embed = next(name for name, places in family.weight_names(config).items() if places[0].path == "embed")
-    return {"embed": in_memory(family, embed.removesuffix(".weight")), "head": "lm_head"}
+    names = family.weight_names(config)
+    tables = {p[0].path: name.removesuffix(".weight") for name, p in names.items() if p[0].path in TABLES}
+    return {path: in_memory(family, name) for path, name in tables.items()} | {"head": "lm_head"}
 
 
 def in_memory(family: Any, name: str) -> str:
@@ -118,14 +120,15 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The parameters in which transformers 5 holds the experts of a layer."""
     if config.experts is None:
         return []
-    width, inner, count = config.hidden_size, config.intermediate_size, config.experts.count
+    width, inner, count = config.hidden_size, config.expert_size, config.experts.count
     family = family_for(hf_config)
-    found, outer, block = [], getattr(family, "prefix", "model."), getattr(family, "EXPERTS", "mlp.experts")
+    found, outer, path = [], getattr(family, "prefix", "model."), f"layers/{config.experts_name}"
+    name = getattr(family, "EXPERTS", "mlp.experts" if config.experts_name == "mlp" else "experts")
     for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.{block}"
-        gate = Place("layers/mlp/gate", index, True, Rows(2 * inner, 0, inner))
-        up = Place("layers/mlp/up", index, True, Rows(2 * inner, inner, 2 * inner))
-        down = Place("layers/mlp/down", index, True)
+        index, prefix = (layer,), f"{outer}layers.{layer}.{name}"
+        gate = Place(f"{path}/gate", index, True, Rows(2 * inner, 0, inner))
+        up = Place(f"{path}/up", index, True, Rows(2 * inner, inner, 2 * inner))
+        down = Place(f"{path}/down", index, True)
         found += [
             Module(name=f"{prefix}.gate_up_proj", parts=(gate, up), inputs=width, outputs=2 * inner, experts=count),
             Module(name=f"{prefix}.down_proj", parts=(down,), inputs=inner, outputs=width, experts=count),

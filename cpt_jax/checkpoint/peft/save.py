@@ -35,6 +35,7 @@ from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite
 from cpt_jax.models.families.schema import Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
+from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS, TABLES
 
 Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -155,12 +156,12 @@ def _last(name: str) -> str:
 def _trained_tables(trained: Iterable[str]) -> dict[str, Held]:
     """How each table that was trained goes into an adapter."""
     paths = sorted(trained)
-    if other := [path for path in paths if path.split("/")[0] not in ("embed", "head")]:
+    if other := [path for path in paths if path not in BASE_ROWS + NEW_ROWS]:
         raise UserError(
             f"an adapter cannot hold {len(other)} of the trained weights, {other[0]!r} first: export the whole model, or train LoRA, vocabulary rows and all norms only"
         )
     found: dict[str, Held] = {}
-    for table in ("embed", "head"):
+    for table in TABLES:
         if f"{table}/base" in paths:
             found[table] = "whole"
         elif f"{table}/new" in paths:
@@ -223,7 +224,7 @@ def _target(module: Module) -> tuple[str, bool]:
     """(the name that targets it in all layers, and nothing else; whether that is a parameter)."""
     parts = module.name.split(".")
     if module.experts is not None:
-        return ".".join(parts[-3:]), True
+        return ".".join(parts[-3:] if "mlp" in parts else parts[-2:]), True
     # Patterns of ranks compare the ends of names, and the chosen experts' have the same.
     return ".".join(parts[-2:] if "shared_expert" in parts else parts[-1:]), False
 
@@ -272,7 +273,7 @@ def _vocabulary_part(
             continue
         fields["modules_to_save"] = [*fields.get("modules_to_save", []), name]
         tensors[f"{PREFIX}{modules[table]}.weight"] = values
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and table == "embed":
             # PEFT keeps a tied head tied if it is told to, and yet wants to read it.
             fields["ensure_weight_tying"] = True
             tensors[f"{PREFIX}{modules['head']}.weight"] = values.copy()

@@ -81,8 +81,9 @@ _FILES = (
     starcoder2,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
-# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT refuses; and BESIDE, how tensors begin that
-# go along as they are.
+# MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT
+# refuses; BESIDE (or `unread(config)`), how tensors begin that go along as they are; and STACKED, where its experts always
+# lie in stacks.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

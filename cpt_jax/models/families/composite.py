@@ -69,10 +69,12 @@ class Composite:
         found = (prefix for prefix in (self.prefix, _FILES, _PLAIN) if prefix + _EMBEDDING in tensors)
         return next(found, self.prefix)
 
-    def beside(self, tensors: Collection[str]) -> list[str]:
-        """The tensors that are not the text model's."""
+    def beside(self, tensors: Collection[str], config: DecoderConfig) -> list[str]:
+        """The tensors that are not the text model's, and those that it has and nobody reads."""
         prefix = self._prefix_in(tensors)
-        return [name for name in tensors if not (name.startswith(prefix) or name.endswith(_HEAD))]
+        unread = tuple(prefix + name.removeprefix(_PLAIN) for name in beginnings_beside(self.text, config))
+        others = [name for name in tensors if not (name.startswith(prefix) or name.endswith(_HEAD))]
+        return others + [name for name in tensors if name.startswith(prefix) and name.startswith(unread)]
 
     def _names(self, prefix: str, config: DecoderConfig) -> schema.Names:
         head = f"language_model.{_HEAD}" if prefix == _FILES else _HEAD
@@ -80,6 +82,11 @@ class Composite:
             head if name == _HEAD else prefix + name.removeprefix(_PLAIN): places
             for name, places in self.text.weight_names(config).items()
         }
+
+
+def beginnings_beside(family: ModuleType, config: DecoderConfig) -> tuple[str, ...]:
+    """How the tensors of a family's files begin that go along as they are."""
+    return getattr(family, "BESIDE", ()) + (family.unread(config) if hasattr(family, "unread") else ())
 
 
 def auto_class(raw: dict) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import DecoderConfig, Mixer
+from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
 from cpt_jax.models.side_by_side import SideBySideConfig
@@ -173,16 +173,22 @@ def outer_names(config: DecoderConfig) -> Names:
     return names if config.tie_word_embeddings else names | {"lm_head.weight": (Place("head"),)}
 
 
+def stack_of(config: DecoderConfig, layer: int, part: str) -> tuple[str, int]:
+    """(the path of a part of a layer, the layer's number in the stack that it is)."""
+    path = f"{SHARING}/{part}" if layer >= config.num_layers - config.sharing_layers else part
+    return f"layers/{path}", config.layers_with(path).index(layer)
+
+
 def attention_names(config: DecoderConfig, layer: int) -> Names:
     """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
     has a gate."""
-    kind = config.kind_of_layer[layer]
-    prefix, path, (head, _) = f"model.layers.{layer}.self_attn", f"layers/{kind.mixer_name}", config.heads_of(kind)
+    kind, sharing = config.kind_of_layer[layer], layer >= config.num_layers - config.sharing_layers
+    prefix, (head, _) = f"model.layers.{layer}.self_attn", config.heads_of(kind)
+    path, number = stack_of(config, layer, kind.mixer_name)
     if isinstance(kind.mixer, SideBySideConfig):
         path += "/attention"
-    names, number = {}, config.layers_with(kind.mixer_name).index(layer)
-    shared = isinstance(kind.mixer, GlobalAttention) and kind.mixer.values_are_keys
-    for name in ("q", "k", "o") if shared else ("q", "k", "v", "o"):
+    same, names = isinstance(kind.mixer, GlobalAttention) and kind.mixer.values_are_keys, {}
+    for name in "qo" if sharing else "qko" if same else "qkvo":
         bias = config.attention_out_bias if name == "o" else config.qkv_bias
         if name == "q" and config.attention_gate == "channel":
             parts = {f"{path}/q": Rows(2 * head, 0, head), f"{path}/gate": Rows(2 * head, head, 2 * head)}
@@ -192,16 +198,18 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     if config.attention_gate == "head":
         names |= linear(f"{prefix}.gate_proj", f"{path}/gate", number, False)
     if config.qk_norm is not None:
-        names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in "qk"}
+        normed = "q" if sharing else "qk"
+        names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in normed}
     return names
 
 
 def mlp_names(config: DecoderConfig, layer: int, matrices: Mapping[str, str]) -> Names:
     """The feed-forward; without a gate, if the model has none."""
     names: Names = {}
+    path, number = stack_of(config, layer, "mlp")
     for ours, hf in matrices.items():
         if ours != "gate" or config.gated:
-            names |= linear(f"model.layers.{layer}.mlp.{hf}", f"layers/mlp/{ours}", layer, config.mlp_bias)
+            names |= linear(f"model.layers.{layer}.mlp.{hf}", f"{path}/{ours}", number, config.mlp_bias)
     return names
 
 
@@ -224,7 +232,8 @@ def norm_names(config: DecoderConfig, layer: int, norms: Mapping[str, str]) -> N
     """The norms of hidden states within a block."""
     names: Names = {}
     for ours, hf in norms.items():
-        names |= norm_name(config, f"model.layers.{layer}.{hf}", f"layers/{ours}", (layer,))
+        path, number = stack_of(config, layer, ours)
+        names |= norm_name(config, f"model.layers.{layer}.{hf}", path, (number,))
     return names
 
 
@@ -248,14 +257,21 @@ def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mappi
     assert config.experts is not None
     prefix = f"model.layers.{layer}.{block}"
     names: Names = {f"{prefix}.gate.weight": (Place("layers/mlp/router", (layer,), True),)}
-    for expert in range(config.experts.count):
-        for ours, hf in matrices.items():
-            place = Place(f"layers/mlp/{ours}/kernel", (layer, expert), True)
-            names[f"{prefix}.experts.{expert}.{hf}.weight"] = (place,)
+    names |= each_expert(config, layer, f"{prefix}.experts", "layers/mlp", matrices)
     if config.experts.shared_intermediate_size is not None:
         names |= linear(f"{prefix}.shared_expert_gate", "layers/mlp/shared_gate", layer, False)
         for ours, hf in matrices.items():
             names |= linear(f"{prefix}.shared_expert.{hf}", f"layers/mlp/shared/{ours}", layer, config.mlp_bias)
+    return names
+
+
+def each_expert(config: DecoderConfig, layer: int, prefix: str, path: str, matrices: Mapping[str, str]) -> Names:
+    """The experts of a layer, one by one."""
+    assert config.experts is not None
+    names: Names = {}
+    for expert in range(config.experts.count):
+        for ours, hf in matrices.items():
+            names[f"{prefix}.{expert}.{hf}.weight"] = (Place(f"{path}/{ours}/kernel", (layer, expert), True),)
     return names
 
 
