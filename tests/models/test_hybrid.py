@@ -51,11 +51,11 @@ def hybrid(pattern="periodic", **changes):
     return tiny_config(**kinds | dict(qk_norm="head", attention="xla") | changes)
 
 
-# Two periods.
+# One period.
 MIXTURE = hybrid(
     layer_kinds=KINDS[:2],
-    layer_pattern=(0, 1, 0, 1),
-    num_layers=4,
+    layer_pattern=(0, 1),
+    num_layers=2,
     experts=ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1, shared_intermediate_size=24),
 )
 
