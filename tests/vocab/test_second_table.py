@@ -12,7 +12,7 @@ from method_inputs import TOKENS, forward
 from row_inputs import NEW, TEXTS
 from safetensors.numpy import load_file, save_file
 
-from cpt_jax.adapt import LoRA
+from cpt_jax.adapt import Embeddings, Full, LoRA
 from cpt_jax.checkpoint.hf_write import TOKENIZER_FILES, save
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.tree import flatten, partition
@@ -90,6 +90,25 @@ def test_it_grows_trains_and_goes_back_with_the_first(base, grown, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(forward(moved, tokens=tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        (Embeddings(), {"new"}),
+        (Embeddings(rows="all"), {"base", "new"}),
+        (LoRA(), {"new"}),
+        (LoRA(new_rows=False), set()),
+        (Full(), {"base", "new"}),
+    ],
+    ids=str,
+)
+def test_what_trains_rows_trains_those_of_both(method, parts):
+    for table in TABLES:
+        assert {part for part in ("base", "new") if method.trains(f"{table}/{part}")} == parts
+    # It belongs to the input, not to the head.
+    assert Embeddings(tables="input").trains("layer_embed/new")
+    assert not Embeddings(tables="output").trains("layer_embed/new")
 
 
 def test_it_has_its_own_rows_of_every_kind(base, grown):
