@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -35,15 +35,15 @@ def inputs(batch: int, length: int, heads: tuple[int, int], head_dim: int) -> li
     return [x.astype(np.float32) for x in (q, k, v, log_decay, generator.uniform(size=v.shape[:-1]))]
 
 
-def ours(arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], float]:
+def ours(rule: Callable, arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], float]:
     """(a call that gives result and gradients where they were computed, temporaries in MiB)."""
     placed = [jnp.asarray(x) for x in arrays]
 
     def summed(*x):
-        mixed, _ = gated_delta_rule(*x, Visible(None), jnp.dtype(compute))
+        mixed, _ = rule(*x, Visible(None), jnp.dtype(compute))
         return jnp.sum(jnp.square(mixed)), mixed
 
-    function = jax.jit(jax.value_and_grad(summed, argnums=range(5), has_aux=True)).lower(*placed).compile()
+    function = jax.jit(jax.value_and_grad(summed, argnums=range(len(placed)), has_aux=True)).lower(*placed).compile()
 
     def call() -> list:
         (_, mixed), gradients = jax.block_until_ready(function(*placed))
@@ -80,19 +80,13 @@ def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
     return call
 
 
-def compared(length: int, arguments: argparse.Namespace) -> list[dict]:
-    """A row of figures for each program, which take turns."""
-    arrays = inputs(arguments.batch, length, tuple(arguments.heads), arguments.head_dim)
-    programs, temporaries = {"torch float32": theirs(arrays)}, {}
-    for compute in ("float32", "bfloat16"):
-        programs[f"cpt_jax {compute}"], temporaries[f"cpt_jax {compute}"] = ours(arrays, compute)
-    return taking_turns(programs, temporaries, length, arguments.repeats)
-
-
-def taking_turns(
-    programs: Mapping[str, Callable[[], list]], temporaries: Mapping[str, float], length: int, repeats: int
+def compared(
+    rule: Callable, theirs: Callable[[], list], arrays: list[np.ndarray], length: int, repeats: int
 ) -> list[dict]:
-    """A row of figures for each program; one is "torch float32"."""
+    """A row of figures for each program, which take turns: torch's, and `rule` in both types."""
+    programs, temporaries = {"torch float32": theirs}, {}
+    for compute in ("float32", "bfloat16"):
+        programs[f"cpt_jax {compute}"], temporaries[f"cpt_jax {compute}"] = ours(rule, arrays, compute)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     results = {}
     for _ in range(repeats + 1):
@@ -121,7 +115,11 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    written("delta_rule", arguments, [row for length in arguments.lengths for row in compared(length, arguments)])
+    results = []
+    for length in arguments.lengths:
+        arrays = inputs(arguments.batch, length, tuple(arguments.heads), arguments.head_dim)
+        results += compared(gated_delta_rule, theirs(arrays), arrays, length, arguments.repeats)
+    written("delta_rule", arguments, results)
 
 
 def written(name: str, arguments: argparse.Namespace, results: list[dict]) -> None:

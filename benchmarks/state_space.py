@@ -11,12 +11,9 @@ benchmarks/results/state_space-<device>.json.
 import argparse
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.delta_rule import taking_turns, written
-from cpt_jax.models.kernels.visible import Visible
+from benchmarks.delta_rule import compared, written
 from cpt_jax.models.state_space import state_space
 
 
@@ -27,23 +24,6 @@ def inputs(batch: int, length: int, heads: int, head_dim: int, state_size: int) 
     v = generator.normal(size=(batch, length, 1, heads, head_dim))
     # Steps that torch may divide by.
     return [x.astype(np.float32) for x in (q, k, v, -0.01 - generator.exponential(0.1, v.shape[:-1]))]
-
-
-def ours(arrays: list[np.ndarray], compute: str) -> tuple[Callable[[], list], float]:
-    """(a call that gives result and gradients where they were computed, temporaries in MiB)."""
-    placed = [jnp.asarray(x) for x in arrays]
-
-    def summed(*x):
-        mixed, _ = state_space(*x, Visible(None), jnp.dtype(compute))
-        return jnp.sum(jnp.square(mixed)), mixed
-
-    function = jax.jit(jax.value_and_grad(summed, argnums=range(4), has_aux=True)).lower(*placed).compile()
-
-    def call() -> list:
-        (_, mixed), gradients = jax.block_until_ready(function(*placed))
-        return [mixed, *gradients]
-
-    return call, function.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
@@ -69,15 +49,6 @@ def theirs(arrays: list[np.ndarray]) -> Callable[[], list]:
     return call
 
 
-def compared(length: int, arguments: argparse.Namespace) -> list[dict]:
-    """A row of figures for each program, which take turns."""
-    arrays = inputs(arguments.batch, length, arguments.heads, arguments.head_dim, arguments.state_size)
-    programs, temporaries = {"torch float32": theirs(arrays)}, {}
-    for compute in ("float32", "bfloat16"):
-        programs[f"cpt_jax {compute}"], temporaries[f"cpt_jax {compute}"] = ours(arrays, compute)
-    return taking_turns(programs, temporaries, length, arguments.repeats)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
@@ -87,7 +58,11 @@ def main() -> None:
     parser.add_argument("--state-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    written("state_space", arguments, [row for length in arguments.lengths for row in compared(length, arguments)])
+    results = []
+    for length in arguments.lengths:
+        arrays = inputs(arguments.batch, length, arguments.heads, arguments.head_dim, arguments.state_size)
+        results += compared(state_space, theirs(arrays), arrays, length, arguments.repeats)
+    written("state_space", arguments, results)
 
 
 if __name__ == "__main__":
