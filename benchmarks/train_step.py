@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.shapes import MODELS, model_directory, peak_resident
+from cpt_jax.core import huge_pages
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 
@@ -209,7 +210,9 @@ def child(arguments: list[str]) -> dict | str:
     command = [sys.executable, "-m", "benchmarks.train_step", "--one", *arguments]
     # One pool, as JAX has by itself: in regions that grow as needed, 1B in full did not find 28 GB in one piece of an H100's 80.
     pool = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | pool)
+    # As `cpt` has it; torch has the same.
+    pages = huge_pages.environment()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | pool | pages)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return (done.stderr.strip().splitlines() or ["no output"])[-1][:300]

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from cpt_jax.cli.arguments import nearly_a_flag
 from cpt_jax.cli.parser import parser
+from cpt_jax.core import huge_pages
 from cpt_jax.core.errors import TRY_AGAIN, Preempted, UserError
 
 # What a file system says to a place that is wrong, not to a mistake of ours.
@@ -25,6 +26,8 @@ def _fail(message: str, status: int, debug: bool) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `cpt`."""
+    if argv is None:
+        huge_pages.start_again()
     commands = parser()
     arguments, rest = commands.parse_known_args(argv)
     if rest and not arguments.takes_overrides:
