@@ -21,7 +21,6 @@ import numpy as np
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import decode_record, prepare, read_manifest
-from cpt_jax.data.sources import SkipCounts
 
 RESULTS = Path(__file__).parent / "results"
 STATUTES = Path(".cache/quickstart/statutes.jsonl")
@@ -59,9 +58,9 @@ def prepared(root: Path) -> dict[str, Path]:
     """Short articles (real statutes, several times, so that a run reads new ones) and long documents."""
     statutes = [json.loads(line)["text"] for line in STATUTES.read_text().splitlines()]
     times = -(-100_000 // len(statutes))
-    prepare("short", (text for _ in range(times) for text in statutes), SkipCounts(), Pairs(), root / "short")
+    prepare("short", (text for _ in range(times) for text in statutes), Pairs(), root / "short")
     lengths = np.random.default_rng(1).lognormal(np.log(4000) - 0.5, 1.0, 4000).astype(int) + 1
-    prepare("long", map(str, lengths), SkipCounts(), Drawn(), root / "long")
+    prepare("long", map(str, lengths), Drawn(), root / "long")
     return {name: root / name for name in ("short", "long")}
 
 

@@ -26,7 +26,6 @@ from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.data.holdout import HeldApart
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import SkipCounts
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_documents
 from cpt_jax.models.quantised import quantise
 from cpt_jax.optim.optimizer import AdamW
@@ -110,7 +109,7 @@ def main() -> None:
         parts = {d.name: HeldApart(d.corpus, d.heldout, root) for d in recipe.domains}
         texts = {name: parts[name].measured()[:16] for name in ("statutes", "english")}
         packed = {name: pack_documents(tokenizer, documents, 512) for name, documents in texts.items()}
-        prepare("statutes", iter(parts["statutes"].learnt()), SkipCounts(), tokenizer, root / "statutes")
+        prepare("statutes", iter(parts["statutes"].learnt()), tokenizer, root / "statutes")
 
         def measured(model: Model, weights: dict) -> dict[str, float]:
             return {

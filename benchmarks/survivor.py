@@ -42,7 +42,6 @@ class _Numbers:
 def prepared(directory: Path) -> dict[str, Path]:
     """Two domains of random documents, some longer than a row; made once."""
     from cpt_jax.data.prepare import MANIFEST, prepare
-    from cpt_jax.data.sources import SkipCounts
 
     places = {name: directory / name for name in SHARES[2]}
     for seed, (name, place) in enumerate(places.items()):
@@ -50,7 +49,7 @@ def prepared(directory: Path) -> dict[str, Path]:
             generator = np.random.default_rng(seed)
             lengths = generator.integers(5, 100, DOCUMENTS)
             texts = [" ".join(map(str, generator.integers(2, VOCABULARY, length))) for length in lengths]
-            prepare(name, iter(texts), SkipCounts(), _Numbers(), place)
+            prepare(name, iter(texts), _Numbers(), place)
     return places
 
 

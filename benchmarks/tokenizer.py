@@ -102,7 +102,7 @@ def preparation(corpus: str) -> dict:
     ours, theirs, fast = [], [], []
     for _ in range(4):
         with tempfile.TemporaryDirectory() as directory:
-            ours.append(seconds(lambda: prepare(corpus, iter(texts), SkipCounts(), tokenizer, Path(directory))))
+            ours.append(seconds(lambda: prepare(corpus, iter(texts), tokenizer, Path(directory))))
         theirs.append(seconds(lambda: tokenizer.backend.encode_batch(texts, add_special_tokens=False)))
         fast.append(seconds(lambda: tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)))
     size = sum(len(text.encode()) for text in texts) / 1e6

@@ -71,8 +71,8 @@ def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
       UserError: no whole GGUF file, an architecture, a tensor, a quantisation, scaled RoPE or a tokenizer that is not
       supported, or a full disk.
     """
-    metadata, tensors = _read(Path(file))
-    config = _config(metadata, tensors)
+    metadata, tensors = read_gguf(Path(file))
+    config = model_config(metadata, tensors)
     found = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
     dtype = weight_dtype(found)
     with atomic_directory(Path(out)) as directory:
@@ -86,7 +86,7 @@ def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
         )
 
 
-def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
+def read_gguf(file: Path) -> tuple[Metadata, dict[str, Any]]:
     """The key-value pairs, and the tensors by name, their values still on disk."""
     from gguf import GGUFEndian, GGUFReader
 
@@ -114,7 +114,7 @@ def _read(file: Path) -> tuple[Metadata, dict[str, Any]]:
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _config(metadata: Metadata, tensors: dict[str, Any]) -> dict:
+def model_config(metadata: Metadata, tensors: dict[str, Any]) -> dict:
     """config.json as transformers has it, but for the dtype."""
     architecture, given = ARCHITECTURES[metadata["general.architecture"]], metadata.of_architecture
     if experts := given("expert_count", 0):

@@ -73,7 +73,13 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def _expected(config: dict, architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of Q and K rows [heads * head_dim, D]."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def places_of(config: dict, architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF tensor name -> Hugging Face name and shape, for every tensor of the model."""
     width, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -108,7 +114,7 @@ def _expected(config: dict, architecture: Architecture) -> dict[str, tuple[str, 
 
 def weights_of(config: dict, architecture: Architecture, tensors: dict[str, Any]) -> list[Weight]:
     """The file's tensors in its order, checked against what the model has."""
-    expected = _expected(config, architecture)
+    expected = places_of(config, architecture)
     permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = []
     for name, tensor in tensors.items():

@@ -154,6 +154,18 @@ def model_import_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
     print(arguments.out)
 
 
+def model_export_gguf(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.checkpoint.gguf_write import export_gguf
+    from cpt_jax.core.stores import refuse_existing, written_beside
+    from cpt_jax.recipe.find import find_model
+
+    refuse_existing(arguments.out)
+    directory = find_model(arguments.model)
+    with written_beside(arguments.out) as file:
+        export_gguf(directory, file, arguments.type)
+    print(arguments.out)
+
+
 def model_inspect(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.find import find_model
     from cpt_jax.recipe.inspect_command import model_inspect

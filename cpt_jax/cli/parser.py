@@ -39,6 +39,8 @@ ROWS = (
 
 # Optimizers (`optim.optimizer.OPTIMIZERS`), named here for the same reason.
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+# How a GGUF file holds matrices (`checkpoint.gguf_write.KINDS`).
+GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 
 
 PLAN = "Compiles a recipe's steps for hardware that is not here: memory, collectives, time and cost."
@@ -184,6 +186,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command(model, "import-gguf", handlers.model_import_gguf, "A GGUF file as a HF directory (dequantised).")
     sub.add_argument("--gguf", required=True, type=location)
     sub.add_argument("--out", required=True, type=location)
+    sub = command(model, "export-gguf", handlers.model_export_gguf, "A model as a GGUF file, for llama.cpp and Ollama.")
+    sub.add_argument("--model", required=True, help="a HF directory, a hub id, a PEFT adapter, or a run's directory")
+    sub.add_argument("--out", required=True, type=location, metavar="FILE.gguf")
+    sub.add_argument("--type", choices=GGUF_KINDS, help="of matrices (default: as in the model's files)")
     sub = command(
         model, "extend", handlers.model_extend, "Grows the embedding (and an untied head) to the tokenizer's size."
     )

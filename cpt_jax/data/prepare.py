@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import disk_full_is_told, json_bytes
 from cpt_jax.data.place import Place
-from cpt_jax.data.sources import Format, SkipCounts
+from cpt_jax.data.sources import Format
 from cpt_jax.data.statistics import Statistics
 from cpt_jax.data.tfds_format import array_of, dataset_files, example_of
 
@@ -140,7 +140,6 @@ def write_shard(
     batches: Iterable[tuple[list[Any], Sequence[Any]]],
     skipped: Mapping[str, int],
     statistics: Statistics,
-    on_progress: Callable[[int], None] = lambda documents: None,
 ) -> Written:
     """Writes documents and their tokens to an ArrayRecord file (or nowhere, and only counts). `skipped` and `statistics`
     may grow while `batches` are read."""
@@ -160,7 +159,6 @@ def write_shard(
         counts["tokens"] += sum(map(len, tokens))
         counts["trained_tokens"] += int(sum((each < NOT_LEARNT).sum() for each in tokens))
         statistics.add(texts, list(map(len, tokens)))
-        on_progress(counts["records"])
     shard = None
     if path is not None and writer is not None:
         writer.close()
@@ -201,35 +199,21 @@ def write_manifest(
 
 
 def prepare(
-    name: str,
-    documents: Iterator[Any],
-    skipped: SkipCounts,
-    encoder: Encoder,
-    directory: Path,
-    on_progress: Callable[[int], None] = lambda documents: None,
-    *,
-    format: Format = "text",
+    name: str, documents: Iterator[Any], encoder: Encoder, directory: Path, *, format: Format = "text"
 ) -> Manifest:
-    """Tokenises texts, or renderings of conversations, that only this process has, into `directory`/train-NNNNN.arrayrecord,
-    a new one after every SHARD_TOKENS tokens; manifest.json is written last.
+    """Tokenises texts, or renderings of conversations, that only this process has, into an empty
+    `directory`/train-NNNNN.arrayrecord, a new one after every SHARD_TOKENS tokens; manifest.json is written last.
 
     Raises:
-      UserError: there is nothing to learn, or the disk is full.
+      UserError: the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for left_over in (*directory.glob("train-*"), directory / MANIFEST):
-        left_over.unlink(missing_ok=True)
     parts: list[Written] = []
     with disk_full_is_told(directory):
         pairs = (pair for batch, ids in encoded(documents, encoder) for pair in zip(batch, ids, strict=True))
         while (first := next(pairs, None)) is not None:
-            before = sum(part.counts["records"] for part in parts)
             coming = _until_full(itertools.chain([first], pairs))
-            path = directory / shard_name(len(parts))
-            parts.append(write_shard(path, coming, {}, Statistics(), lambda count, n=before: on_progress(n + count)))
-    if not sum(part.counts["trained_tokens"] for part in parts):
-        raise UserError(f"domain {name!r} has no text to train on: everything was skipped ({dict(skipped)})")
-    parts[0] = dataclasses.replace(parts[0], skipped=dict(skipped))
+            parts.append(write_shard(directory / shard_name(len(parts)), coming, {}, Statistics()))
     return write_manifest(Place(directory), name, format, encoder.fingerprint, parts, None)
 
 

@@ -20,7 +20,6 @@ from cpt_jax.core.progress import progress, say
 from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import SkipCounts
 from cpt_jax.evaluate.bits_per_byte import PackedDocuments, bits_per_byte, pack_documents
 from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.optim.optimizer import AdamW
@@ -210,7 +209,7 @@ class RowProbe:
         # Far more text than the steps take, and yet not a whole large corpus.
         texts, _, _ = sampled(self.growth.texts(), 64 * count * probe.batch_size * probe.sequence_length)
         with tempfile.TemporaryDirectory() as directory:
-            prepare("probe", iter(texts), SkipCounts(), extended, Path(directory))
+            prepare("probe", iter(texts), extended, Path(directory))
             loader = Loader(
                 {"probe": 1.0},
                 {"probe": Path(directory)},

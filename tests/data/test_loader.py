@@ -13,14 +13,13 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.data.documents import FEW, _shuffled
 from cpt_jax.data.packing import OPEN_ROWS, documents_in_a_row
 from cpt_jax.data.prepare import NOT_LEARNT, prepare
-from cpt_jax.data.sources import SkipCounts
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for name, count, mean, first in (("zh", 300, 40, 1000), ("en", 60, 130, 5000)):
-        prepare(name, iter(documents(count, mean, first, count)), SkipCounts(), Letters(), root / name)
+        prepare(name, iter(documents(count, mean, first, count)), Letters(), root / name)
     return {name: root / name for name in ("zh", "en")}
 
 
@@ -86,7 +85,7 @@ def pieces(batch):
 
 def one_document(directory, tokens, **changes):
     """The pieces of an epoch of one document."""
-    prepare("one", iter([" ".join(map(str, tokens))]), SkipCounts(), Numbered(), directory, **changes.pop("how", {}))
+    prepare("one", iter([" ".join(map(str, tokens))]), Numbered(), directory, **changes.pop("how", {}))
     found = loader({"one": directory}, {"one": 1.0}, batch_size=1, max_epochs={"one": 1}, **changes)
     return [piece for batch in found for piece in pieces(batch)]
 
@@ -201,7 +200,7 @@ def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories
     for number in range(9000, 9080):
         turns = [f"-{number}"] * generator.randint(1, 200) + [str(number)] * generator.randint(1, 30)
         chats.append(" ".join(turns * generator.randint(1, 2)))
-    manifest = prepare("chat", iter(chats), SkipCounts(), Numbered(), tmp_path, format="chat")
+    manifest = prepare("chat", iter(chats), Numbered(), tmp_path, format="chat")
     assert manifest.trained_tokens == sum(not token.startswith("-") for text in chats for token in text.split())
     assert manifest.tokens == sum(len(text.split()) for text in chats)
     mixture, places = {"zh": 0.5, "chat": 0.5}, directories | {"chat": tmp_path}

@@ -23,7 +23,6 @@ from cpt_jax.data.mixture import (
     shares_of,
 )
 from cpt_jax.data.prepare import prepare
-from cpt_jax.data.sources import SkipCounts
 
 LENGTH, ROWS, STEPS = 128, 8, 320
 SIZES = {"short": (6000, 30), "long": (60, 1500), "few": (100, 200)}
@@ -44,7 +43,7 @@ def directories(tmp_path_factory):
     for index, (name, (count, mean)) in enumerate(SIZES.items()):
         lengths = 1 + np.random.default_rng(index).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
         texts = (f"{100_000 * (index + 1) + number} {length}" for number, length in enumerate(lengths))
-        prepare(name, texts, SkipCounts(), Random(), root / name)
+        prepare(name, texts, Random(), root / name)
     return {name: root / name for name in SIZES}
 
 

@@ -10,7 +10,6 @@ import cpt_jax.data.prepare as preparation
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.prepare import prepare, read_manifest
 from cpt_jax.data.records import Records
-from cpt_jax.data.sources import SkipCounts
 
 COUNT = 200
 
@@ -18,7 +17,7 @@ COUNT = 200
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "SHARD_TOKENS", 2000)
-    prepare("zh", iter(documents(COUNT, 40, 1000, 7)), SkipCounts(), Letters(), tmp_path / "zh")
+    prepare("zh", iter(documents(COUNT, 40, 1000, 7)), Letters(), tmp_path / "zh")
     assert len(read_manifest(tmp_path / "zh").shards) > 2
     return tmp_path / "zh"
 
