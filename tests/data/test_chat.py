@@ -179,6 +179,17 @@ def test_what_the_template_cannot_write_is_shown(directory, tmp_path):
     assert "hello" in text
 
 
+def test_what_is_learnt_of_conversations_is_counted(directory, tmp_path):
+    tokenizer = with_template(directory, TEMPLATES["header"], tmp_path / "tokenizer")
+    lines = [{"messages": messages(conversation)} for conversation in CONVERSATIONS.values()]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = Corpus(name="talk", spec=str(tmp_path / "talk.jsonl"), format="chat")
+    manifest = prepare_corpus(Task(corpus=corpus, place=tmp_path / "out", tokenizer=tokenizer.directory), 1)
+    masks = [reference(tokenizer.directory, line["messages"])[1] for line in lines]
+    assert manifest.trained_tokens == sum(map(sum, masks)) < manifest.tokens == sum(map(len, masks))
+    assert f"{manifest.tokens:,} tokens ({manifest.trained_tokens:,} of them learnt)" in manifest.told()
+
+
 REFUSED = {
     "no Jinja": ("{% for m in messages %}", "cannot be used .* give another"),
     "no end of turn": ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "eos_token }}"),

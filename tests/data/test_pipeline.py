@@ -1,5 +1,6 @@
 """A corpus prepared by one process, by several, with kills, or again: the same bytes; and what others read of them."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -19,9 +20,10 @@ from cpt_jax.data.cleaning import Cleaning, MeasuredApart
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
 from cpt_jax.data.pipeline import prepare_corpus
-from cpt_jax.data.prepare import NOT_LEARNT, decode_record, encode_record, read_manifest
+from cpt_jax.data.prepare import MANIFEST, NOT_LEARNT, STATISTICS, decode_record, encode_record, read_manifest
 from cpt_jax.data.records import Records
 from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.data.statistics import length_bin
 from cpt_jax.data.steps import Task
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -73,6 +75,11 @@ def test_the_records_are_the_documents_in_order(place, tmp_path):
     assert manifest.tokens == sum(map(len, expected))
     assert manifest.bytes == sum(len(text.encode()) for text in texts)
     assert manifest.skipped == {"empty": 1}
+    statistics = json.loads((tmp_path / STATISTICS).read_text())
+    lengths = collections.Counter(str(length_bin(len(ids))) for ids in expected)
+    assert statistics["token_lengths"] == lengths
+    assert statistics["character_lengths"] == collections.Counter(str(length_bin(len(text))) for text in texts)
+    assert lengths != statistics["character_lengths"]
 
 
 def test_tfds_reads_it_and_writes_the_same_examples(place, tmp_path):
@@ -249,6 +256,21 @@ def test_ctrl_c_ends_all_processes_without_their_tracebacks(place, tmp_path, mon
     # The first process's own, of which the command line makes one line.
     assert told.rstrip().endswith("KeyboardInterrupt")
     assert "SpawnProcess" not in told
+
+
+def test_what_another_version_prepared_is_told(place, tmp_path):
+    prepare_corpus(task(place, tmp_path), 1)
+    path = tmp_path / MANIFEST
+    written = json.loads(path.read_text())
+    others = [
+        {name: value for name, value in written.items() if name != "trained_tokens"},
+        # As first versions had them: the checksum alone.
+        written | {"shards": {name: shard["sha256"] for name, shard in written["shards"].items()}},
+    ]
+    for other in others:
+        path.write_text(json.dumps(other))
+        with pytest.raises(UserError, match="was prepared by another version of cpt_jax: run `cpt data prepare` again"):
+            read_manifest(tmp_path)
 
 
 def test_another_tokenizer_is_told(place, tmp_path):
