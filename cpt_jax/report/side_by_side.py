@@ -134,7 +134,7 @@ def _divided_alike(run: RunFacts, one: RunFacts) -> bool:
     """Whether several new or several replayed domains have the same parts of what is new or replayed, to a hundredth, as in
     another run. One without any of it goes with all."""
     return all(
-        not own or own.keys() == other.keys() and all(abs(own[name] - other[name]) < 0.01 for name in own)
+        not own or (own.keys() == other.keys() and all(abs(own[name] - other[name]) < 0.01 for name in own))
         for own, other in zip(run.divisions, one.divisions, strict=True)
     )
 
