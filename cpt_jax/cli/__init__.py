@@ -3,10 +3,11 @@ asked to end, or hung: run it again."""
 
 import errno
 import os
+import select
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from cpt_jax.cli.arguments import nearly_a_flag
 from cpt_jax.cli.parser import parser
@@ -22,6 +23,13 @@ def _fail(message: str, status: int, debug: bool) -> NoReturn:
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader (head, a pager) is gone."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return bool(poll.poll(0))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,6 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "cpt_jax" / "compiled"))
     try:
         arguments.function(arguments, rest)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        # Another pipe may have broken, to a process or a store.
+        if not _nobody_reads(sys.stdout):
+            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, arguments.debug)
+        # What is still to be written, Python writes when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         _fail(str(error), 2, arguments.debug)
     except Preempted as ended:

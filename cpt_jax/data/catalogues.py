@@ -70,7 +70,7 @@ def named_state(spec: str) -> list:
     """What tells whether a named data set is still the one that was read, as far as it can be told: local files' names,
     sizes and times."""
     path = Path(name_and_split(spec)[0]).expanduser()
-    if spec.startswith("tfds:") or not path.is_dir():
+    if not path.is_dir():
         return [spec]
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return [spec, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
@@ -93,9 +93,15 @@ def _tfds_source(spec: str) -> Sequence[Any]:
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     name, split = name_and_split(spec)
+    path = Path(name).expanduser()
+    # Of the catalogue: NAME or NAME/CONFIG.
+    if not path.is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+        raise UserError(
+            f"{spec}: there is no directory {path}: give one that TFDS has prepared, as in tfds:DIR/NAME/1.0.0"
+        )
     try:
         # A data source reads ArrayRecord without TensorFlow; as_dataset would need it.
-        builder: Any = tfds.builder_from_directory(name) if Path(name).is_dir() else _tfds_builder(name)
+        builder: Any = tfds.builder_from_directory(str(path)) if path.is_dir() else _tfds_builder(name)
     except DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         raise UserError(

@@ -70,7 +70,8 @@ def _points(sources: Sequence[Location]) -> tuple[list[Point], str, list[str]]:
     used, others = alike(runs)
     if others:
         notes.append(
-            f"{len(others)} of {len(runs)} runs differ in other settings than share, tokens, size and seed, and are left out "
+            f"{len(others)} of {len(runs)} runs differ in other settings than share, tokens, size and seed, or divide new or replayed text otherwise among "
+            f"several domains, and are left out "
             f"({others[0].name}, for one)"
         )
     return points_of(used), "bits per byte", notes

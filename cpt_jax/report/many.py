@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ Curve = list[tuple[int, float]]
 class RunFacts:
     """What one run contributes: bits per byte of its base and of its result by domain, what it was trained on, and every
     setting of its recipe by its path. `tokens` were trained on; `replay` is the share of them that was replay, the recipe's
-    or, where a stage came to another (`_shares`), what was read, and `planned` the recipe's; `parameters` are the base's, grown, `None` if it is not
+    or, where a stage came to another (`_shares`), what was read, and `planned` the recipe's; `divisions` are how the recipe divides each
+    stage's new and its replayed tokens among their domains, empty where there are none; `parameters` are the base's, grown, `None` if it is not
     there; `losses` (nats a token, in training) and `watched` (bits per byte, held out) are curves over the tokens so far."""
 
     path: Location
@@ -40,6 +41,7 @@ class RunFacts:
     parameters: int | None
     replay: float
     planned: float
+    divisions: tuple[Mapping[str, float], ...]
     roles: Mapping[str, str]
     base: Mapping[str, float]
     final: Mapping[str, float]
@@ -95,6 +97,7 @@ def _facts(location: Location, path: Path) -> RunFacts:
         parameters=_parameters(f"{location}/base") or _parameters(config["base"]),
         replay=_replay(path, config, roles, trained) / tokens if tokens else 0.0,
         planned=_planned(path, config, roles),
+        divisions=tuple(_divisions(path, config, roles)),
         roles=roles,
         base={name: cells[labels[0], name]["bits_per_byte"] for name in names},
         final={name: cells[final, name]["bits_per_byte"] for name in names},
@@ -196,6 +199,14 @@ def _planned(run: Path, config: dict, roles: Mapping[str, str]) -> float:
         tokens * share for tokens, shares in stages for name, share in shares.items() if roles[name] == "replay"
     )
     return replay / max(1, sum(tokens for tokens, _ in stages))
+
+
+def _divisions(run: Path, config: dict, roles: Mapping[str, str]) -> Iterator[dict[str, float]]:
+    for stage in config["stages"]:
+        for role in ("new", "replay"):
+            shares = {name: share for name, share in mean_shares(stage["mixture"], run).items() if roles[name] == role}
+            whole = sum(shares.values())
+            yield {name: share / whole for name, share in shares.items() if share} if whole else {}
 
 
 def _shares(run: Path, directory: Path, stage: Mapping[str, Any]) -> dict[str, float]:

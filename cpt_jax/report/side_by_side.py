@@ -118,12 +118,25 @@ def pareto_front(settings: Sequence[Setting], new: str, old: str) -> list[Settin
 def alike(runs: Sequence[RunFacts]) -> tuple[list[RunFacts], list[RunFacts]]:
     """The runs that one law can be of, which differ in share, tokens, size and seed alone (of several such families, that
     with the most shares of replay), and the others."""
-    families: dict[str, list[RunFacts]] = {}
-    for run in runs:
-        rest = {path: value for path, value in run.settings.items() if not _OF_A_POINT.fullmatch(path)}
-        families.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    largest = max(families.values(), key=lambda family: (len({run.planned for run in family}), len(family)))
+    rests = [
+        json.dumps({path: run.settings[path] for path in sorted(run.settings) if not _OF_A_POINT.fullmatch(path)})
+        for run in runs
+    ]
+    families = [
+        [run for run, rest in zip(runs, rests, strict=True) if rest == its_rest and _divided_alike(run, one)]
+        for one, its_rest in zip(runs, rests, strict=True)
+    ]
+    largest = max(families, key=lambda family: (len({run.planned for run in family}), len(family)))
     return largest, [run for run in runs if run not in largest]
+
+
+def _divided_alike(run: RunFacts, one: RunFacts) -> bool:
+    """Whether several new or several replayed domains have the same parts of what is new or replayed, to a hundredth, as in
+    another run. One without any of it goes with all."""
+    return all(
+        not own or (own.keys() == other.keys() and all(abs(own[name] - other[name]) < 0.01 for name in own))
+        for own, other in zip(run.divisions, one.divisions, strict=True)
+    )
 
 
 def points_of(runs: Sequence[RunFacts]) -> list[Point]:

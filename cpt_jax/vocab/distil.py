@@ -135,8 +135,10 @@ def distilled_rows(settings, initial: dict[str, np.ndarray], context) -> dict[st
         updates = jax.tree.map(lambda update: update * present[:, None], updates)
         return optax.apply_updates(new, updates), state, figures
 
-    new: Any = {name: jnp.asarray(rows) for name, rows in initial.items()}
-    state = optimizer.init(new)
+    # Bound to the weights' device, as what a step gives is: otherwise the second step is compiled anew.
+    place = next(iter(kept.values())).sharding
+    new: Any = jax.device_put(initial, place)
+    state = jax.device_put(optimizer.init(new), place)
     with progress("fit new rows", settings.steps, "steps") as shown:
         for _, batch in zip(range(settings.steps), _endless(settings, context), strict=False):
             new, state, (distance, error) = step(new, state, kept, batch)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -131,6 +132,16 @@ def test_what_a_method_would_train_is_shown(place, tiny_model, method, trains):
     assert all(any(mark in name for mark in trains) for name in trained)
     # Of blocks that are added, too: they are copies of what is in the files.
     assert all(row["dtype"] for row in rows if "kernel" in row["weight"].split("/")[-1:])
+
+
+def test_output_that_is_read_no_further_ends_the_command_without_a_word(tiny_model, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            main(["model", "inspect", "--model", str(tiny_model)])
+    assert (ended.value.code, capsys.readouterr().err) == (1, "")
 
 
 def test_whole_numbers_as_people_write_them():

@@ -1,6 +1,7 @@
 """Data sets by name, TFDS's and those of `datasets`, from local files; wrong names in one line."""
 
 import json
+import shutil
 
 import pytest
 
@@ -106,6 +107,16 @@ def test_bytes_beside_the_text_of_tfds_are_left(monkeypatch):
     assert skipped == {"not UTF-8": 1}
 
 
+def test_a_tfds_data_set_that_was_prepared_anew_is_another(place, tmp_path):
+    shutil.copytree(place / "tfds", tmp_path / "tfds")
+    corpus = Corpus(name="c", spec=f"tfds:{tmp_path}/tfds/small/1.0.0:test")
+    before = corpus_state(corpus)
+    assert corpus_state(corpus) == before
+    (shard,) = (tmp_path / "tfds/small/1.0.0").glob("*test.array_record*")
+    shard.write_bytes(shard.read_bytes() + b"more")
+    assert corpus_state(corpus) != before
+
+
 def test_a_part_of_a_tfds_split(place):
     assert len(texts(f"tfds:{place}/tfds/small/1.0.0:train[:4]+test")) == 5
 
@@ -117,6 +128,7 @@ def test_a_part_of_a_tfds_split(place):
         ("hf:{}/saved_splits:dev", r"no split 'dev'.*: it has train, test"),
         ("hf:{}/saved:train", "was saved without splits: leave out ':train'"),
         ("hf:{}/nowhere", "cannot be opened .*: check the name"),
+        ("tfds:{}/tfds/small/2.0.0", "there is no directory .*small/2.0.0: give one that TFDS has prepared"),
         ("tfds:{}/tfds/small/1.0.0:validation", "no split 'validation'.*: it has train, test"),
         ("tfds:ag_news_subste", r"TFDS has no data set 'ag_news_subste' \(did you mean 'ag_news_subset'\?\)"),
         ("tfds:ag_news_subset", "is not prepared in .*: prepare it with TFDS"),

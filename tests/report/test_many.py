@@ -22,7 +22,7 @@ from cpt_jax.report.many import find_runs, mean_shares, read_run
 from cpt_jax.report.many_plots import points_plot
 from cpt_jax.report.many_report import write_runs_report
 from cpt_jax.report.plots import curves_plot, new_figure, saved
-from cpt_jax.report.side_by_side import columns_of, pareto_front, points_of, settings_of_runs
+from cpt_jax.report.side_by_side import alike, columns_of, pareto_front, points_of, settings_of_runs
 from cpt_jax.sweep import at_once
 from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.sweep.sweep import Manner, _check_exports, _report, planned
@@ -396,3 +396,27 @@ def test_a_process_that_said_nothing_is_not_given_the_error_of_an_earlier_one(tm
             at_once.run_at_once(directory, {"a": recipe}, Manner(at_once="auto"))
             errors.append(directory.failed()["a"])
     assert errors == ["the disk is full", f"its process ended with -9: see {directory.log('a')}"]
+
+
+def test_a_law_is_of_runs_that_divide_what_is_new_alike(tmp_path):
+    """Of two new domains, each share of zh stands for the same part of what is new; without new text there is none."""
+
+    def write(name: str, share: float, part: float) -> None:
+        write_run(tmp_path / name, share)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["domains"].append({"corpus": {"name": "py", "spec": "py.jsonl"}, "role": "new"})
+        new = {"zh": (1 - share) * part, "py": (1 - share) * (1 - part)} if share < 1 else {}
+        config["stages"][0]["mixture"] = new | {"en": share}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        entries = json.loads((tmp_path / name / "eval.json").read_text())
+        entries += [entry | {"domain": "py"} for entry in entries if entry["domain"] == "zh"]
+        (tmp_path / name / "eval.json").write_text(json.dumps(entries))
+
+    for share in (0.0, 0.1, 0.25, 0.5):
+        write(f"most-{share}", share, 0.75)
+    for share in (0.05, 0.3):
+        write(f"little-{share}", share, 0.1)
+    write("replay", 1.0, 0.0)
+    of_law, others = alike([read_run(path) for path in sorted(tmp_path.iterdir())])
+    assert {run.name for run in of_law} == {"most-0.0", "most-0.1", "most-0.25", "most-0.5", "replay"}
+    assert {run.name for run in others} == {"little-0.05", "little-0.3"}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -178,6 +179,21 @@ def test_fitted_rows_bring_the_model_nearer_to_what_it_does_with_the_old_pieces(
     assert fitted.keys() == kept.keys()
     for name, old in kept.items():
         np.testing.assert_array_equal(growth.tables[name], old)
+
+
+def test_the_step_that_fits_rows_is_compiled_once(grown, tmp_path):
+    base, extended = grown
+    growth = Growth(write_model(tmp_path, base, num_layers=1), extended, texts=lambda: TEXTS)
+    compiled = []
+
+    def listen(event: str, _seconds: float, fun_name: str = "", **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    growth.rows(Distilled(steps=3, batch_size=1, sequence_length=32))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled.count("jit(step)") == 1
 
 
 def test_fitting_to_one_short_document_is_the_same_each_time_and_to_none_is_told(grown, tmp_path):
