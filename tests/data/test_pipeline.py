@@ -23,6 +23,7 @@ from cpt_jax.data.pipeline import prepare_corpus
 from cpt_jax.data.prepare import MANIFEST, NOT_LEARNT, STATISTICS, decode_record, encode_record, read_manifest
 from cpt_jax.data.records import Records
 from cpt_jax.data.sources import Corpus, SkipCounts, read
+from cpt_jax.data.splits import splits_of
 from cpt_jax.data.statistics import length_bin
 from cpt_jax.data.steps import Task
 from cpt_jax.vocab.tokenizer import Tokenizer
@@ -163,6 +164,52 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(place, tmp_path, mon
         "train-00000.arrayrecord"
     ].bytes
     assert sorted(path.name for path in (tmp_path / "out").glob("train-*")) == sorted(again.shards)
+
+
+def test_all_that_decides_the_shards_tells_two_tasks_apart(place, tmp_path):
+    for name in ("tokenizer", "other"):
+        write_tokenizer(tmp_path / name, english(200 if name == "tokenizer" else 100), kind="qwen")
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
+    write_jsonl(tmp_path / "evaluation.jsonl", english(3))
+    texts, talk = Corpus(name="mixed", spec=str(place / "?.jsonl")), tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    chat = Corpus(name="mixed", spec=str(talk), format="chat")
+    evaluation = Cleaning(evaluation_words=5, evaluation_sets=(str(tmp_path / "evaluation.jsonl"),))
+    write_heldout(texts, Holdout(share=0.3), tmp_path / "held")
+    write_heldout(texts, Holdout(share=0.5), tmp_path / "other held")
+
+    def of(corpus: Corpus = texts, size: int = SPLIT, **changes) -> str:
+        steps.tools_of.cache_clear()
+        given = task(place, tmp_path, corpus=corpus, **({"tokenizer": tmp_path / "tokenizer"} | changes))
+        return steps.identity(given, splits_of(corpus, size))
+
+    def apart(share: float, directory: str) -> MeasuredApart:
+        return MeasuredApart(holdout=Holdout(share=share), directory=tmp_path / directory)
+
+    found = {
+        "text": of(),
+        "larger splits": of(size=2 * SPLIT),
+        "another tokenizer": of(tokenizer=tmp_path / "other"),
+        "none": of(tokenizer=None),
+        "another field": of(dataclasses.replace(texts, text_field="body")),
+        "cleaned": of(cleaning=CLEANING),
+        "without doubles": of(cleaning=Cleaning(duplicates=True)),
+        "against an evaluation set": of(cleaning=evaluation),
+        "held out": of(apart=apart(0.3, "held")),
+        "by another share": of(apart=apart(0.4, "held")),
+        "other texts": of(apart=apart(0.3, "other held")),
+        "chat": of(chat),
+        "by another template": of(chat, template=tmp_path / "chat.jinja"),
+    }
+    assert len(set(found.values())) == len(found)
+    assert of() == found["text"]
+    write_jsonl(tmp_path / "evaluation.jsonl", english(4))
+    assert of(cleaning=evaluation) != found["against an evaluation set"]
+    # As large as it was.
+    before = talk.read_text()
+    talk.write_text(before.replace('"b"', '"c"'))
+    os.utime(talk, (1, 1))
+    assert of(chat) != found["chat"]
 
 
 @pytest.mark.parametrize("cleaning", [Cleaning(), CLEANING], ids=["as it is", "cleaned"])
