@@ -17,10 +17,11 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Threads of torch and NumPy would wait for each other, turning, on cores that two processes of tests share already.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Commands that tests start compile for themselves.
+# Processes that tests start compile for themselves, but for commands (`commands.environment`).
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import gc
+import tempfile
 from pathlib import Path
 
 import jax
@@ -30,6 +31,17 @@ from inputs import english, hf_config, random_weights, tiny_config, write_tokeni
 from cpt_jax.checkpoint.hf_write import save
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Of programs that this process compiles again, as a run that is continued does. No other process writes there: one that is
+# killed would leave half a program.
+PROGRAMS = tempfile.TemporaryDirectory()
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def pytest_unconfigure() -> None:
+    PROGRAMS.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,6 +123,7 @@ class Workdir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             return f"another process is running in {path}: wait for it, or choose another --workdir"
         write_json_atomic(existing, config)
         return None

@@ -296,7 +296,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | DELTA_NET
         | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
         | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, partial_rotary_factor=0.5),
-        "by interval": TIED | DELTA_NET | dict(num_hidden_layers=6, full_attention_interval=3, head_dim=8),
+        "by interval": TIED | DELTA_NET | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8),
     },
     "qwen3_5_moe_text": {
         # Three of four in released models, which the dense ones have here.

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import cpt
+from commands import call, cpt
 from inputs import chinese, english, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def test_adapt_needs_no_recipe(place, tiny_model):
     assert (place / "adapted" / "export" / "model.safetensors").exists()
 
 
-def test_conversations_are_mixed_in(place, tiny_model):
+def test_conversations_are_mixed_in(place, tiny_model, monkeypatch, capsys):
     """A domain of conversations beside text, by a template that the base does not have: the tokenizer grows on what
     they say, their answers alone are learnt and measured, and the export writes them as they were learnt."""
     from transformers import AutoTokenizer
@@ -56,9 +56,10 @@ def test_conversations_are_mixed_in(place, tiny_model):
     ]  # fmt: skip
     for stage in (0, 1):
         arguments += [f"--stages.{stage}.batch_size", 4, f"--stages.{stage}.sequence_length", 64]
-    done = cpt(*arguments, cwd=place, check=False)
-    assert done.returncode == 2
-    assert "has no chat template: give a Jinja file (--chat-template FILE)" in done.stderr
+    monkeypatch.chdir(place)
+    status, _, errors = call(capsys, *arguments)
+    assert status == 2
+    assert "has no chat template: give a Jinja file (--chat-template FILE)" in errors
     cpt(*arguments, "--chat-template", "chat.jinja", cwd=place)
     run = place / "chatted"
     manifest = json.loads((run / "data" / "talk" / "manifest.json").read_text())
@@ -74,6 +75,7 @@ def test_conversations_are_mixed_in(place, tiny_model):
     exported = AutoTokenizer.from_pretrained(run / "export")
     assert exported.apply_chat_template(held[0], tokenize=False).startswith("user: ")
     spec = ["--data", "talk=chatted/data/talk/heldout.jsonl", "--chat", "talk"]
-    cpt("eval", "--model", "chatted", *spec, "--json", "talk.json", cwd=place)
+    status, _, errors = call(capsys, "eval", "--model", "chatted", *spec, "--json", "talk.json")
+    assert status == 0, errors
     [again] = json.loads((place / "talk.json").read_text())["results"]
     assert again["bytes"] == values["base", "last", "talk"]["bytes"]

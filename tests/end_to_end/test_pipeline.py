@@ -156,20 +156,10 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
     import torch
     from transformers import AutoModelForCausalLM
 
-    cpt(
-        "export",
-        "--run",
-        "run",
-        "--out",
-        "low",
-        "--weights",
-        "ema",
-        "--dtype",
-        "bfloat16",
-        "--shard-gb",
-        3e-5,
-        cwd=place,
-    )
+    monkeypatch.chdir(place)
+    low = ["--out", "low", "--weights", "ema", "--dtype", "bfloat16", "--shard-gb", 3e-5]
+    status, _, errors = call(capsys, "export", "--run", "run", *low)
+    assert status == 0, errors
     model = AutoModelForCausalLM.from_pretrained(place / "low", dtype="auto")
     assert model.dtype == torch.bfloat16
     assert len(list((place / "low").glob("model-*-of-*.safetensors"))) > 1
@@ -182,7 +172,8 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
     for export in ("low", "run/export", "run/base"):
         assert json.loads((place / export / "generation_config.json").read_text()) == GENERATION
 
-    cpt("export", "--run", "run", "--out", "mixed", "--interpolate-base", 0.3, cwd=place)
+    status, _, errors = call(capsys, "export", "--run", "run", "--out", "mixed", "--interpolate-base", 0.3)
+    assert status == 0, errors
     mixed, trained, base = (
         load_file(place / name / "model.safetensors") for name in ("mixed", "run/export", "run/base")
     )
@@ -193,19 +184,20 @@ def test_an_export_of_another_kind_is_checked_and_described(finished, place, tin
             np.testing.assert_array_equal(tensor[old:], trained[name][old:])
             tensor, expected = tensor[:old], expected[:old]
         np.testing.assert_allclose(tensor, expected, atol=1e-6, err_msg=name)
-    monkeypatch.chdir(place)
     status, _, errors = call(capsys, "export", "--run", "run", "--out", "mixed")
     assert status == 2
     assert "mixed exists" in errors
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_an_adapter_is_what_was_trained_and_a_model_to_go_on_with(finished, place):
+def test_an_adapter_is_what_was_trained_and_a_model_to_go_on_with(finished, place, monkeypatch, capsys):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    cpt("export", "--run", "run", "--out", "adapter", "--adapter", cwd=place)
+    monkeypatch.chdir(place)
+    status, _, errors = call(capsys, "export", "--run", "run", "--out", "adapter", "--adapter")
+    assert status == 0, errors
     sizes = {
         name: (place / name).stat().st_size
         for name in ("adapter/adapter_model.safetensors", "run/export/model.safetensors")
@@ -218,7 +210,10 @@ def test_an_adapter_is_what_was_trained_and_a_model_to_go_on_with(finished, plac
     with torch.no_grad():
         np.testing.assert_allclose(adapted(tokens).logits, merged(tokens).logits, atol=1e-4)
     spec = ["--data", "zh=run/data/zh/heldout.jsonl"]
-    cpt("eval", "--model", "adapter", "--against", "run/export", *spec, "--json", "same.json", cwd=place)
+    status, _, errors = call(
+        capsys, "eval", "--model", "adapter", "--against", "run/export", *spec, "--json", "same.json"
+    )
+    assert status == 0, errors
     figures = [result["bits_per_byte"] for result in json.loads((place / "same.json").read_text())["results"]]
     np.testing.assert_allclose(figures[0], figures[1], rtol=1e-5)
 

@@ -59,18 +59,26 @@ def cpt(*arguments, cwd) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def doctor(place, monkeypatch, capsys):
+def here(place, monkeypatch, capsys):
+    """A command in this process."""
     monkeypatch.chdir(place)
-    return functools.partial(call, capsys, "doctor")
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "recipes", raising=False)
+    return functools.partial(call, capsys)
 
 
-def test_sigterm_ends_with_the_code_that_launchers_try_again_on(place, doctor):
+@pytest.fixture
+def doctor(here):
+    return functools.partial(here, "doctor")
+
+
+def test_sigterm_ends_with_the_code_that_launchers_try_again_on(place, here, doctor):
     process = start("run", "recipes:long", "--workdir", "asked", cwd=place)
     metrics = place / "asked" / "stages" / "1-all" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    code, _, error = cpt("run", "recipes:long", "--workdir", "asked", cwd=place)
+    code, _, error = here("run", "recipes:long", "--workdir", "asked")
     assert code == 2
     assert "another process is running in asked" in error
     code, _, error = doctor("asked")

@@ -26,6 +26,8 @@ from cpt_jax.sweep.groups import groups_of
 from cpt_jax.sweep.sweep import Manner, Pace, sweep
 
 pytestmark = pytest.mark.slow
+# Each is saved.
+STEPS = 16
 EXPERIMENT = """
 import dataclasses
 from cpt_jax.adapt import LoRA
@@ -39,7 +41,7 @@ from cpt_jax.recipe.recipe import *
 def one(name="one", share=0.25, rate=1e-2, seed=0, **changes) -> Recipe:
     held = Holdout(share=0.2, max_bytes=2000)
     stage = Stage(
-        name="lora", method=LoRA(rank=4, alpha=8, new_rows=False), mixture={{"zh": 1 - share, "en": share}}, tokens=40 * 256,
+        name="lora", method=LoRA(rank=4, alpha=8, new_rows=False), mixture={{"zh": 1 - share, "en": share}}, tokens={steps} * 256,
         batch_size=4, sequence_length=64, optimizer=AdamW(learning_rate=rate), ema=EMA(decay=0.9), checkpoint_seconds=0.0,
     )
     return Recipe(
@@ -73,7 +75,7 @@ def place(tiny_model, tmp_path_factory):
     write_jsonl(root / "zh.jsonl", chinese(200))
     write_jsonl(root / "en.jsonl", english(150))
     shutil.copytree(tiny_model, root / "base")
-    (root / "swept.py").write_text(EXPERIMENT.format(base=str(root / "base")))
+    (root / "swept.py").write_text(EXPERIMENT.format(base=str(root / "base"), steps=STEPS))
     return root
 
 
@@ -111,7 +113,7 @@ def same_run(found, expected):
         )
         for root in (found, expected)
     ]
-    assert (found / "stages/1-lora/checkpoints/40").exists()
+    assert (found / f"stages/1-lora/checkpoints/{STEPS}").exists()
     assert names[0] == names[1]
     assert scores(found) == pytest.approx(scores(expected), rel=1e-5)
     losses = [
@@ -132,7 +134,7 @@ def test_runs_together_killed_and_continued_are_the_single_ones(place, single, c
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    assert not (stages[2] / "checkpoints/40").exists()
+    assert not (stages[2] / f"checkpoints/{STEPS}").exists()
     # One of them goes on by itself, the others together.
     run(find_recipe("swept:three/quarter"), Path("killed/runs/quarter"), only="train")
     manner = Manner(together=3, track=("tensorboard",))
@@ -141,7 +143,7 @@ def test_runs_together_killed_and_continued_are_the_single_ones(place, single, c
     for name in ("half", "most"):
         found = event_accumulator.EventAccumulator(str(place / "killed/runs" / name / "tensorboard/stage-lora"))
         found.Reload()
-        assert [event.step for event in found.Scalars("loss")] == list(range(1, 41))
+        assert [event.step for event in found.Scalars("loss")] == list(range(1, STEPS + 1))
     events = (place / "killed/runs/half/events.jsonl").read_text()
     assert '"together": 3' in events
     assert '"together": 2' in events

@@ -79,9 +79,9 @@ def close(found, expected, tolerance=5e-5):
     ids=["full, mean teacher", "lora, attention in blocks"],
 )
 def test_runs_together_are_the_single_runs(directories, tmp_path, method, options):
-    singles, _ = group(directories, tmp_path / "single", method, steps=20, **options)
+    singles, _ = group(directories, tmp_path / "single", method, steps=8, **options)
     expected = [train(run) for run in singles]
-    results = train_together(*group(directories, tmp_path / "together", method, steps=20, **options))
+    results = train_together(*group(directories, tmp_path / "together", method, steps=8, **options))
     for index, (result, alone) in enumerate(zip(results, expected, strict=True)):
         for kind in ("last", "ema"):
             close(result[kind], alone[kind])

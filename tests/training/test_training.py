@@ -43,7 +43,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_does_not_train_is_bit_identical_and_the_rest_moves(directories, tmp_path, method):
-    run = training(directories, tmp_path, method, steps=20)
+    run = training(directories, tmp_path, method, steps=6)
     before = jax.tree.map(np.copy, run.weights)
     returned = train(run)
     trained = flatten(read_trained(tmp_path / "checkpoints")["last"])
