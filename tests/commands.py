@@ -31,6 +31,13 @@ def environment(place: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
+def go(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Commands in this process find the recipes of `place`, whichever were read before."""
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "recipes", raising=False)
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """A command in this process: (exit status, stdout, stderr)."""
     capsys.readouterr()

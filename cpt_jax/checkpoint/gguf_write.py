@@ -6,7 +6,7 @@ splits a sample text, so that it refuses each extended one; here it is known by 
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,8 @@ from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, permute, places_of
 from cpt_jax.checkpoint.hf import read_config, tensors_of, widest
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.core.place import Place
 from cpt_jax.core.progress import progress
-from cpt_jax.core.storage import disk_full_is_told
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.rope import Linear, Llama3, Yarn
@@ -55,9 +55,9 @@ def export_gguf(directory: Path, out: Path, kind: Kind | None = None) -> None:
     places = places_of(_fields(config), ARCHITECTURES[architecture])
     if missing := [name for name, _ in places.values() if name not in files]:
         raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} first: give a whole model directory")
-    with _named_when_right(out) as partial, disk_full_is_told(out):
+    with Place(out.parent).written(out.name) as partial:
         with contextlib.closing(GGUFWriter(partial, architecture)) as writer:
-            writer.add_name(directory.resolve().name)
+            writer.add_name(out.stem)
             for key, value in pairs.items():
                 _add(writer, key, value)
             _write_tensors(writer, kind or _kind_of(files), places, files, config, architecture)
@@ -95,17 +95,6 @@ def _write_tensors(
                 values = permute(values, turned)
             writer.write_tensor_data(_stored(values, kinds[name], ours))
             shown.advance()
-
-
-@contextlib.contextmanager
-def _named_when_right(out: Path) -> Iterator[Path]:
-    partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _architecture(hf_config: dict) -> tuple[str, DecoderConfig]:

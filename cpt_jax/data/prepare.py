@@ -17,9 +17,9 @@ import numpy as np
 
 from cpt_jax.core.checksums import sha256
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.place import Place
 from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import disk_full_is_told, json_bytes
-from cpt_jax.data.place import Place
 from cpt_jax.data.sources import Format
 from cpt_jax.data.statistics import Statistics
 from cpt_jax.data.tfds_format import array_of, dataset_files, example_of

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.core.config import fingerprint, to_json
+from cpt_jax.core.place import Place
 from cpt_jax.core.storage import json_bytes
 from cpt_jax.core.stores import Location
 from cpt_jax.data.chat import ChatEncoder
@@ -26,7 +27,6 @@ from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.data.cleaning import Cleaning, Judge, MeasuredApart
 from cpt_jax.data.duplicates import KEPT, PERMUTATIONS, REASONS, Signer, exact_duplicates, near_duplicates
 from cpt_jax.data.holdout import text_hash
-from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import (
     MANIFEST,
     Encoder,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.place import Place
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, is_address, location, read_from, write_json, written_beside
 from cpt_jax.data.cleaning import Cleaning
 from cpt_jax.data.pipeline import prepare_corpus
-from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import MANIFEST, STATISTICS, Manifest, read_manifest
 from cpt_jax.data.sources import named_corpora
 from cpt_jax.data.steps import Task

@@ -9,6 +9,7 @@ import jax
 from cpt_jax.core import processes
 from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.place import Place
 from cpt_jax.core.progress import Plan, quiet_libraries, say
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, refuse_existing, written_to
@@ -16,7 +17,6 @@ from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
 from cpt_jax.data.holdout import read_heldout, write_heldout
 from cpt_jax.data.mixture import domains_of
 from cpt_jax.data.pipeline import prepare_corpus
-from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import MANIFEST, STATISTICS
 from cpt_jax.data.records import Unreadable
 from cpt_jax.data.sources import corpus_state, files_of

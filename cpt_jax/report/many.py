@@ -11,8 +11,8 @@ from typing import Any
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.place import Place
 from cpt_jax.core.stores import Location, Store, glob_addresses, is_address, read_from, refusals_are_told
-from cpt_jax.data.place import Place
 from cpt_jax.data.prepare import read_manifest
 from cpt_jax.laws.points import Point
 from cpt_jax.report.run_report import final_label, grid, is_reported, load_run

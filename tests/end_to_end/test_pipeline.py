@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import call, cpt, environment
+from commands import call, cpt, environment, go
 from inputs import chinese, english, write_jsonl
 from safetensors.numpy import load_file
 
@@ -293,9 +293,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_wrong_input_is_one_line_and_exit_2(finished, place, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.delitem(sys.modules, "recipes", raising=False)
+    go(monkeypatch, place)
     status, _, errors = call(capsys, *arguments)
     assert status == 2, errors
     assert message in errors

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from commands import call, environment
+from commands import call, environment, go
 from tiny_recipe import write_tiny
 
 from cpt_jax.training.ending import ended_early
@@ -110,9 +110,7 @@ def test_several_processes_are_as_one(place, alone, processes, devices, mesh, co
     if command == "train":
         # Another command, by one process, goes on with what they left.
         assert not (place / name / "export").exists()
-        monkeypatch.chdir(place)
-        monkeypatch.syspath_prepend(place)
-        monkeypatch.delitem(sys.modules, "recipes", raising=False)
+        go(monkeypatch, place)
         longer = ["--stages.1.tokens", STEPS[1] * 512]
         status, _, errors = call(capsys, "run", "recipes:tiny", "--workdir", name, "--mesh", "fsdp=8", *longer)
         assert status == 0, errors

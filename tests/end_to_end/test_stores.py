@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import call, environment
+from commands import call, environment, go
 from store_server import s3_server
 from tiny_recipe import write_tiny
 
@@ -57,7 +57,7 @@ def run(place: Path, cache: str, name: str, *more: str) -> subprocess.Popen:
 @pytest.fixture
 def cpt(place, monkeypatch, capsys):
     """A command in this process, as on a machine that has nothing of the runs."""
-    monkeypatch.chdir(place)
+    go(monkeypatch, place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "elsewhere"))
     return functools.partial(call, capsys)
 

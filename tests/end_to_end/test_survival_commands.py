@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from commands import call, environment
+from commands import call, environment, go
 from inputs import english, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -61,9 +61,7 @@ def cpt(*arguments, cwd) -> tuple[int, str, str]:
 @pytest.fixture
 def here(place, monkeypatch, capsys):
     """A command in this process."""
-    monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.delitem(sys.modules, "recipes", raising=False)
+    go(monkeypatch, place)
     return functools.partial(call, capsys)
 
 
