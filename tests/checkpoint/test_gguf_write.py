@@ -202,6 +202,8 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path):
     whole_words = document | {"model": document["model"] | {"ignore_merges": True}}
     (directory / "tokenizer.json").write_text(json.dumps(whole_words))
     refused(directory, "in a way that is none of")
+    (directory / "tokenizer.json").write_text(json.dumps(document | {"normalizer": {"type": "NFKC"}}))
+    refused(directory, "in a way that is none of")
     (directory / "tokenizer.json").unlink()
     write_sentencepiece(directory, english(300), "unigram", 300)
     refused(directory, r"byte-level BPE can, and SentencePiece BPE with its tokenizer.model")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cpt_jax.cli import main
 from cpt_jax.core import huge_pages
 
 
@@ -46,3 +47,15 @@ huge_pages.start_again()
     process = first.split()[0]
     assert first == f"{process} ['a b', '--c=*'] None"
     assert second == f"{process} ['a b', '--c=*'] yes"
+
+
+def test_cpt_starts_again_and_a_call_from_python_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.setattr(huge_pages, "start_again", lambda: begun.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["cpt", "--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert begun == []
+    with pytest.raises(SystemExit):
+        main()
+    assert begun == [["cpt", "--help"]]
