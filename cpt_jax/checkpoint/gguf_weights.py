@@ -79,6 +79,12 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
+def permuted_heads(name: str, config: dict, architecture: Architecture) -> int | None:
+    """How many heads the rows of a tensor of GGUF belong to, where they are permuted."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    return heads.get(name.split(".")[-2]) if architecture.permuted else None
+
+
 def places_of(config: dict, architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
     """GGUF tensor name -> Hugging Face name and shape, for every tensor of the model."""
     width, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -115,7 +121,6 @@ def places_of(config: dict, architecture: Architecture) -> dict[str, tuple[str, 
 def weights_of(config: dict, architecture: Architecture, tensors: dict[str, Any]) -> list[Weight]:
     """The file's tensors in its order, checked against what the model has."""
     expected = places_of(config, architecture)
-    permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = []
     for name, tensor in tensors.items():
         if name == "rope_freqs.weight":
@@ -130,8 +135,7 @@ def weights_of(config: dict, architecture: Architecture, tensors: dict[str, Any]
                 f"the GGUF file's {name} has shape {list(given)}, its metadata ask for {list(shape)}: fetch it again"
             )
         _refuse_unknown_quantisation(tensor)
-        heads = permuted.get(name.split(".")[-2]) if architecture.permuted else None
-        weights.append(Weight(name=ours, shape=shape, source=tensor, heads=heads))
+        weights.append(Weight(name=ours, shape=shape, source=tensor, heads=permuted_heads(name, config, architecture)))
     if missing := [name for name in expected if name not in tensors]:
         raise UserError(
             f"the GGUF file lacks {len(missing)} tensors, {missing[0]!r} first: it is not a whole {config['model_type']} model"

@@ -18,7 +18,7 @@ from gguf.quants import quantize
 from cpt_jax.checkpoint.gguf import SCALINGS, model_config, read_gguf
 from cpt_jax.checkpoint.gguf_tokenizer import write_tokenizer
 from cpt_jax.checkpoint.gguf_tokenizer_write import refuse_other_tokens, tokenizer_pairs
-from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, permute, places_of
+from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, Architecture, permute, permuted_heads, places_of
 from cpt_jax.checkpoint.hf import read_config, tensors_of, widest
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.errors import UserError, nearest
@@ -52,32 +52,31 @@ def export_gguf(directory: Path, out: Path, kind: Kind | None = None) -> None:
     architecture, config = _architecture(hf_config)
     files = tensors_of(directory)
     pairs = _model_pairs(config, architecture) | tokenizer_pairs(tokenizer, config.vocab_size)
-    places = places_of(_fields(config), ARCHITECTURES[architecture])
-    if missing := [name for name, _ in places.values() if name not in files]:
+    fields, known = _fields(config), ARCHITECTURES[architecture]
+    if missing := [name for name, _ in places_of(fields, known).values() if name not in files]:
         raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} first: give a whole model directory")
     with Place(out.parent).written(out.name) as partial:
         with contextlib.closing(GGUFWriter(partial, architecture)) as writer:
             writer.add_name(out.stem)
             for key, value in pairs.items():
                 _add(writer, key, value)
-            _write_tensors(writer, kind or _kind_of(files), places, files, config, architecture)
+            _write_tensors(writer, kind or _kind_of(files), files, fields, known, _divisors(config))
         _check(partial, config, tokenizer)
 
 
 def _write_tensors(
     writer: GGUFWriter,
     kind: Kind,
-    places: Mapping[str, tuple[str, tuple[int, ...]]],
     files: Mapping[str, SafetensorsFile],
-    config: DecoderConfig,
-    architecture: str,
+    fields: dict[str, Any],
+    known: Architecture,
+    divisors: np.ndarray | None,
 ) -> None:
-    """The header, which announces all tensors, and these one by one; the tensor of GGUF name n is `places[n]`, its name
-    and shape in transformers."""
+    """The header, which announces all tensors, and these one by one."""
+    places = places_of(fields, known)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     kinds: dict[str, Kind] = {name: _stored_as(kind, shape) for name, (_, shape) in places.items()}
-    divisors = _divisors(config)
     if divisors is not None:
         writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
     for name, (_, shape) in places.items():
@@ -87,12 +86,11 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors)
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     with progress("GGUF: written", len(places), "tensors") as shown:
         for name, (ours, _) in places.items():
             values = files[ours].read(ours)
-            if ARCHITECTURES[architecture].permuted and (turned := heads.get(name.split(".")[-2])):
-                values = permute(values, turned)
+            if (heads := permuted_heads(name, fields, known)) is not None:
+                values = permute(values, heads)
             writer.write_tensor_data(_stored(values, kinds[name], ours))
             shown.advance()
 
