@@ -72,3 +72,9 @@ def write_run(
             if step % 5 == 0
         ]
         (directory / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seen))
+
+
+def changed_stage(run, **changes):
+    config = json.loads((run / "config.json").read_text())
+    config["stages"][0] |= changes
+    (run / "config.json").write_text(json.dumps(config))

@@ -1,7 +1,9 @@
 """For each model_type, config.json files of tiny models that between them have all that the family can do."""
 
-import math
 from typing import Any
+
+from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, TIED, UNTIED, YARN
+from contracts.hybrid_configs import HYBRIDS
 
 SIZES = dict(
     vocab_size=64,
@@ -16,7 +18,6 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-TIED, UNTIED = dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)
 LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,
@@ -24,35 +25,18 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 GROWTH = dict(llama_4_scaling_beta=0.7)
 # Shorter than the sequences of the tests (40 tokens): the long factors, or the larger theta, come into play.
 SHORT = dict(max_position_embeddings=24)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
-MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=5.0)
-LAYER_NORM, NORM_EPS = dict(layer_norm_eps=1e-5), dict(norm_eps=1e-5)
-DELTA_NET = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
-QWEN_3_5_ROPE = dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
-PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.5)
-LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
 GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
 GEMMA_4 = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=0)
-MAMBA_2 = dict(mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16, mamba_n_groups=1)
-GRANITE_4 = MULTIPLIERS | MAMBA_2 | dict(position_embedding_type="nope", shared_intermediate_size=40)
-FALCON_H1 = dict(mamba_n_heads=6, mamba_d_state=16, mamba_d_head=8, mamba_d_ssm=48, mamba_n_groups=1)
-FALCON_H1 |= dict(embedding_multiplier=5.0, lm_head_multiplier=0.4, mlp_multipliers=[0.9, 0.6], key_multiplier=0.5)
-FALCON_H1 |= dict(attention_in_multiplier=1.2, attention_out_multiplier=0.9, ssm_in_multiplier=1.3)
-FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0.7])
-NEMOTRON_H = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, conv_kernel=3, head_dim=8)
-NEMOTRON_H |= dict(layer_norm_epsilon=1e-5)
 GEMMA_4_SMALL = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=6, vocab_size_per_layer_input=64, sliding_window=6)
 GEMMA_4_SMALL |= dict(num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True)
 GEMMA_4_SMALL |= dict(layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2)
 GEMMA_4_SMALL |= dict(final_logit_softcapping=4.0)
-EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
-HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -208,43 +192,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
         "no multipliers": TIED | dict(rope_theta=1e6),
     },
-    # Tiny and Small have experts, Micro has none.
-    "granitemoehybrid": {
-        "as released": TIED
-        | GRANITE_4
-        | EXPERTS
-        | dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2, num_local_experts=4),
-        "without experts, not periodic, groups, steps within limits": UNTIED
-        | GRANITE_4
-        | dict(num_local_experts=0, layer_types=["attention", "mamba", "mamba"], mamba_n_groups=2)
-        | dict(time_step_limit=[0.5, 1.5], mamba_d_conv=3, position_embedding_type="rope", attention_bias=True),
-        "biases of projections": TIED
-        | GRANITE_4
-        | EXPERTS
-        | dict(num_local_experts=3, layer_types=["mamba", "mamba", "attention"], time_step_limit=[0.0, math.inf])
-        | dict(mamba_proj_bias=True, mamba_conv_bias=False, mamba_d_head="auto"),
-    },
-    "falcon_h1": {
-        "as released": UNTIED | FALCON_H1 | dict(num_hidden_layers=2, head_dim=8, rope_theta=1e11),
-        "tied, norm behind the gate, biases": TIED
-        | FALCON_H1
-        | dict(num_hidden_layers=2, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2)
-        | dict(projectors_bias=True, attention_bias=True, mlp_bias=True, mamba_proj_bias=True),
-        "norm before the gate, no factors": TIED
-        | MAMBA_2
-        | dict(num_hidden_layers=2, mamba_d_ssm=None, mamba_rms_norm=True, mamba_n_groups=2, rope_scaling=YARN),
-    },
-    # 8B, 47B, 56B, and Nano 2.
-    "nemotron_h": {
-        "as released": UNTIED | NEMOTRON_H | dict(num_hidden_layers=5, hybrid_override_pattern="M-M*-"),
-        "biases, periodic": TIED
-        | NEMOTRON_H
-        | dict(num_hidden_layers=6, layers_block_type=["mamba", "attention", "mlp"] * 2, head_dim=12)
-        | dict(use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="silu"),
-        "steps clipped": TIED
-        | NEMOTRON_H
-        | dict(num_hidden_layers=2, hybrid_override_pattern="*M", time_step_min=1.0, n_groups=1),
-    },
     "cohere2": {
         # Three windowed layers and one that does not rotate.
         "as released": TIED
@@ -288,73 +235,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(head_dim=16),
         "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
         "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
-    },
-    # In released models three of four layers have linear attention.
-    "qwen3_5_text": {
-        "as released": UNTIED | DELTA_NET | dict(num_hidden_layers=4, head_dim=16, rope_parameters=QWEN_3_5_ROPE),
-        "not periodic, one value head a key head": TIED
-        | DELTA_NET
-        | dict(layer_types=["full_attention", "linear_attention", "full_attention"], linear_num_value_heads=2)
-        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, partial_rotary_factor=0.5),
-        "by interval": TIED | DELTA_NET | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8),
-    },
-    "qwen3_5_moe_text": {
-        # Three of four in released models, which the dense ones have here.
-        "one of two": UNTIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=2, full_attention_interval=2, head_dim=16, rope_parameters=QWEN_3_5_ROPE)
-        | dict(linear_key_head_dim=8, linear_value_head_dim=8),
-        # That field means nothing here.
-        "not periodic, one value head a key head": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], linear_num_value_heads=2)
-        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
-        "by interval, three of four": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
-        | dict(linear_num_key_heads=1),
-    },
-    "qwen3_next": {
-        "as released": UNTIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=4, head_dim=16, rope_theta=1e7, partial_rotary_factor=0.25, norm_topk_prob=True),
-        "not periodic, one value head a key head, not renormalised": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], linear_num_value_heads=2)
-        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
-        "by interval, three of four": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
-        | dict(linear_num_key_heads=1, linear_key_head_dim=8, partial_rotary_factor=0.5),
-    },
-    "lfm2": {
-        "as released": TIED
-        | NORM_EPS
-        | dict(num_hidden_layers=6, block_auto_adjust_ff_dim=True, block_multiple_of=16, block_ffn_dim_multiplier=1.0)
-        | dict(layer_types=["conv", "conv", "full_attention"] * 2, rope_theta=1e6),
-        "untied, biases, not periodic": UNTIED
-        | NORM_EPS
-        | dict(conv_bias=True, conv_L_cache=4, block_auto_adjust_ff_dim=False, full_attn_idxs=[1]),
-        "multiplied width": TIED
-        | NORM_EPS
-        | dict(block_ffn_dim_multiplier=1.5, block_multiple_of=8, full_attn_idxs=[0, 2], num_key_value_heads=1),
-    },
-    # In released models a layer that sees all comes after a convolution, a windowed one before it.
-    "lfm3": {
-        "as released": TIED
-        | NORM_EPS
-        | dict(num_hidden_layers=8, head_dim=16, sliding_window=6)
-        | dict(rope_parameters=dict(full_attention=PROPORTIONAL, sliding_attention=LOCAL_ROPE)),
-        "untied, biases, not periodic": UNTIED
-        | NORM_EPS
-        | dict(conv_bias=True, conv_L_cache=3, attention_bias=True, head_dim=8, sliding_window=9)
-        | dict(layer_types=["full_attention", "conv", "sliding_attention"], use_attention_gate=False)
-        | dict(rope_parameters=dict(full_attention=PROPORTIONAL | dict(factor=4.0), sliding_attention=LOCAL_ROPE)),
-        "no sandwich, yarn": TIED
-        | NORM_EPS
-        | dict(use_sandwich_norm=False, num_key_value_heads=1, head_dim=8)
-        | dict(layer_types=["conv", "full_attention", "full_attention"])
-        | dict(rope_parameters=dict(full_attention=YARN | dict(rope_theta=1e5))),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
@@ -412,7 +292,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
         | dict(use_sliding_window=True, sliding_window=6),
     },
-}
+} | HYBRIDS
 
 
 def config_json(model_type: str, name: str) -> dict[str, Any]:

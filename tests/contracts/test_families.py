@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.family_configs import ALTERNATING, CONFIGS, LOCAL_ROPE, PROPORTIONAL, YARN, config_json
+from contracts.config_parts import LOCAL_ROPE, PROPORTIONAL, YARN
+from contracts.family_configs import ALTERNATING, CONFIGS, config_json
 from jaxtyping import Array
 from safetensors.numpy import load_file
 
