@@ -101,7 +101,7 @@ def test_it_grows_trains_and_goes_back_with_the_first(base, grown, tmp_path):
         (LoRA(new_rows=False), set()),
         (Full(), {"base", "new"}),
     ],
-    ids=str,
+    ids=["new-rows", "all-rows", "lora", "lora-alone", "full"],
 )
 def test_what_trains_rows_trains_those_of_both(method, parts):
     for table in TABLES:
