@@ -154,7 +154,7 @@ def _point(chips: int, plan: dict) -> dict:
         "chips": chips,
         "paper": paper.paper.total,
         "paper_sent": paper.paper.sent,
-        "paper_mfu": paper.paper.flops / paper.seconds / (hardware.peak_flops or 1),
+        "paper_mfu": paper.paper.flops / paper.seconds / (hardware.peak_flops(planned.precision.compute) or 1),
     }
     cells = [f"{chips:,}", _mesh(dataclasses.asdict(shape)), str(planned.stage.accumulate)]
     sent_on_paper = ", ".join(f"{axis} {count / 1e9:,.0f}" for axis, count in point["paper_sent"].items())

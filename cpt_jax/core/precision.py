@@ -11,12 +11,15 @@ class Precision:
     """Matrix products take inputs of type `compute` and sum in float32; what trains is kept in float32 all the same.
     "float32" is float32 on every device, not TF32 or bfloat16, unless `jax_default_matmul_precision` is set.
 
+    "float16", which is for GPUs without bfloat16 (T4, V100), needs no loss scaling: what is differentiated is the sum over the
+    tokens, not their mean, and what a layer adds to is float32 (`benchmarks/half_precision.py`).
+
     "float64" (with jax.enable_x64) is for checks alone. Frozen matrices are held in `compute`; vectors (norms,
     biases) stay float32: they cost nothing. `frozen_kernels` "int8" or "nf4" keeps the layers' frozen kernels in 8 or 4
     bits while a stage trains.
     """
 
-    compute: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    compute: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
     frozen_kernels: Literal["as computed", "int8", "nf4"] = "as computed"
 
     @property

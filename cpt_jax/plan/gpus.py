@@ -10,12 +10,14 @@ from jax.experimental import topologies
 from cpt_jax.core.errors import UserError
 
 # Of each kind, from NVIDIA's data sheets and its CUDA programming guide (compute capabilities): (compute capability,
-# multiprocessors, float32 units of each, bytes: shared memory of a multiprocessor, of it for a block, level-2 cache,
-# memory; memory's bytes/s, clock in GHz).
+# multiprocessors, of each float32 units and threads; bytes: shared memory of a multiprocessor, of it for a block, level-2
+# cache, memory; memory's bytes/s, clock in GHz).
 _DEVICES = {
-    "a100": ((8, 0), 108, 64, 167936, 166912, 40 << 20, 80 << 30, 2039e9, 1.41),
-    "h100": ((9, 0), 132, 128, 233472, 232448, 50 << 20, 80 << 30, 3352e9, 1.98),
-    "h200": ((9, 0), 132, 128, 233472, 232448, 50 << 20, 141 * 10**9, 4800e9, 1.98),
+    "t4": ((7, 5), 40, 64, 1024, 65536, 65536, 4 << 20, 15 << 30, 320e9, 1.59),
+    "l4": ((8, 9), 58, 128, 1536, 102400, 101376, 48 << 20, 24 * 10**9, 300e9, 2.04),
+    "a100": ((8, 0), 108, 64, 2048, 167936, 166912, 40 << 20, 80 << 30, 2039e9, 1.41),
+    "h100": ((9, 0), 132, 128, 2048, 233472, 232448, 50 << 20, 80 << 30, 3352e9, 1.98),
+    "h200": ((9, 0), 132, 128, 2048, 233472, 232448, 50 << 20, 141 * 10**9, 4800e9, 1.98),
 }
 
 
@@ -39,11 +41,11 @@ def gpus(kind: str, count: int) -> tuple[Any, ...]:
 
 def _target(kind: str) -> str:
     """A GpuTargetConfigProto of XLA, as text."""
-    (major, minor), cores, units, shared, of_block, cache, memory, bandwidth, clock = _DEVICES[kind]
+    (major, minor), cores, units, threads, shared, of_block, cache, memory, bandwidth, clock = _DEVICES[kind]
     info = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
-        "threads_per_core_limit": 2048,
+        "threads_per_core_limit": threads,
         "shared_memory_per_block": 49152,
         "shared_memory_per_core": shared,
         "shared_memory_per_block_optin": of_block,

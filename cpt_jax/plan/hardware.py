@@ -18,8 +18,14 @@ from cpt_jax.sharding.hardware import Chip, chip, peak_flops
 # The most chips of a slice; how many of Google's count a chip ("v5p-128" are 128 TensorCores, 64 chips); along how many
 # axes chips are neighbours; the multiple of chips from which an axis of the torus is closed to a ring.
 TPUS = {"v4": (4096, 2, 3, 4), "v5e": (256, 1, 2, 16), "v5p": (6144, 2, 3, 4), "v6e": (256, 1, 2, 16)}
-# GPUs by name; as many make an island, which talks over NVLink.
-GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+# GPUs by name; as many make an island, which talks over NVLink, or over PCIe where there is none.
+GPUS = {
+    "t4": "Tesla T4",
+    "l4": "NVIDIA L4",
+    "a100": "NVIDIA A100",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+}
 ISLAND = 8
 EXAMPLES = "v5e-256, v5p:4x4x8 (chips along each side), v5e-256x2 (two slices), h100-64, cpu-8"
 
@@ -46,9 +52,9 @@ class Hardware:
     def chip(self) -> Chip | None:
         return chip(self.kind)
 
-    @property
-    def peak_flops(self) -> float | None:
-        return peak_flops(self.kind)
+    def peak_flops(self, compute: str) -> float | None:
+        """Of a device's products of a type, FLOP/s."""
+        return peak_flops(self.kind, compute)
 
     def devices(self) -> list[Any]:
         """The devices to compile for, described by the platform's own compiler.

@@ -50,7 +50,7 @@ class Roofline(NamedTuple):
 
 def roofline(compiled: CompiledStage, program: Program, found: list[Collective]) -> Roofline:
     hardware, stage = compiled.hardware, compiled.planned.stage
-    peak, chip = hardware.peak_flops, hardware.chip
+    peak, chip = hardware.peak_flops(compiled.planned.precision.compute), hardware.chip
     per_token = token_flops(compiled.network, compiled.planned.method.trains, stage.sequence_length).total
     fused = {name for _, each, _ in program.walk() if each.op == "fusion" for name in each.called()}
     flops, moved, local = 0.0, 0.0, 0.0
@@ -87,7 +87,7 @@ def products(program: Program) -> float:
     return sum(
         times * _flops(program, program.computations[name], each)
         for name, each, times in program.walk()
-        if each.op in ("dot", "convolution")
+        if _is_product(each)
     )
 
 
@@ -96,20 +96,27 @@ def _flops(program: Program, computation: Computation, instruction: Instruction)
     if instruction.op == "fusion":
         inner = [program.computations[name] for name in instruction.called() if name in program.computations]
         return sum(_flops(program, each, part) for each in inner for part in each.values())
-    if instruction.op not in ("dot", "convolution"):
+    if not _is_product(instruction):
         return 0.0
     left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     out = 1.0
     for size in instruction.arrays[0].dims:
         out *= size
     contracted = 1.0
-    if instruction.op == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        for axis in axes.group(1).split(",") if axes and axes.group(1) else []:
-            contracted *= left[int(axis)]
-    else:
+    if instruction.op == "convolution":
         contracted = _contracted(instruction, left, right)
+    else:
+        axes = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', instruction.attributes)
+        for axis in re.findall(r"\d+", axes.group(1)) if axes else []:
+            contracted *= left[int(axis)]
     return 2.0 * out * contracted
+
+
+def _is_product(instruction: Instruction) -> bool:
+    """A product, also one that a GPU's compiler leaves to cuBLAS."""
+    return instruction.op in ("dot", "convolution") or (
+        instruction.op == "custom-call" and 'custom_call_target="__cublas$' in instruction.attributes
+    )
 
 
 def _contracted(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
@@ -166,7 +173,9 @@ def moved_bytes(program: Program, computation: Computation, instruction: Instruc
     """What an operation reads from and writes to main memory."""
     operands = [computation[name] for name in instruction.operands if name in computation]
     read = [sum(array.bytes for array in each.arrays if array.space == 0) for each in operands]
-    written = float(sum(array.bytes for array in instruction.arrays if array.space == 0))
+    # cuBLAS has a workspace behind its product.
+    arrays = instruction.arrays[:1] if _is_product(instruction) else instruction.arrays
+    written = float(sum(array.bytes for array in arrays if array.space == 0))
     if instruction.op in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if instruction.op == "dynamic-update-slice":

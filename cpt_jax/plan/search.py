@@ -91,7 +91,8 @@ def _shapes(planned: PlannedStage, hardware: Hardware) -> Iterator[MeshShape]:
 
 
 def candidate_of(planned: PlannedStage, hardware: Hardware, shape: MeshShape) -> Candidate:
-    paper, chip, peak = on_paper(planned, shape, hardware.platform), hardware.chip, hardware.peak_flops
+    paper, chip = on_paper(planned, shape, hardware.platform), hardware.chip
+    peak = hardware.peak_flops(planned.precision.compute)
     if chip is None or peak is None:
         raise UserError(f"--search ranks by a device's memory and speed, which are not known of {hardware.name!r}")
     mesh = make_mesh(hardware.devices(), shape)

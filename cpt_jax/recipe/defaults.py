@@ -28,7 +28,7 @@ from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides, model_named, overrides_of
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
 from cpt_jax.recipe.stations import TEXT_SAMPLE, holds_nothing_else
-from cpt_jax.sharding.hardware import multiplies_bfloat16
+from cpt_jax.sharding.hardware import fastest_type
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
@@ -262,7 +262,7 @@ def adapt_recipe(
             **shape,
         )
     )
-    fast = multiplies_bfloat16()
+    compute = fastest_type()
     recipe = Recipe(
         name=workdir.name or "adapt",
         base=base,
@@ -270,7 +270,7 @@ def adapt_recipe(
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
         stages=tuple(stages),
         chat_template=None if chat_template is None else str(chat_template),
-        precision=Precision(compute="bfloat16" if fast else "float32"),
+        precision=Precision(compute=compute),
         evaluation=Evaluation(sequence_length=min(512, context)),
         samples=Samples(prompts=(sample.first[:40],)),
     )
@@ -284,7 +284,12 @@ def adapt_recipe(
         else "none: no --replay was given, expect the old domain to be forgotten",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
-        "precision": recipe.precision.compute + ("" if fast else ": this CPU has no instructions for bfloat16"),
+        "precision": recipe.precision.compute
+        + {
+            "bfloat16": "",
+            "float16": ": this GPU has no bfloat16",
+            "float32": ": this CPU has no instructions for bfloat16",
+        }[compute],
     }
     return apply_overrides(recipe, overrides), reasons
 

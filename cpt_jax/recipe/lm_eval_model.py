@@ -33,7 +33,7 @@ from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-Compute = Literal["float32", "bfloat16"]
+Compute = Literal["float32", "bfloat16", "float16"]
 # What `batch_size` counts: sequences of so many tokens; of shorter ones there are more, of longer ones fewer.
 SEQUENCE_LENGTH = 512
 

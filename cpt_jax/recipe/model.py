@@ -122,6 +122,7 @@ class Model:
         config = self.config
         work = Work(
             backend=hardware.backend(),
+            capability=hardware.compute_capability(),
             length=length,
             head_dim=max(config.heads_of(kind)[0] for kind in config.layer_kinds),
             windows=tuple(kind.window for kind in config.layer_kinds),

@@ -166,7 +166,8 @@ class _Steps:
         self._attendants.metrics_file.write(line)
         self._attendants.trackers.log(line)
         self._losses.append(line["loss"])
-        _refuse_many_bad_steps(self._training, line)
+        if (error := self._training.refusal(line)) is not None:
+            raise error
         rates = {name: line[name] for name in ("tokens_per_second", "mfu") if name in line}
         losses = {f"loss {name}": line[f"nats/{name}"] for name in loader.names if f"nats/{name}" in line}
         self._shown.advance(1, loss=line["loss"], **(losses if len(losses) > 1 else {}), **rates)
@@ -224,13 +225,6 @@ class _Steps:
         self._attendants.checkpoints.save(self.state, self._loader_state, float(np.mean(self._losses or [np.nan])))
         self._last_save = time.monotonic()
         self._losses.clear()
-
-
-def _refuse_many_bad_steps(training: Training, line: dict[str, float]) -> None:
-    if line["skipped_in_a_row"] >= training.optimizer.max_skipped:
-        raise UserError(
-            f"{training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {line['step']}): lower the learning rate, or look at the data there"
-        )
 
 
 def _wait_for(checkpoints: Checkpoints, training: Training, event: str) -> None:

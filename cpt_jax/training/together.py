@@ -122,10 +122,7 @@ class _Member:
         self.metrics_file.write(line)
         self.trackers.log(line)
         self.losses.append(line["loss"])
-        if line["skipped_in_a_row"] >= self.training.optimizer.max_skipped:
-            self.error = UserError(
-                f"{self.training.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {step}): lower the learning rate, or look at the data there"
-            )
+        self.error = self.training.refusal(line)
 
     def save(self, state: Any, loader_state: dict) -> None:
         if self.error is None:

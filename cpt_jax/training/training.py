@@ -116,9 +116,18 @@ class Training:
             scores=self.network.config.attention == "xla",
         )
 
+    def refusal(self, line: dict[str, float]) -> UserError | None:
+        """Why training ends with a step of whose metrics this is the line: too many in a row were skipped."""
+        if line["skipped_in_a_row"] < self.optimizer.max_skipped:
+            return None
+        overflow = ", or compute in float32: float16 ends at 65,504" if self.precision.compute == "float16" else ""
+        return UserError(
+            f"{self.name}: {line['skipped_in_a_row']} steps in a row had a gradient that is not finite or far too large (step {line['step']}): lower the learning rate, or look at the data there{overflow}"
+        )
+
     def peak_flops(self) -> float | None:
         """Of all devices together, FLOP/s, where it is known for the type of the products."""
-        one = peak_flops(self.mesh.devices.flat[0].device_kind) if self.precision.compute == "bfloat16" else None
+        one = peak_flops(self.mesh.devices.flat[0].device_kind, self.precision.compute)
         return None if one is None else one * self.mesh.size
 
 

@@ -236,6 +236,7 @@ def test_on_a_mesh_a_model_with_a_kernel_is_the_model_with_the_reference(kernel,
 
 def work(**changes) -> Work:
     usual = dict(backend="gpu", length=1024, head_dim=64, windows=(None,), softcap=None, dtype=BFLOAT16)
+    usual["capability"] = 9.0 if changes.get("backend", "gpu") == "gpu" else None
     return Work(**(usual | changes))
 
 
@@ -255,6 +256,11 @@ def work(**changes) -> Work:
         (dict(softcap=50.0), "xla"),
         (dict(softcap=50.0, length=8192), "blocks"),
         (dict(dtype=FLOAT32), "xla"),
+        # A T4, an A100, a GPU of AMD's.
+        (dict(capability=7.5), "xla"),
+        (dict(capability=7.5, length=8192), "blocks"),
+        (dict(capability=8.0), "cudnn"),
+        (dict(capability=None), "xla"),
         (dict(backend="tpu", softcap=50.0, windows=(512, None)), "splash"),
         (dict(backend="tpu", length=1000), "xla"),
         # Each device's part of a row is to be whole blocks.
@@ -285,6 +291,11 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
     for kernel in {kernel for kernels in PREFERRED.values() for kernel in kernels} - {"blocks"}:
         with pytest.raises(UserError, match=f"attention '{kernel}' needs an? .*, this is a cpu: give 'auto'"):
             attend(q, k, v, Visible(None), windows=(None,), softcap=None, dtype=BFLOAT16, kernel=kernel)
+    for capability in (8.9, 12.0):
+        assert "Hopper or" in (refusal("tokamax", work(capability=capability)) or "")
+    expected = "needs an NVIDIA GPU of the Ampere or a later generation, this is a GPU of compute capability 7.5"
+    assert refusal("cudnn", work(capability=7.5)) == expected
+    assert refusal("cudnn", work(capability=None)) == expected.replace("GPU of compute capability 7.5", "gpu")
     assert refusal("tokamax", work(softcap=50.0)) == 'needs tokamax: pip install "tokamax>=0.0.17"'
     assert refusal("cudnn", work(softcap=50.0)) == "has no soft cap, the model's is 50.0"
     assert refusal("splash", work(backend="tpu", length=1000)) == "wants rows of a multiple of 128 tokens, not 1000"

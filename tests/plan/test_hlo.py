@@ -183,3 +183,21 @@ def test_what_a_fusion_slices_is_counted_by_its_slices():
     layer, index = 64 * 32 * 2, 4
     assert moved_bytes(program, main, main["used"]) == 16 * 64 * 2 + layer + index + 16 * 32 * 2
     assert moved_bytes(program, main, main["stored"]) == layer + index + layer
+
+
+CUBLAS = """HloModule cublas
+
+ENTRY %main (a: f16[4,16,64], b: f16[4,32,64]) -> f32[4,16,32] {
+  %a = f16[4,16,64]{2,1,0} parameter(0)
+  %b = f16[4,32,64]{2,1,0} parameter(1)
+  %product = (f32[4,16,32]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["2"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %out = f32[4,16,32]{2,1,0} get-tuple-element(%product), index=0
+}
+"""
+
+
+def test_a_product_left_to_cublas_is_one():
+    program = parse(CUBLAS)
+    main = program.computations["main"]
+    assert products(program) == 2 * 4 * 16 * 32 * 64
+    assert moved_bytes(program, main, main["product"]) == 2 * 4 * 64 * (16 + 32) + 4 * 4 * 16 * 32

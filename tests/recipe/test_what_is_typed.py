@@ -127,14 +127,21 @@ def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_mode
         adapt_recipe(**adapting(arguments), overrides=["--seed"])
 
 
-@pytest.mark.parametrize(("fast", "compute"), [(True, "bfloat16"), (False, "float32")])
-def test_bfloat16_is_computed_in_where_it_is_fast(tiny_model, tmp_path, monkeypatch, fast, compute):
-    monkeypatch.setattr("cpt_jax.recipe.defaults.multiplies_bfloat16", lambda: fast)
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16: this GPU has no bfloat16"),
+        ("float32", "float32: this CPU has no instructions for bfloat16"),
+    ],
+)
+def test_products_are_of_the_fastest_type(tiny_model, tmp_path, monkeypatch, compute, reason):
+    monkeypatch.setattr("cpt_jax.recipe.defaults.fastest_type", lambda: compute)
     (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
     words = ["adapt", "--base", str(tiny_model), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
     arguments, _ = parser().parse_known_args([*words, "--tokens", "1000"])
     recipe, reasons = adapt_recipe(**adapting(arguments))
     assert recipe.precision.compute == compute
-    assert ("no instructions for bfloat16" in reasons["precision"]) is not fast
+    assert reasons["precision"] == reason
     recipe, _ = adapt_recipe(**adapting(arguments), overrides=["--precision.compute", "bfloat16"])
     assert recipe.precision.compute == "bfloat16"

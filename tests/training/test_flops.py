@@ -156,7 +156,6 @@ def test_peaks_by_the_names_that_devices_have():
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
-        ("Tesla T4", 65),
         ("TPU v4", 275),
         ("TPU v5 lite", 197),
         ("TPU v5p", 459),
@@ -164,3 +163,10 @@ def test_peaks_by_the_names_that_devices_have():
     ):
         assert peak_flops(kind) == pytest.approx(tera * 1e12), kind
     assert peak_flops("cpu") is None
+    assert peak_flops("Tesla T4", "float16") == 65e12
+    # It makes float32 of bfloat16.
+    assert peak_flops("Tesla T4", "bfloat16") == peak_flops("Tesla T4", "float32") == 8.1e12
+    assert peak_flops("NVIDIA L4", "float16") == peak_flops("NVIDIA L4")
+    assert peak_flops("NVIDIA L4", "float32") == 30.3e12
+    assert peak_flops("TPU v5p", "float32") == pytest.approx(76.5e12)
+    assert peak_flops("NVIDIA L4", "float64") is None

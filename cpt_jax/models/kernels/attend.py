@@ -16,7 +16,7 @@ from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.runs import rows_of_runs
 from cpt_jax.models.kernels.visible import SAVED, Visible
 from cpt_jax.models.products import sum_type
-from cpt_jax.sharding.hardware import backend
+from cpt_jax.sharding.hardware import backend, compute_capability
 from cpt_jax.sharding.rules import RULES, partition_spec
 
 Windows = tuple[int | None, ...]
@@ -58,6 +58,7 @@ def attend(
     length, mesh = q.shape[2], jax.sharding.get_abstract_mesh()
     work = Work(
         backend=backend(),
+        capability=compute_capability(),
         length=length,
         head_dim=q.shape[3],
         windows=windows,

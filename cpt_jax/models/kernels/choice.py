@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -24,14 +25,21 @@ PREFERRED: dict[str, tuple[Kernel, ...]] = {
 # when the reference kept three times as much of its softmax (LOG.md). On accelerators
 # nothing was measured: memory decides.
 BLOCKS_FROM = {"cpu": 1024, "gpu": 4096, "tpu": 4096}
+# Compute capabilities of NVIDIA GPUs, from and below: what JAX asks of cuDNN, and those that tokamax 0.0.17 has a gradient
+# for.
+GENERATIONS = {
+    "cudnn": (8.0, math.inf, "Ampere or a later"),
+    "tokamax": (9.0, 11.0, "Hopper or (data centres) Blackwell"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
     """What a kernel is asked to do: rows of `length` tokens on a backend, cut into `context` parts, layers with these
-    windows."""
+    windows. `capability` is an NVIDIA GPU's (`hardware.compute_capability`)."""
 
     backend: str
+    capability: float | None
     length: int
     head_dim: int
     windows: tuple[int | None, ...]
@@ -48,7 +56,10 @@ def within_rows(windows: tuple[int | None, ...], length: int) -> tuple[int | Non
 def _needs(kernel: Kernel, work: Work) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what the kernel needs)."""
     if kernel in ("cudnn", "tokamax"):
-        yield work.backend == "gpu", f"needs an NVIDIA GPU, this is a {work.backend}"
+        oldest, beyond, generation = GENERATIONS[kernel]
+        fits = work.capability is not None and oldest <= work.capability < beyond
+        here = work.backend if work.capability is None else f"GPU of compute capability {work.capability:g}"
+        yield fits, f"needs an NVIDIA GPU of the {generation} generation, this is a {here}"
         yield work.context == 1, f"wants whole rows, not {work.context} parts (the mesh's axis context)"
     if kernel == "splash":
         yield work.backend == "tpu", f"needs a TPU, this is a {work.backend}"

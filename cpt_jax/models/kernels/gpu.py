@@ -8,16 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cpt_jax.models.kernels.visible import Visible, first_visible, mask
 from cpt_jax.models.products import sum_type
+from cpt_jax.sharding.hardware import compute_capability
 
 # For how many documents a row cuDNN's packed attention is compiled where that is not said: of the work that it starts,
 # most leaves again at once, and it keeps a sum for each document, head and token.
 DOCUMENTS = (16, 64)
-
-
-def hopper() -> bool:
-    """Whether the GPU is of Hopper's generation or later; so is the one that is compiled for without having it."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-    return float(capability) >= 9
 
 
 def cudnn(
@@ -52,7 +47,7 @@ def _documents(q, k, v, visible: Visible, window: int | None, documents: int | N
         return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=1.0, implementation="cudnn")
 
     # cuDNN's packed layout has no windows.
-    if window is not None or not hopper():
+    if window is not None or (compute_capability() or 0) < 9:
         return masked(q, k, v)
     assert visible.begins is not None
     starts = visible.begins == jnp.arange(visible.begins.shape[1])[None]
