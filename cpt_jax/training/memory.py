@@ -1,11 +1,12 @@
 """What a stage takes in memory, on paper: before anything is placed or compiled."""
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from cpt_jax.core.tree import Tree, flatten, partition, unflatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.cross_entropy import chunk_tokens
 from cpt_jax.models.decoder import Network
+from cpt_jax.models.quantised import quantise
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import Optimizer
 from cpt_jax.training.activations import activation_bytes
@@ -26,7 +28,7 @@ from cpt_jax.training.retention import Retention, start_of
 class StageMemory(NamedTuple):
     """Bytes, of all devices together.
 
-    weights: what trains in float32, the rest in the compute type; optimizer: its state; average: the EMA's, unless it
+    weights: what trains in float32, the rest in the compute type or in fewer bits; optimizer: its state; average: the EMA's, unless it
     lies in the host's memory; start: what retention keeps of the start; gradients: of what trains, float32;
     activations: what the layers keep for the backward pass, with the model's rematerialisation; logits: of one chunk of
     tokens, with their gradient.
@@ -72,7 +74,7 @@ def stage_memory(
     """
     trainable, frozen = partition(network.shapes, trains)
     weights = sum(4 * leaf.size for leaf in flatten(trainable).values())
-    weights += sum(precision.dtype_of(path).itemsize * leaf.size for path, leaf in flatten(frozen).items())
+    weights += sum(_frozen_bytes(path, leaf, precision) for path, leaf in flatten(frozen).items())
     size = sum(leaf.size for leaf in flatten(trainable).values())
     state = jax.eval_shape(optimizer.build(trainable).init, _in_float32(trainable))
     start = jax.eval_shape(lambda weights: start_of(weights, retention), trainable)
@@ -87,6 +89,18 @@ def stage_memory(
         activations=round(tokens * a_token),
         logits=_logit_bytes(network.config, tokens, precision.dtype.itemsize),
     )
+
+
+def _frozen_bytes(path: str, leaf: jax.ShapeDtypeStruct, precision: Precision) -> int:
+    kept: Any = jax.ShapeDtypeStruct(leaf.shape, precision.dtype_of(path))
+    if precision.frozen_kernels != "as computed" and path.endswith("/kernel"):
+        kept = jax.eval_shape(functools.partial(quantise, kind=precision.frozen_kernels), kept)
+    # Two numbers of 4 bits are a byte.
+    bits = [
+        (each.size, 4 if each.dtype.name.endswith("int4") else 8 * each.dtype.itemsize)
+        for each in jax.tree.leaves(kept)
+    ]
+    return sum(size * width for size, width in bits) // 8
 
 
 def _in_float32(trainable: Tree) -> Tree:
@@ -128,11 +142,16 @@ def told_of_memory(name: str, memory: Callable[[], StageMemory]) -> Iterator[Non
         ) from error
 
 
-def device_memory() -> int:
-    """Bytes that the first device gives to programs; of a CPU, what is free in the host's memory."""
+def accelerator_memory() -> int | None:
+    """Bytes that the first device gives to programs; None of a CPU, and of what does not tell."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_limit"] if stats and "bytes_limit" in stats else host_memory()
+    return stats.get("bytes_limit") if stats else None
+
+
+def device_memory() -> int:
+    """`accelerator_memory`; where there is none, what is free in the host's memory."""
+    return accelerator_memory() or host_memory()
 
 
 def host_memory() -> int:

@@ -282,6 +282,8 @@ def test_the_command(tmp_path):
         ("v4-16", "libtpu", "splash"),
         ("v6e-8", "libtpu", "splash"),
         ("h100-8", "jax_cuda12_plugin", "blocks"),
+        # It leaves its products to cuBLAS.
+        ("t4-8", "jax_cuda12_plugin", "blocks"),
     ],
 )
 def test_a_compiler_of_absent_hardware_takes_a_step(hardware, compiler, attention, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from inputs import chinese
 
 from cpt_jax.adapt import Full
+from cpt_jax.cli import main
 from cpt_jax.cli.parser import parser
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
@@ -145,3 +146,19 @@ def test_products_are_of_the_fastest_type(tiny_model, tmp_path, monkeypatch, com
     assert reasons["precision"] == reason
     recipe, _ = adapt_recipe(**adapting(arguments), overrides=["--precision.compute", "bfloat16"])
     assert recipe.precision.compute == "bfloat16"
+
+
+@pytest.mark.parametrize("memory", [None, 10**12, 10**6])
+def test_an_accelerator_is_given_steps_that_it_has_room_for(tiny_model, tmp_path, monkeypatch, capsys, memory):
+    (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
+    ran = []
+    monkeypatch.setattr("cpt_jax.recipe.run.run", lambda recipe, *_, **__: ran.append(recipe))
+    monkeypatch.setattr("cpt_jax.training.memory.accelerator_memory", lambda: memory)
+    words = ["adapt", "--base", str(tiny_model), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
+    main([*words, "--tokens", "1000", "--new-tokens", "10"])
+    (recipe,) = ran
+    # A step of two rows has no room for them on two devices, whatever is computed again.
+    assert [stage.remat is not None for stage in recipe.stages] == [memory == 10**6] * 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  memory")]
+    assert len(said) == (memory is not None)
+    assert all(("likely too much" in line) == (memory == 10**6) for line in said)

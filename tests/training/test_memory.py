@@ -267,6 +267,15 @@ def test_what_retention_keeps_is_on_paper(directories, tmp_path, method, ema):
     assert run.memory().held == pytest.approx(sum(array.nbytes for array in arrays), abs=64)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_kernels_of_few_bits_are_on_paper(directories, tmp_path, kind):
+    few_bits = Precision(compute="bfloat16", frozen_kernels=kind)
+    run = training(directories, tmp_path, LoRA(rank=4, alpha=8), precision=few_bits)
+    held = place_weights(run.weights, run.trains, run.precision, run.program().where)
+    bits = [leaf.size * (4 if leaf.dtype == jnp.uint4 else 8 * leaf.dtype.itemsize) for leaf in jax.tree.leaves(held)]
+    assert run.memory().weights == sum(bits) // 8
+
+
 def test_what_is_held_between_steps():
     config, method = tiny_config(**SIZES, new_rows=8), LoRA(rank=4, alpha=8)
     network = abstract_decoder(config, method.lora_config())
