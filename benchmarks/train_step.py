@@ -151,6 +151,7 @@ def torch_run(arguments: argparse.Namespace) -> dict:
             max_steps=wanted,
             learning_rate=1e-5,
             bf16=arguments.compute == "bfloat16",
+            fp16=arguments.compute == "float16",
             use_cpu=not gpu,
             torch_compile="compiled" in arguments.program,
             use_liger_kernel="Liger" in arguments.program,
@@ -186,14 +187,15 @@ def flops_of(model: str, method: str, length: int) -> float:
 
 
 def peak_here() -> tuple[str, float]:
-    """(device, FLOP/s): of its data sheet, or of a large bfloat16 product that is measured now."""
+    """(device, FLOP/s): of its data sheet, in the type that is fastest there, or of a large bfloat16 product that is
+    measured now."""
     import jax
     import jax.numpy as jnp
 
-    from cpt_jax.sharding.hardware import peak_flops
+    from cpt_jax.sharding.hardware import fastest_type, peak_flops
 
     kind = jax.devices()[0].device_kind
-    if (known := peak_flops(kind)) is not None:
+    if (known := peak_flops(kind, fastest_type())) is not None:
         return kind, known
     matrix = jnp.ones((4096, 4096), jnp.bfloat16)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
@@ -255,7 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["smollm2", "30m"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--compute", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    choices = ("float32", "bfloat16", "float16")
+    parser.add_argument("--compute", nargs="+", choices=choices, default=["float32", "bfloat16"])
     parser.add_argument("--sequence", nargs="+", type=int, default=[256])
     parser.add_argument("--tokens", type=int, default=512, help="in a batch")
     parser.add_argument("--documents", type=int, default=1, help="packed into a row")

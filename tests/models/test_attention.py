@@ -254,7 +254,7 @@ def work(**changes) -> Work:
         (dict(head_dim=68), "xla"),
         (dict(context=2), "xla"),
         (dict(softcap=50.0), "xla"),
-        (dict(softcap=50.0, length=8192), "blocks"),
+        (dict(softcap=50.0, length=2048), "blocks"),
         (dict(dtype=FLOAT32), "xla"),
         # A T4, an A100, a GPU of AMD's.
         (dict(capability=7.5), "xla"),
