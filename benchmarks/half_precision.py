@@ -3,7 +3,7 @@
     python -m benchmarks.half_precision
 
 SmolLM2-135M, all weights train, a row of 256 tokens of English and one of Chinese, whose loss is three times as high. What is differentiated is the loss
-summed over the tokens, times the scale; the error is the norm of the gradient's difference from that of float32, over its norm, of all weights and of the
+summed over the tokens, times the scale. The program is a GPU's, which writes products in the type of their inputs, on whatever is here. The error is the norm of the gradient's difference from that of float32, over its norm, of all weights and of the
 tensor where it is largest. Prints a Markdown table and writes benchmarks/results/half_precision.json.
 """
 
@@ -22,6 +22,7 @@ from cpt_jax.core.progress import say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import Tree, flatten, unflatten
 from cpt_jax.recipe.model import load_model
+from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.training.loss import make_loss
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ def gradients(network, compute: str) -> Callable[[Tree, dict, float], tuple[floa
     compiled = jax.jit(jax.value_and_grad(scaled))
 
     def found(weights, batch, scale):
-        total, leaves = compiled(flatten(weights), batch, np.float32(scale))
+        with compiling_for("gpu"):
+            total, leaves = compiled(flatten(weights), batch, np.float32(scale))
         return float(total) / scale / LENGTH, {
             path: np.asarray(leaf, np.float64) / scale for path, leaf in leaves.items()
         }
@@ -71,6 +73,7 @@ def main() -> None:
     fetch()
     directory = model_directory("smollm2")
     model, tokenizer = load_model(directory).looped(), Tokenizer(directory)
+    model = model.attending("xla", LENGTH, np.dtype(np.float32))
     weights = model.on_device(FLOAT32)
     of = {compute: gradients(model.network, compute) for compute in ("float32", "bfloat16", "float16")}
     lines = []
