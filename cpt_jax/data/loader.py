@@ -174,6 +174,6 @@ def _manifest(directories: Mapping[str, Path], name: str, tokenizer: str) -> Man
         raise UserError(
             f"{directories[name]} was prepared with another tokenizer: run `cpt data prepare` with this one"
         )
-    if not manifest.tokens:
+    if not manifest.trained_tokens:
         raise UserError(f"domain {name!r} has no text to train on: give it some, or leave it out of the mixture")
     return manifest

@@ -147,6 +147,13 @@ def test_a_ramp_within_a_phase_goes_from_the_phases_first_row_to_its_last():
     assert not changes({"a": 1.0})
 
 
+@pytest.mark.parametrize("packing", ["best fit", "concatenate"])
+def test_rows_have_room_for_as_many_documents_as_the_domain_with_the_shortest_fills_them_with(directories, packing):
+    batches = loader(directories, {"long": 0.1, "short": 0.9}, sequence_length=1024, packing=packing)
+    # Some 35 of the short ones.
+    assert np.mean([(next(batches)["segment_ids"] > 0).mean() for _ in range(30)]) > 0.97
+
+
 def test_a_domain_that_was_read_often_enough_gives_its_share_to_the_others(directories):
     mixture = {"short": 0.5, "long": 0.3, "few": 0.2}
     batches = loader(directories, mixture, batch_size=ROWS, max_epochs={"few": 2})
