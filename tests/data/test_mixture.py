@@ -9,6 +9,7 @@ from loader_inputs import END, loader
 
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.loader import _rows_state
 from cpt_jax.data.mixture import (
     Mixture,
     Phase,
@@ -197,6 +198,75 @@ def test_another_mixture_in_the_middle_loses_and_repeats_no_token(directories, p
         lengths = 1 + np.random.default_rng(index).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
         expected = {100_000 * (index + 1) + number: length for number, length in enumerate(lengths)}
         assert {token: seen[token] for token in expected} == expected, name
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (({"long": 1.0}, {}), ({"short": 0.5, "long": 0.3, "few": 0.2}, {})),
+        (({"few": 1.0}, {"few": 1}), ({"long": 0.5, "few": 0.5}, {"few": 1})),
+        (({"few": 0.5, "long": 0.5}, {"few": 1}), ({"few": 0.5, "long": 0.5}, {"few": 2})),
+        (({"few": 0.5, "long": 0.5}, {}), ({"long": 0.5, "few": 0.5}, {"few": 1})),
+    ],
+    ids=["a domain before the others, of shorter documents", "one where the text ends", "more epochs", "fewer epochs"],
+)
+def test_rows_that_are_packed_already_are_not_packed_otherwise(directories, monkeypatch, packing, before, after):
+    def of(change):
+        mixture, limits = change
+        return loader(directories, mixture, max_epochs=limits, batch_size=ROWS, sequence_length=1024, packing=packing)
+
+    def group(batches):
+        return _rows_state(batches.state()["rows"])["group"]
+
+    with monkeypatch.context() as few:
+        few.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
+        batches = of(before)
+    again, compared = of(after), 0
+    # Where each document is a row, an epoch of "few" is over within the second group.
+    for _ in range(9 if packing == "none" else 1):
+        next(batches)
+    again.restore(json.loads(json.dumps(batches.state())))
+    number = group(batches)
+    for batch in batches:
+        if group(batches) != number:
+            break
+        other, compared = next(again), compared + 1
+        for field in ("inputs", "targets", "positions", "segment_ids", "weights"):
+            np.testing.assert_array_equal(batch[field], other[field])
+    assert compared
+
+
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (3, 1)])
+def test_another_limit_of_epochs_in_the_middle_loses_and_repeats_no_document(
+    directories, packing, pack_domains, before, after
+):
+    mixture, how = {"few": 0.8, "short": 0.2}, dict(batch_size=ROWS, packing=packing, pack_domains=pack_domains)
+    batches = loader(directories, mixture, max_epochs={"few": before}, **how)
+    count, mean = SIZES["few"]
+    lengths = 1 + np.random.default_rng(2).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
+    first, more = [], 70 if packing == "none" else 40
+    # Before, while and after an epoch is over.
+    for taken in (12, 20, 24, 29, 40):
+        first += [next(batches) for _ in range(taken - len(first))]
+        again = loader(directories, mixture, max_epochs={"few": after}, **how)
+        again.restore(json.loads(json.dumps(batches.state())))
+        seen = Counter()
+        for batch in [*first, *(next(again) for _ in range(more * after))]:
+            inside = (batch["segment_ids"] > 0) & (batch["targets"] != END)
+            seen.update(batch["targets"][inside].tolist())
+        times = {seen[300_000 + number] / length for number, length in enumerate(lengths)}
+        # Rows that are packed already may begin another epoch.
+        assert times == {after} or (after < before and times <= {1, 2}), taken
+
+
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_a_domain_that_joins_fills_its_rows(directories, pack_domains):
+    before, after = {"long": 1.0}, {"long": 0.1, "short": 0.9}
+    _, again = changed_mixture_state(directories, before, after, 3, sequence_length=1024, pack_domains=pack_domains)
+    # Some 35 of the short ones in a row, where there were some two of the long ones.
+    assert np.mean([(next(again)["segment_ids"] > 0).mean() for _ in range(30)][10:]) > 0.97
 
 
 @pytest.mark.parametrize("pack_domains", ["together", "apart"])
