@@ -211,7 +211,7 @@ class Reader:
             # One token behind the position: a piece that goes on ends with it.
             index, begins = self._index, block.begins
             end = begins[index] + self._offset + 1 if index < len(begins) else len(block.tokens)
-            parts.append((block, self._low, min(end, len(block.tokens))))
+            parts.append((block, self._low, end))
         if not parts:
             return Taken(np.zeros(0, np.int32), np.zeros(0, bool))
         tokens = np.concatenate([block.tokens[low:high] for block, low, high in parts])

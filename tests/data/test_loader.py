@@ -154,6 +154,16 @@ def test_an_epoch_is_over_before_the_next_begins(directories):
     assert max(seen.values()) - min(seen.values()) <= 2
 
 
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_epochs_are_told_to_the_document_where_the_rows_at_hand_began(directories, pack_domains):
+    how = dict(packing="none", pack_domains=pack_domains, batch_size=1, sequence_length=1024)
+    batches = loader(directories, {"zh": 1.0}, **how)
+    for begun in (0, OPEN_ROWS, 5 * OPEN_ROWS):
+        while batches.epochs()["zh"] < begun / 300:
+            next(batches)
+        assert batches.epochs() == {"zh": begun / 300}
+
+
 @pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
 @pytest.mark.parametrize("taken", [0, 1, 15, 16, 17, 40, 90])
 def test_it_continues_bit_for_bit(directories, taken, packing, pack_domains):
@@ -175,6 +185,17 @@ def test_the_seed_decides_the_order(directories):
     first, same, other = (next(loader(directories, seed=seed))["inputs"] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
+
+
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_the_order_in_which_domains_are_named_decides_their_numbers_alone(directories, pack_domains):
+    how = dict(pack_domains=pack_domains)
+    batches = loader(directories, {"zh": 0.5, "en": 0.5}, **how), loader(directories, {"en": 0.5, "zh": 0.5}, **how)
+    for _ in range(20):
+        one, other = (next(each) for each in batches)
+        np.testing.assert_array_equal(one["inputs"], other["inputs"])
+        inside = one["segment_ids"] > 0
+        np.testing.assert_array_equal(one["domains"][inside], 1 - other["domains"][inside])
 
 
 def order_of(batches, name: str, first: int) -> list[int]:

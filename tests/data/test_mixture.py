@@ -114,6 +114,16 @@ def test_a_schedule_is_followed_to_half_a_point(directories, mixture, pack_domai
     assert np.abs(np.cumsum(rows - weighted, 0)).max() < 5 * LENGTH
 
 
+def test_the_shares_of_now_are_those_of_the_row_that_is_next(directories):
+    ramp = Ramp(start={"short": 1.0}, end={"short": 0.5, "long": 0.5})
+    with pytest.raises(ValueError, match="needs the number of steps"):
+        loader(directories, ramp)
+    batches = loader(directories, ramp, batch_size=ROWS, steps=20)
+    for number in range(20):
+        assert batches.shares_now() == pytest.approx({"short": 1 - number / 40, "long": number / 40})
+        next(batches)
+
+
 def test_the_shares_of_schedules():
     ramp = Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 0.95, "b": 0.05}, shape="cosine")
     np.testing.assert_allclose(shares_of(ramp, ("a", "b"), {})(np.array([0, 0.5, 1]))[:, 1], [0.5, 0.275, 0.05])
@@ -200,41 +210,63 @@ def test_another_mixture_in_the_middle_loses_and_repeats_no_token(directories, p
         assert {token: seen[token] for token in expected} == expected, name
 
 
-@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (({"long": 1.0}, {}), ({"short": 0.5, "long": 0.3, "few": 0.2}, {})),
-        (({"few": 1.0}, {"few": 1}), ({"long": 0.5, "few": 0.5}, {"few": 1})),
-        (({"few": 0.5, "long": 0.5}, {"few": 1}), ({"few": 0.5, "long": 0.5}, {"few": 2})),
-        (({"few": 0.5, "long": 0.5}, {}), ({"long": 0.5, "few": 0.5}, {"few": 1})),
-    ],
-    ids=["a domain before the others, of shorter documents", "one where the text ends", "more epochs", "fewer epochs"],
-)
-def test_rows_that_are_packed_already_are_not_packed_otherwise(directories, monkeypatch, packing, before, after):
-    def of(change):
-        mixture, limits = change
-        return loader(directories, mixture, max_epochs=limits, batch_size=ROWS, sequence_length=1024, packing=packing)
+def assert_same_rows_at_hand(batches, again) -> None:
+    """Until others are packed, `again` gives what `batches` gives."""
 
-    def group(batches):
+    def group() -> int:
         return _rows_state(batches.state()["rows"])["group"]
 
-    with monkeypatch.context() as few:
-        few.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
-        batches = of(before)
-    again, compared = of(after), 0
-    # Where each document is a row, an epoch of "few" is over within the second group.
-    for _ in range(9 if packing == "none" else 1):
-        next(batches)
-    again.restore(json.loads(json.dumps(batches.state())))
-    number = group(batches)
+    number, compared = group(), 0
     for batch in batches:
-        if group(batches) != number:
+        if group() != number:
             break
         other, compared = next(again), compared + 1
         for field in ("inputs", "targets", "positions", "segment_ids", "weights"):
             np.testing.assert_array_equal(batch[field], other[field])
     assert compared
+
+
+STEEP = Ramp(start={"few": 1.0}, end={"few": 0.1, "long": 0.9})
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"mixture": {"long": 1.0}}, {"mixture": {"short": 0.5, "long": 0.3, "few": 0.2}}),
+        (
+            {"mixture": {"few": 1.0}, "max_epochs": {"few": 1}},
+            {"mixture": {"long": 0.5, "few": 0.5}, "max_epochs": {"few": 1}},
+        ),
+        ({"max_epochs": {"few": 1}}, {"max_epochs": {"few": 2}}),
+        ({}, {"max_epochs": {"few": 1}}),
+        ({"mixture": STEEP}, {}),
+    ],
+    ids=["a domain before the others", "one where the text ends", "more epochs", "fewer epochs", "after a ramp"],
+)
+def test_rows_that_are_packed_already_are_not_packed_otherwise(directories, monkeypatch, packing, before, after):
+    how = dict(mixture={"few": 0.5, "long": 0.5}, batch_size=ROWS, sequence_length=1024, packing=packing, steps=12)
+    # Rows of two documents, as if one that joins had the shorter ones.
+    with monkeypatch.context() as few:
+        few.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
+        batches = loader(directories, **(how | before))
+    # Where each document is a row, an epoch of "few" is over within the second group.
+    for _ in range(9 if packing == "none" else 1):
+        next(batches)
+    again = loader(directories, **(how | after))
+    again.restore(json.loads(json.dumps(batches.state())))
+    assert_same_rows_at_hand(batches, again)
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+def test_shares_that_are_raised_leave_the_rows_at_hand(directories, packing):
+    batches, again = (
+        loader(directories, {"short": 0.8, "long": 0.2}, batch_size=ROWS, packing=packing) for _ in range(2)
+    )
+    for _ in range(9):
+        next(batches), next(again)
+    again.raise_shares(Raised(domains=("long",), factor=4.0, maximum=0.6))
+    assert_same_rows_at_hand(batches, again)
 
 
 @pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
