@@ -1,6 +1,7 @@
 """Shares of what comes out of the packer: exact in every window, whatever the lengths, and changing as they are told."""
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -359,6 +360,8 @@ def test_a_state_of_other_documents_is_refused(directories, state, mixture, mess
         (lambda: Phase(share=0.0, mixture={"a": 1.0}), "Phase.share is 0"),
         (lambda: Phase(share=1.0, mixture={"a": 0.5, "b": 0.4}), "Phase.mixture: the shares sum to 0.9"),
         (lambda: check_mixture({"a": 1.0, "b": 0.0}), "the share of 'b' is 0.0: give a number above 0"),
+        (lambda: check_mixture({"a": 1.0, "b": math.nan}), "the share of 'b' is nan"),
+        (lambda: Ramp(start={"a": 1.0}, end={"a": math.nan}), "Ramp.end: the share of 'a' is nan"),
     ],
 )
 def test_wrong_schedules_are_refused(build, message):
