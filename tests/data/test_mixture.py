@@ -20,6 +20,7 @@ from cpt_jax.data.mixture import (
     Temperature,
     changes,
     check_mixture,
+    described,
     domains_of,
     mean_shares,
     shares_of,
@@ -367,6 +368,14 @@ def test_a_state_of_other_documents_is_refused(directories, state, mixture, mess
 def test_wrong_schedules_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_mixtures_in_words():
+    ramp = Ramp(start={"a": 1.0}, end={"a": 0.25, "b": 0.75})
+    assert described(ramp) == "a 100% to a 25% b 75% (linear)"
+    assert described(Temperature(domains=("a", "b"))) == "a b by size, temperature 2"
+    phases = Phases(parts=(Phase(share=0.9, mixture=ramp), Phase(share=0.1, mixture={"b": 1.0})))
+    assert described(phases) == f"0.9 of it: {described(ramp)}; then 0.1 of it: b 100%"
 
 
 def test_every_mixture_comes_back_from_its_json():
