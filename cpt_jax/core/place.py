@@ -68,7 +68,8 @@ class Place:
         with tempfile.TemporaryDirectory(prefix="cpt-") as root:
             for name in names:
                 (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(root) / name).write_bytes(self._store.read(name) or b"")
+                if (content := self._store.read(name)) is not None:
+                    (Path(root) / name).write_bytes(content)
             yield [Path(root) / name for name in names]
 
     def names(self) -> list[str]:

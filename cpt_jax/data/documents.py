@@ -47,7 +47,7 @@ class Block:
 
 
 class Documents:
-    """The domain's documents without end (or for `epochs`), shuffled anew every epoch without being held in memory.
+    """The domain's documents without end, shuffled anew every epoch without being held in memory.
 
     Any of them can be found by its number: a position is [number of the document, predictions of it that were taken].
     A document is framed by the start and the end token: [start, t1 .. tn] predict [t1 .. tn, end]. Without a `frame`
@@ -63,22 +63,17 @@ class Documents:
         sequence_length: int,
         mean_tokens: float,
         long_documents: LongDocuments = "split",
-        epochs: int | None = None,
     ) -> None:
         self.records, self._frame = records, frame
         self._length, self._long = sequence_length, long_documents
         self.size = max(1, min(BLOCK_DOCUMENTS, int(BLOCK_TOKENS / max(mean_tokens, 1))))
-        numbers = _shuffled(len(records), seed, epochs)
-        self._count = None if epochs is None else epochs * len(records)
-        self._blocks = numbers.batch(self.size).map(self._read)
+        self._blocks = _shuffled(len(records), seed).batch(self.size).map(self._read)
 
-    def up_to(self, number: int) -> int:
-        """The number, or that behind the last document."""
-        return number if self._count is None else min(number, self._count)
-
-    def block(self, number: int) -> Block | None:
-        """Documents number * size and following; None behind the last epoch."""
-        return self._blocks[number] if number < len(self._blocks) else None
+    def block(self, number: int) -> Block:
+        """Documents number * size and following."""
+        block = self._blocks[number]
+        assert block is not None
+        return block
 
     def _read(self, numbers: np.ndarray) -> Block:
         read = self.records.read(numbers.tolist())
@@ -96,22 +91,21 @@ class Documents:
         return Block(tokens, learnt, begins.tolist(), predictions.tolist(), bool(learnt.all()))
 
 
-def _shuffled(count: int, seed: int, epochs: int | None) -> grain.MapDataset:
+def _shuffled(count: int, seed: int) -> grain.MapDataset:
     """The numbers of documents, in another order every epoch."""
     if 0 < count < FEW:
-        return grain.MapDataset.source(_OfFew(count, seed, epochs))
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(epochs)
+        return grain.MapDataset.source(_OfFew(count, seed))
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
 class _OfFew:
     """The order of few documents, of which a whole epoch is made at once."""
 
-    def __init__(self, count: int, seed: int, epochs: int | None) -> None:
+    def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
-        self._all = sys.maxsize if epochs is None else epochs * count
 
     def __len__(self) -> int:
-        return self._all
+        return sys.maxsize
 
     def __getitem__(self, index: int) -> int:
         epoch, place = divmod(index, self._count)
@@ -136,6 +130,7 @@ class Reader:
 
     def __init__(self, documents: Documents, position: Sequence[int] = (0, 0)) -> None:
         self._documents = documents
+        self._end: int | None = None
         # The number of the block at hand, and that of the one that is read.
         self._at, self._read_at = 0, -1
         self._block: Block | None = None
@@ -149,13 +144,20 @@ class Reader:
         self._at, self._index = divmod(number, self._documents.size)
         self.begin()
 
-    def _at_hand(self) -> Block | None:
-        if self._read_at != self._at:
+    def end_after(self, epochs: int | None) -> None:
+        """No document is begun that another epoch would begin with; None: there is no end."""
+        self._end = None if epochs is None else epochs * len(self._documents.records)
+
+    def _at_hand(self) -> Block:
+        if self._block is None or self._read_at != self._at:
             self._block, self._read_at = self._documents.block(self._at), self._at
         return self._block
 
+    def _number(self) -> int:
+        return self._at * self._documents.size + self._index
+
     def position(self) -> list[int]:
-        return [self._documents.up_to(self._at * self._documents.size + self._index), self._offset]
+        return [self._number(), self._offset]
 
     def begin(self) -> None:
         """Forgets what was taken."""
@@ -166,7 +168,8 @@ class Reader:
         """The next piece, of at most so many predictions: (place of its first token in what was taken, predictions).
         None: there are no more. Pieces in which nothing is to be learnt are left out.
         """
-        while (block := self._at_hand()) is not None:
+        while self._end is None or self._offset or self._number() < self._end:
+            block = self._at_hand()
             if self._index >= len(block.predictions):
                 self._next_block(block)
                 continue
@@ -203,11 +206,12 @@ class Reader:
 
     def taken(self) -> Taken:
         parts = [(block, low, len(block.tokens)) for block, low in self._kept]
-        if (block := self._at_hand()) is not None and self._low is not None:
+        if self._low is not None:
+            block = self._at_hand()
             # One token behind the position: a piece that goes on ends with it.
             index, begins = self._index, block.begins
             end = begins[index] + self._offset + 1 if index < len(begins) else len(block.tokens)
-            parts.append((block, self._low, min(end, len(block.tokens))))
+            parts.append((block, self._low, end))
         if not parts:
             return Taken(np.zeros(0, np.int32), np.zeros(0, bool))
         tokens = np.concatenate([block.tokens[low:high] for block, low, high in parts])

@@ -78,7 +78,6 @@ class Loader:
                 sequence_length=sequence_length,
                 mean_tokens=manifest.tokens / max(manifest.records, 1),
                 long_documents=long_documents,
-                epochs=(max_epochs or {}).get(name),
             )
             for name, manifest in manifests.items()
         }
@@ -94,6 +93,7 @@ class Loader:
             batch_size=batch_size,
             total=(steps or 0) * batch_size,
             most=self.documents - 1,
+            epochs={name: (max_epochs or {}).get(name) for name in self.names},
             packing=packing,
             seed=seed,
         )
@@ -174,6 +174,6 @@ def _manifest(directories: Mapping[str, Path], name: str, tokenizer: str) -> Man
         raise UserError(
             f"{directories[name]} was prepared with another tokenizer: run `cpt data prepare` with this one"
         )
-    if not manifest.tokens:
+    if not manifest.trained_tokens:
         raise UserError(f"domain {name!r} has no text to train on: give it some, or leave it out of the mixture")
     return manifest

@@ -171,7 +171,7 @@ def write_manifest(
 ) -> Manifest:
     """Says what lies in a directory of shards, part n of which is shard n: statistics.json, TFDS's files, and, last,
     manifest.json."""
-    counts: collections.Counter[str] = collections.Counter()
+    counts = dict.fromkeys(COUNTS, 0)
     skipped: collections.Counter[str] = collections.Counter()
     statistics = Statistics()
     for part in parts:

@@ -25,6 +25,7 @@ class Mixed:
       tokens: that each domain has.
       total: rows of the whole stage, which a mixture that changes is spread over.
       most: documents of a row.
+      epochs: how often each domain is read; None: without end.
     """
 
     mixture: Mixture
@@ -34,12 +35,17 @@ class Mixed:
     batch_size: int
     total: int
     most: int
+    epochs: Mapping[str, int | None]
     packing: Packing
     seed: int
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.documents)
+
+    def limits(self) -> dict[str, Any]:
+        """What holds for the rows that are packed next, as JSON: those that are packed already keep theirs."""
+        return {"most": self.most, "epochs": dict(self.epochs)}
 
     def shares(
         self, names: Sequence[str], mixture: Mixture, raised: Raised | None, first: int, count: int
@@ -66,11 +72,11 @@ class _Group:
     """Rows that are packed at a time. Its state is where it began: from there it is packed again."""
 
     def __init__(self, mixed: Mixed, names: Sequence[str]) -> None:
-        self._mixed, self.names = mixed, list(names)
+        self._mixed = mixed
         self._readers = {name: Reader(mixed.documents[name]) for name in names}
         self.rows: Rows = {}
         self.order: list[int] = []
-        self.next, self.number, self.most = 0, 0, mixed.most
+        self.next, self.number, self.limits = 0, 0, mixed.limits()
         self.began = self.positions()
 
     def positions(self) -> dict[str, list[int]]:
@@ -80,29 +86,25 @@ class _Group:
         for name, reader in self._readers.items():
             reader.go(positions.get(name, (0, 0)))
 
-    def pack(self, credit: list[float], shares: np.ndarray) -> bool:
-        """The next rows; False: there is no text any more. Changes `credit`."""
-        mixed, before = self._mixed, np.array(credit)
-        self.began, self.next = self.positions(), 0
-        readers = list(self._readers.values())
-        pieces = gather(readers, credit, shares, mixed.sequence_length, mixed.packing, self.most)
+    def pack(self, names: Sequence[str], credit: list[float], shares: np.ndarray, limits: dict[str, Any]) -> bool:
+        """The next rows, of these domains; False: there is no text any more. Changes `credit`."""
+        mixed, before, most = self._mixed, np.array(credit), limits["most"]
+        self.began, self.next, self.limits = self.positions(), 0, limits
+        readers = [self._readers[name] for name in names]
+        for name, reader in zip(names, readers, strict=True):
+            reader.end_after(limits["epochs"][name])
+        pieces = gather(readers, credit, shares, mixed.sequence_length, mixed.packing, most)
         self.order = []
         if not pieces.lengths:
             return False
-        rows = placed(pieces.lengths, mixed.sequence_length, mixed.packing, self.most)
-        numbers = [mixed.names.index(name) for name in self.names]
+        rows = placed(pieces.lengths, mixed.sequence_length, mixed.packing, most)
+        numbers = [mixed.names.index(name) for name in names]
         self.rows = filled(pieces, [reader.taken() for reader in readers], rows, numbers, mixed.sequence_length)
-        generator = np.random.default_rng([mixed.seed, self.number, zlib.crc32(self.names[0].encode())])
+        generator = np.random.default_rng([mixed.seed, self.number, zlib.crc32(names[0].encode())])
         tokens = np.zeros((len(self.rows["inputs"]), len(readers)))
         np.add.at(tokens, (rows, pieces.domains), pieces.lengths)
-        # Domains that take no part now (they may have joined the mixture since) are not to change a bit.
-        part = (shares > 0).any(0) | (tokens > 0).any(0)
         as_they_come = mixed.packing == "none"
-        self.order = (
-            list(range(len(tokens)))
-            if as_they_come
-            else in_order(tokens[:, part], shares[:, part], before[part], generator)
-        )
+        self.order = list(range(len(tokens))) if as_they_come else in_order(tokens, shares, before, generator)
         return True
 
     def take(self) -> Rows:
@@ -118,6 +120,7 @@ class _RowIterator(grain.DatasetIterator):
         super().__init__()
         self._mixed = mixed
         self._row, self._ended = 0, False
+        # Tokens that each domain is behind its share.
         self._credit = dict.fromkeys(mixed.names, 0.0)
         self._raised: Raised | None = None
 
@@ -141,10 +144,12 @@ class _RowIterator(grain.DatasetIterator):
         return rows | {"domains": np.zeros(length, np.int32), "weights": np.zeros(length, np.float32)}
 
     def _shared_state(self) -> dict[str, Any]:
-        return {"row": self._row, "ended": self._ended, "raised": to_json(self._raised)}
+        return {"row": self._row, "raised": to_json(self._raised)}
 
     def _set_shared(self, state: dict[str, Any]) -> None:
-        self._row, self._ended = state["row"], state["ended"]
+        # Whether the text has ended is seen again: more of it may be read now.
+        self._row, self._ended = state["row"], False
+        self._credit = dict.fromkeys(self._mixed.names, 0.0)
         self._raised = from_json(Raised | None, state["raised"], "raised")
 
 
@@ -154,8 +159,7 @@ class _Together(_RowIterator):
 
     def __init__(self, mixed: Mixed) -> None:
         super().__init__(mixed)
-        # In an order of its own: another mixture may name them in another.
-        self._group = _Group(mixed, sorted(mixed.names))
+        self._group = _Group(mixed, mixed.names)
         self._begin = self._at_hand()
 
     def _at_hand(self) -> dict[str, Any]:
@@ -165,7 +169,7 @@ class _Together(_RowIterator):
             "credit": dict(self._credit),
             "mixture": to_json(self._mixed.mixture),
             "raised": to_json(self._raised),
-            "most": self._mixed.most,
+            "limits": self._mixed.limits(),
         }
 
     def _next_row(self) -> Rows | None:
@@ -178,14 +182,15 @@ class _Together(_RowIterator):
         return group.take()
 
     def _pack(self) -> bool:
-        begin, names = self._begin, self._group.names
+        begin = self._begin
+        # Those that were mixed then, in an order of its own: another mixture may name them in another.
+        names = sorted(begin["credit"])
         mixture = from_json(Mixture, begin["mixture"], "mixture")
         raised = from_json(Raised | None, begin["raised"], "raised")
         shares = self._mixed.shares(names, mixture, raised, begin["row"], OPEN_ROWS)
-        self._group.most = begin["most"]
-        credit = [begin["credit"].get(name, 0.0) for name in names]
-        there = self._group.pack(credit, shares)
-        self._credit = begin["credit"] | dict(zip(names, credit, strict=True))
+        credit = [begin["credit"][name] for name in names]
+        there = self._group.pack(names, credit, shares, begin["limits"])
+        self._credit |= zip(names, credit, strict=True)
         return there
 
     def get_state(self) -> dict[str, Any]:
@@ -201,7 +206,7 @@ class _Together(_RowIterator):
         self._set_shared(state)
         group, self._begin = self._group, state["begin"]
         group.go(state["positions"])
-        group.number, self._credit = state["group"], dict(self._begin["credit"])
+        group.number = state["group"]
         group.rows, group.order, group.next = {}, [], 0
         group.began = group.positions()
         # Before the first group there is none to pack again.
@@ -217,7 +222,8 @@ class _Apart(_RowIterator):
         super().__init__(mixed)
         self._groups = {name: _Group(mixed, [name]) for name in sorted(mixed.names)}
         self._over: set[str] = set()
-        self._shares: tuple[int, Raised | None, np.ndarray] | None = None
+        # Of the rows from a number on.
+        self._shares: tuple[int, np.ndarray] | None = None
 
     def _next_row(self) -> Rows | None:
         while len(self._over) < len(self._groups):
@@ -225,8 +231,8 @@ class _Apart(_RowIterator):
             name = max(due, key=lambda each: self._credit[each])
             group = self._groups[name]
             if group.next == len(group.order):
-                group.number, group.most = group.number + 1, self._mixed.most
-                if not group.pack([0.0], np.ones((OPEN_ROWS, 1))):
+                group.number += 1
+                if not group.pack([name], [0.0], np.ones((OPEN_ROWS, 1)), self._mixed.limits()):
                     self._over.add(name)
                     continue
             row = group.take()
@@ -240,11 +246,11 @@ class _Apart(_RowIterator):
     def _due(self) -> dict[str, float]:
         """Shares of the domains that have text and are to have some."""
         first = self._row - self._row % OPEN_ROWS
-        if self._shares is None or self._shares[:2] != (first, self._raised):
+        if self._shares is None or self._shares[0] != first:
             mixture = self._mixed.mixture
             names = list(self._groups)
-            self._shares = first, self._raised, self._mixed.shares(names, mixture, self._raised, first, OPEN_ROWS)
-        row = self._shares[2][self._row - first]
+            self._shares = first, self._mixed.shares(names, mixture, self._raised, first, OPEN_ROWS)
+        row = self._shares[1][self._row - first]
         living = [(name, float(share)) for name, share in zip(self._groups, row, strict=True) if name not in self._over]
         given = [(name, share) for name, share in living if share > 0] or [(name, 1.0) for name, _ in living]
         whole = sum(share for _, share in given)
@@ -252,20 +258,20 @@ class _Apart(_RowIterator):
 
     def get_state(self) -> dict[str, Any]:
         groups = {
-            name: {"position": group.began[name], "group": group.number, "taken": group.next, "most": group.most}
+            name: {"position": group.began[name], "group": group.number, "taken": group.next, "limits": group.limits}
             for name, group in self._groups.items()
         }
-        return self._shared_state() | {"credit": dict(self._credit), "groups": groups, "over": sorted(self._over)}
+        return self._shared_state() | {"credit": dict(self._credit), "groups": groups}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._set_shared(state)
-        self._over, self._shares = set(state["over"]), None
-        self._credit = dict.fromkeys(self._mixed.names, 0.0) | state["credit"]
+        self._over, self._shares = set(), None
+        self._credit |= state["credit"]
         for name, group in self._groups.items():
-            found = state["groups"].get(name, {"position": [0, 0], "group": 0, "taken": 0, "most": 0})
+            found = state["groups"].get(name, {"position": [0, 0], "group": 0, "taken": 0})
             group.go({name: found["position"]})
-            group.number, group.most, group.order, group.next = found["group"], found["most"], [], 0
+            group.number, group.order, group.next = found["group"], [], 0
             group.began = group.positions()
-            if found["group"] and name not in self._over:
-                group.pack([0.0], np.ones((OPEN_ROWS, 1)))
+            if found["group"]:
+                group.pack([name], [0.0], np.ones((OPEN_ROWS, 1)), found["limits"])
                 group.next = found["taken"]

@@ -54,7 +54,9 @@ def model_card(
         f"---\n{yaml}\n---\n\n# {recipe.name}",
         _summary(recipe, export),
         *(["## Loading it\n\n" + _loading(recipe, released, loader)] if export.adapter else []),
-        "## Results\n\nBits per byte of held-out text (lower is better); in parentheses the change against the base.\n\n"
+        "## Results\n\nBits per byte of held-out text (lower is better); in parentheses the change against the base."
+        + _unmeasured(export, entries)
+        + "\n\n"
         + _results(recipe, entries),
         "## Data\n\n" + _data(recipe.domains, tokens),
         "## Training\n\n" + _training(recipe.stages),
@@ -128,6 +130,13 @@ def _results(recipe: Recipe, entries: Sequence[dict]) -> str:
             cells.append(f"{value:.3f}" + ("" if stage == "base" else f" ({(value / base - 1) * 100:+.1f}%)"))
         rows.append([stage + (" (EMA)" if weights == "ema" else ""), *cells])
     return _table(["stage", *domains], rows)
+
+
+def _unmeasured(export: Export, entries: Sequence[dict]) -> str:
+    """That the figures are of other weights than those beside the card, where they are."""
+    if not export.interpolate_base or any(entry["stage"] == "export" for entry in entries):
+        return ""
+    return f" These weights, with {export.interpolate_base:g} of the base in them, were not evaluated: the figures are those of the stages before."
 
 
 def _data(domains: Sequence[Domain], tokens: dict[str, int]) -> str:

@@ -25,6 +25,7 @@ from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.optim.schedules import Constant
 from cpt_jax.recipe.model import Model
+from cpt_jax.sharding.hardware import fastest_type
 from cpt_jax.sharding.mesh import make_mesh
 from cpt_jax.training.program import Settings
 from cpt_jax.training.step import Controls
@@ -38,6 +39,12 @@ NewRows = dict[str, Rows]
 
 # Of a larger corpus, whole documents chosen by hash, as many as pieces are learnt from by default: they are held in memory.
 ROWS_BYTES = 200_000_000
+
+
+def _quickest() -> Precision:
+    """For the short trainings behind new rows, which leave nothing in this type. Not float16, which needs a loss that is a sum
+    over tokens (`Precision`): what is fitted is a mean."""
+    return Precision(compute="bfloat16" if fastest_type() == "bfloat16" else "float32")
 
 
 class Growth:
@@ -70,7 +77,7 @@ class Growth:
         self.pieces = old_segmentation(self.base, self.extended)
 
     def _frozen(self) -> FrozenModel:
-        precision = Precision(compute="bfloat16")
+        precision = _quickest()
         plain = Model(config=self._config, weights=unflatten(self._weights), hf_config={})
         return FrozenModel(self._config, plain.on_device(precision), precision.dtype)
 
@@ -165,7 +172,7 @@ class Probe:
     batch_size: int = 2
     sequence_length: int = 256
     optimizer: AdamW = AdamW(learning_rate=5e-3, new_rows_epsilon=1e-3)
-    precision: Precision = Precision(compute="bfloat16")
+    precision: Precision = dataclasses.field(default_factory=_quickest)
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):

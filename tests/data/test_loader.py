@@ -34,19 +34,16 @@ def test_shares_are_exact_in_tokens_and_rows_are_full(directories):
 
 @pytest.mark.parametrize("count", [1, 4, FEW - 1, FEW])
 def test_every_epoch_has_every_document_once_in_an_order_of_its_own(count):
-    whole = _shuffled(count, 7, None)
+    whole = _shuffled(count, 7)
     epochs = [[whole[epoch * count + place] for place in range(count)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 5 or len({tuple(epoch) for epoch in epochs}) == 3
-    limited = _shuffled(count, 7, 2)
-    assert len(limited) == 2 * count
-    assert [limited[number] for number in range(2 * count)] == epochs[0] + epochs[1]
-    assert count < 5 or [_shuffled(count, 8, None)[place] for place in range(count)] != epochs[0]
+    assert count < 5 or [_shuffled(count, 8)[place] for place in range(count)] != epochs[0]
 
 
 def test_few_short_documents_are_read_as_fast_as_many():
     # By grain's order 2,000 numbers of four take ten seconds.
-    order, started = _shuffled(4, 7, None), time.monotonic()
+    order, started = _shuffled(4, 7), time.monotonic()
     for number in range(2000):
         order[number]
     assert time.monotonic() - started < 2
@@ -157,6 +154,16 @@ def test_an_epoch_is_over_before_the_next_begins(directories):
     assert max(seen.values()) - min(seen.values()) <= 2
 
 
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_epochs_are_told_to_the_document_where_the_rows_at_hand_began(directories, pack_domains):
+    how = dict(packing="none", pack_domains=pack_domains, batch_size=1, sequence_length=1024)
+    batches = loader(directories, {"zh": 1.0}, **how)
+    for begun in (0, OPEN_ROWS, 5 * OPEN_ROWS):
+        while batches.epochs()["zh"] < begun / 300:
+            next(batches)
+        assert batches.epochs() == {"zh": begun / 300}
+
+
 @pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
 @pytest.mark.parametrize("taken", [0, 1, 15, 16, 17, 40, 90])
 def test_it_continues_bit_for_bit(directories, taken, packing, pack_domains):
@@ -180,6 +187,59 @@ def test_the_seed_decides_the_order(directories):
     assert (first != other).any()
 
 
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_the_order_in_which_domains_are_named_decides_their_numbers_alone(directories, pack_domains):
+    how = dict(pack_domains=pack_domains)
+    batches = loader(directories, {"zh": 0.5, "en": 0.5}, **how), loader(directories, {"en": 0.5, "zh": 0.5}, **how)
+    for _ in range(20):
+        one, other = (next(each) for each in batches)
+        np.testing.assert_array_equal(one["inputs"], other["inputs"])
+        inside = one["segment_ids"] > 0
+        np.testing.assert_array_equal(one["domains"][inside], 1 - other["domains"][inside])
+
+
+def order_of(batches, name: str, first: int) -> list[int]:
+    """The numbers of a domain's documents, one a row, as they come."""
+    index, found = batches.names.index(name), []
+    for batch in batches:
+        found += [int(row[1]) - first for row in batch["inputs"][batch["domains"][:, 0] == index] if row[1]]
+    return found
+
+
+def test_a_domain_has_an_order_of_its_own_whatever_it_is_mixed_with(tmp_path):
+    # Line n of one is line n of the other, as in translations: they are not to be read side by side.
+    firsts = {"one": 1000, "other": 2000}
+    places = {name: tmp_path / name for name in firsts}
+    for name, first in firsts.items():
+        prepare(name, iter(documents(60, 10, first, 7)), Letters(), places[name])
+    how = dict(packing="none", batch_size=1, sequence_length=256)
+    orders = {}
+    for name, first in firsts.items():
+        orders[name] = order_of(loader(places, {name: 1.0}, max_epochs={name: 2}, **how), name, first)
+        assert sorted(orders[name]) == sorted([*range(60)] * 2)
+    assert orders["one"] != orders["other"]
+    for mixture in ({"one": 0.5, "other": 0.5}, {"other": 0.8, "one": 0.2}):
+        mixed = [loader(places, mixture, max_epochs=dict.fromkeys(mixture, 2), **how) for _ in firsts]
+        for batches, (name, first) in zip(mixed, firsts.items(), strict=True):
+            assert order_of(batches, name, first) == orders[name]
+
+
+def test_rows_that_are_packed_together_come_in_another_order_each_time(tmp_path):
+    # Each document fills a row: without packing they come as they are read.
+    how, orders = dict(batch_size=1, sequence_length=8), []
+    for name in ("one", "other"):
+        texts = [" ".join([str(1000 + number)] * 7) for number in range(2 * OPEN_ROWS)]
+        prepare(name, iter(texts), Letters(), tmp_path / name)
+        for seed in (3, 4):
+            read, packed = (
+                order_of(loader({name: tmp_path / name}, {name: 1.0}, max_epochs={name: 1}, seed=seed, **each), name, 0)
+                for each in (how | {"packing": "none"}, how)
+            )
+            for group in (slice(0, OPEN_ROWS), slice(OPEN_ROWS, 2 * OPEN_ROWS)):
+                orders.append(tuple(read[group].index(document) for document in packed[group]))
+    assert len({*orders, tuple(range(OPEN_ROWS))}) == 9, "by domain, seed and group"
+
+
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
@@ -191,6 +251,13 @@ def test_the_seed_decides_the_order(directories):
 def test_wrong_mixtures_are_refused(directories, mixture, message):
     with pytest.raises(UserError, match=message):
         loader(directories, mixture, tokenizer="other" if "another" in message else "letters")
+
+
+@pytest.mark.parametrize(("texts", "how"), [([], {}), (["-5 -6 -7"], {"format": "chat"})], ids=["none", "prompts"])
+def test_a_domain_in_which_nothing_is_to_be_learnt_is_refused(tmp_path, texts, how):
+    prepare("mute", iter(texts), Numbered(), tmp_path, **how)
+    with pytest.raises(UserError, match="domain 'mute' has no text to train on"):
+        loader({"mute": tmp_path}, {"mute": 1.0})
 
 
 @pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
@@ -227,6 +294,7 @@ def test_conversations_and_texts_in_one_mixture_continue_bit_for_bit(directories
 
 def test_without_packing_a_row_is_one_document_and_it_continues_bit_for_bit(directories):
     batches = loader(directories, packing="none")
+    assert batches.documents == 2, "one, and the padding behind it"
     for _ in range(17):
         batch = next(batches)
     state = json.dumps(batches.state())

@@ -1,6 +1,7 @@
 """Shares of what comes out of the packer: exact in every window, whatever the lengths, and changing as they are told."""
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from loader_inputs import END, loader
 
 from cpt_jax.core.config import from_json, to_json
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.loader import _rows_state
 from cpt_jax.data.mixture import (
     Mixture,
     Phase,
@@ -18,6 +20,7 @@ from cpt_jax.data.mixture import (
     Temperature,
     changes,
     check_mixture,
+    described,
     domains_of,
     mean_shares,
     shares_of,
@@ -113,6 +116,16 @@ def test_a_schedule_is_followed_to_half_a_point(directories, mixture, pack_domai
     assert np.abs(np.cumsum(rows - weighted, 0)).max() < 5 * LENGTH
 
 
+def test_the_shares_of_now_are_those_of_the_row_that_is_next(directories):
+    ramp = Ramp(start={"short": 1.0}, end={"short": 0.5, "long": 0.5})
+    with pytest.raises(ValueError, match="needs the number of steps"):
+        loader(directories, ramp)
+    batches = loader(directories, ramp, batch_size=ROWS, steps=20)
+    for number in range(20):
+        assert batches.shares_now() == pytest.approx({"short": 1 - number / 40, "long": number / 40})
+        next(batches)
+
+
 def test_the_shares_of_schedules():
     ramp = Ramp(start={"a": 0.5, "b": 0.5}, end={"a": 0.95, "b": 0.05}, shape="cosine")
     np.testing.assert_allclose(shares_of(ramp, ("a", "b"), {})(np.array([0, 0.5, 1]))[:, 1], [0.5, 0.275, 0.05])
@@ -145,6 +158,13 @@ def test_a_ramp_within_a_phase_goes_from_the_phases_first_row_to_its_last():
     assert changes(ramp)
     assert changes(Phases(parts=parts))
     assert not changes({"a": 1.0})
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate"])
+def test_rows_have_room_for_as_many_documents_as_the_domain_with_the_shortest_fills_them_with(directories, packing):
+    batches = loader(directories, {"long": 0.1, "short": 0.9}, sequence_length=1024, packing=packing)
+    # Some 35 of the short ones.
+    assert np.mean([(next(batches)["segment_ids"] > 0).mean() for _ in range(30)]) > 0.97
 
 
 def test_a_domain_that_was_read_often_enough_gives_its_share_to_the_others(directories):
@@ -190,6 +210,97 @@ def test_another_mixture_in_the_middle_loses_and_repeats_no_token(directories, p
         lengths = 1 + np.random.default_rng(index).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
         expected = {100_000 * (index + 1) + number: length for number, length in enumerate(lengths)}
         assert {token: seen[token] for token in expected} == expected, name
+
+
+def assert_same_rows_at_hand(batches, again) -> None:
+    """Until others are packed, `again` gives what `batches` gives."""
+
+    def group() -> int:
+        return _rows_state(batches.state()["rows"])["group"]
+
+    number, compared = group(), 0
+    for batch in batches:
+        if group() != number:
+            break
+        other, compared = next(again), compared + 1
+        for field in ("inputs", "targets", "positions", "segment_ids", "weights"):
+            np.testing.assert_array_equal(batch[field], other[field])
+    assert compared
+
+
+STEEP = Ramp(start={"few": 1.0}, end={"few": 0.1, "long": 0.9})
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"mixture": {"long": 1.0}}, {"mixture": {"short": 0.5, "long": 0.3, "few": 0.2}}),
+        (
+            {"mixture": {"few": 1.0}, "max_epochs": {"few": 1}},
+            {"mixture": {"long": 0.5, "few": 0.5}, "max_epochs": {"few": 1}},
+        ),
+        ({"max_epochs": {"few": 1}}, {"max_epochs": {"few": 2}}),
+        ({}, {"max_epochs": {"few": 1}}),
+        ({"mixture": STEEP}, {}),
+    ],
+    ids=["a domain before the others", "one where the text ends", "more epochs", "fewer epochs", "after a ramp"],
+)
+def test_rows_that_are_packed_already_are_not_packed_otherwise(directories, monkeypatch, packing, before, after):
+    how = dict(mixture={"few": 0.5, "long": 0.5}, batch_size=ROWS, sequence_length=1024, packing=packing, steps=12)
+    # Rows of two documents, as if one that joins had the shorter ones.
+    with monkeypatch.context() as few:
+        few.setattr("cpt_jax.data.loader.documents_in_a_row", lambda length, documents_a_token: 3)
+        batches = loader(directories, **(how | before))
+    # Where each document is a row, an epoch of "few" is over within the second group.
+    for _ in range(9 if packing == "none" else 1):
+        next(batches)
+    again = loader(directories, **(how | after))
+    again.restore(json.loads(json.dumps(batches.state())))
+    assert_same_rows_at_hand(batches, again)
+
+
+@pytest.mark.parametrize("packing", ["best fit", "concatenate", "none"])
+def test_shares_that_are_raised_leave_the_rows_at_hand(directories, packing):
+    batches, again = (
+        loader(directories, {"short": 0.8, "long": 0.2}, batch_size=ROWS, packing=packing) for _ in range(2)
+    )
+    for _ in range(9):
+        next(batches), next(again)
+    again.raise_shares(Raised(domains=("long",), factor=4.0, maximum=0.6))
+    assert_same_rows_at_hand(batches, again)
+
+
+@pytest.mark.parametrize(("packing", "pack_domains"), ORDERS)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (3, 1)])
+def test_another_limit_of_epochs_in_the_middle_loses_and_repeats_no_document(
+    directories, packing, pack_domains, before, after
+):
+    mixture, how = {"few": 0.8, "short": 0.2}, dict(batch_size=ROWS, packing=packing, pack_domains=pack_domains)
+    batches = loader(directories, mixture, max_epochs={"few": before}, **how)
+    count, mean = SIZES["few"]
+    lengths = 1 + np.random.default_rng(2).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int)
+    first, more = [], 70 if packing == "none" else 40
+    # Before, while and after an epoch is over.
+    for taken in (12, 20, 24, 29, 40):
+        first += [next(batches) for _ in range(taken - len(first))]
+        again = loader(directories, mixture, max_epochs={"few": after}, **how)
+        again.restore(json.loads(json.dumps(batches.state())))
+        seen = Counter()
+        for batch in [*first, *(next(again) for _ in range(more * after))]:
+            inside = (batch["segment_ids"] > 0) & (batch["targets"] != END)
+            seen.update(batch["targets"][inside].tolist())
+        times = {seen[300_000 + number] / length for number, length in enumerate(lengths)}
+        # Rows that are packed already may begin another epoch.
+        assert times == {after} or (after < before and times <= {1, 2}), taken
+
+
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_a_domain_that_joins_fills_its_rows(directories, pack_domains):
+    before, after = {"long": 1.0}, {"long": 0.1, "short": 0.9}
+    _, again = changed_mixture_state(directories, before, after, 3, sequence_length=1024, pack_domains=pack_domains)
+    # Some 35 of the short ones in a row, where there were some two of the long ones.
+    assert np.mean([(next(again)["segment_ids"] > 0).mean() for _ in range(30)][10:]) > 0.97
 
 
 @pytest.mark.parametrize("pack_domains", ["together", "apart"])
@@ -250,11 +361,21 @@ def test_a_state_of_other_documents_is_refused(directories, state, mixture, mess
         (lambda: Phase(share=0.0, mixture={"a": 1.0}), "Phase.share is 0"),
         (lambda: Phase(share=1.0, mixture={"a": 0.5, "b": 0.4}), "Phase.mixture: the shares sum to 0.9"),
         (lambda: check_mixture({"a": 1.0, "b": 0.0}), "the share of 'b' is 0.0: give a number above 0"),
+        (lambda: check_mixture({"a": 1.0, "b": math.nan}), "the share of 'b' is nan"),
+        (lambda: Ramp(start={"a": 1.0}, end={"a": math.nan}), "Ramp.end: the share of 'a' is nan"),
     ],
 )
 def test_wrong_schedules_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_mixtures_in_words():
+    ramp = Ramp(start={"a": 1.0}, end={"a": 0.25, "b": 0.75})
+    assert described(ramp) == "a 100% to a 25% b 75% (linear)"
+    assert described(Temperature(domains=("a", "b"))) == "a b by size, temperature 2"
+    phases = Phases(parts=(Phase(share=0.9, mixture=ramp), Phase(share=0.1, mixture={"b": 1.0})))
+    assert described(phases) == f"0.9 of it: {described(ramp)}; then 0.1 of it: b 100%"
 
 
 def test_every_mixture_comes_back_from_its_json():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from cpt_jax.data.packing import OPEN_ROWS, gather, placed
+from cpt_jax.data.packing import OPEN_ROWS, gather, in_order, placed
 
 
 class Documents:
@@ -66,3 +66,12 @@ def test_a_domain_without_a_share_is_taken_when_no_other_has_text_left():
 
 def test_long_pieces_are_placed_first():
     assert placed([3, 3, 7, 7], 10, "best fit", 4) == [0, 1, 0, 1]
+
+
+def test_rows_follow_the_shares_as_they_change():
+    tokens = np.repeat(np.eye(2), 8, axis=0)
+    shares = np.array([[0.5, 0.5]] * 8 + [[0.0, 1.0]] * 4 + [[1.0, 0.0]] * 4)
+    order = in_order(tokens, shares, np.zeros(2), np.random.default_rng(0))
+    assert sorted(order) == list(range(16))
+    read = np.cumsum(tokens[order], 0)
+    assert np.abs(read - np.cumsum(shares, 0)).max() <= 0.5

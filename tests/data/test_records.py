@@ -45,8 +45,9 @@ def read(source):
             r"train-00001.arrayrecord is truncated: [\d,]+ bytes of [\d,]+ \(documents [\d,]+ to [\d,]+ of zh\)",
         ),
         (lambda path: path.unlink(), "train-00001.arrayrecord is missing"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "train-00001.arrayrecord is too long: "),
     ],
-    ids=["truncated", "missing"],
+    ids=["truncated", "missing", "too long"],
 )
 def test_a_broken_shard_is_named_or_its_documents_are_left_out(directory, harm, message, capsys):
     manifest = read_manifest(directory)
@@ -60,6 +61,13 @@ def test_a_broken_shard_is_named_or_its_documents_are_left_out(directory, harm, 
     assert read(rest) == [None if number in gone else record for number, record in enumerate(whole)]
     assert rest.skipped == gone
     assert capsys.readouterr().err.count("skipped") == 1
+
+
+def test_where_no_shard_can_be_read_nothing_is_left_to_go_on_with(directory):
+    for path in directory.glob("*.arrayrecord"):
+        path.unlink()
+    with pytest.raises(UserError, match="no shard of zh can be read"):
+        Records(directory, read_manifest(directory), "skip")
 
 
 def test_a_damaged_record_is_named_and_costs_no_other(directory, capsys):

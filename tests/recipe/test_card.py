@@ -44,3 +44,15 @@ def test_an_adapter_is_loaded_by_the_class_of_its_base():
     ):
         card = model_card(RECIPE, Export(adapter=True), [], {}, None, auto_class(raw))
         assert f"\nmodel = {loader}.from_pretrained(BASE)\n" in card
+
+
+def test_figures_of_other_weights_than_the_cards_are_told():
+    entry = {"weights": "last", "domain": "zh", "bits_per_byte": 1.0}
+    stages = [entry | {"stage": "base"}, entry | {"stage": "lora"}]
+    for export, entries, told in (
+        (Export(interpolate_base=0.25), stages, True),
+        (Export(interpolate_base=0.25), [*stages, entry | {"stage": "export"}], False),
+        (Export(weights="ema"), stages, False),
+    ):
+        card = model_card(RECIPE, export, entries, {}, None, "AutoModelForCausalLM")
+        assert ("with 0.25 of the base in them, were not evaluated" in card) == told

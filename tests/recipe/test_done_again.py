@@ -115,10 +115,13 @@ def test_the_card_tells_of_the_model_beside_it(recipe, copy):
     card = (copy / "export" / "README.md").read_text()
     value = next(e["bits_per_byte"] for e in json.loads((copy / "eval.json").read_text()) if e["stage"] == "export")
     assert f"| export | {value:.3f} (" in card
+    assert "were not evaluated" not in card
     assert next(line for line in of_stages if line.startswith("| lora |")) in card
-    # Of an export with another share nothing was measured.
+    # Of an export with another share nothing was measured, which its card says.
     export_run(copy, copy.parent / "quarter", {"interpolate_base": 0.25})
-    assert "| export |" not in (copy.parent / "quarter" / "README.md").read_text()
+    card = (copy.parent / "quarter" / "README.md").read_text()
+    assert "| export |" not in card
+    assert "These weights, with 0.25 of the base in them, were not evaluated" in card
     # Another length of evaluation gives other figures, and the same weights.
     shorter = dataclasses.replace(mixed, evaluation=Evaluation(sequence_length=32))
     assert "export" not in begun_by(shorter, copy)

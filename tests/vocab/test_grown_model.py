@@ -18,7 +18,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import apply
-from cpt_jax.recipe.rows import Growth, grow_model
+from cpt_jax.recipe.rows import Growth, Probe, grow_model
 from cpt_jax.vocab.init_rows import Distilled, Focus, Mean, Random, SubwordMean
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -179,6 +179,24 @@ def test_fitted_rows_bring_the_model_nearer_to_what_it_does_with_the_old_pieces(
     assert fitted.keys() == kept.keys()
     for name, old in kept.items():
         np.testing.assert_array_equal(growth.tables[name], old)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "expected"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32")]
+)
+def test_rows_are_fitted_and_probed_in_what_the_hardware_multiplies_quickly(
+    grown, tmp_path, monkeypatch, fastest, expected
+):
+    class Seen:
+        def build(self, tables, context):
+            self.model = context.model()
+            return {}
+
+    monkeypatch.setattr("cpt_jax.recipe.rows.fastest_type", lambda: fastest)
+    seen = Seen()
+    Growth(write_model(tmp_path, grown[0]), grown[1]).rows(seen)  # type: ignore[arg-type]
+    types = {flatten(seen.model.weights)["embed/base"].dtype, seen.model.compute_dtype, Probe().precision.dtype}
+    assert types == {jnp.dtype(expected)}
 
 
 def test_the_step_that_fits_rows_is_compiled_once(grown, tmp_path):
