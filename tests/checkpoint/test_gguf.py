@@ -150,6 +150,8 @@ def spoiled(changes: dict | None = None, drop: str | None = None, add: dict | No
     return {k: v for k, v in pairs.items() if k != drop}, {k: v for k, v in tensors.items() if k != drop}
 
 
+OLMO3 = {name.partition(".")[2]: value for name, value in hyperparameters(MODELS["olmo2"]).items()}
+OLMO3 |= {"attention.sliding_window": 8}
 REFUSED = {
     "architecture": (dict(changes={"general.architecture": "mamba"}), "architecture 'mamba'.*supported: llama, qwen2"),
     "experts": (dict(changes={"llama.expert_count": 8}), "mixture of 8 experts"),
@@ -170,6 +172,10 @@ REFUSED = {
     "partial rotation": (
         dict(changes={"llama.rope.dimension_count": 16, "llama.attention.key_length": 64}),
         "rotates 16",
+    ),
+    "a window": (
+        dict(changes={"general.architecture": "olmo2"} | {f"olmo2.{n}": v for n, v in OLMO3.items()}),
+        "window of 8.*olmo2",
     ),
     "split": (dict(changes={"split.count": 3}), "one of 3 parts.*llama-gguf-split --merge"),
     "pre-tokenizer": (
