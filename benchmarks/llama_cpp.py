@@ -54,7 +54,8 @@ EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, n
 GRANITE = dict(embedding_multiplier=12.0, attention_multiplier=0.05, residual_multiplier=0.22, logits_scaling=3.0)
 RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "llama 3.1": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
+    "llama 3.1": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True, max_position_embeddings=16384)),
+    "llama, linear": ("Llama", dict(rope_parameters=LINEAR)),
     "mistral": ("Mistral", {}),
     "qwen2": ("Qwen2", {}),
     "qwen2, yarn": ("Qwen2", dict(rope_parameters=YARN)),

@@ -67,6 +67,7 @@ MODELS = {
         num_experts_per_tok=2,
         moe_intermediate_size=512,
         norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
     ),
     "gemma2": transformers.Gemma2Config(**SIZES | LAYERS, **GEMMA, **rope(1e4), attn_logit_softcapping=40.0),
     "gemma3": transformers.Gemma3TextConfig(
@@ -90,7 +91,7 @@ MODELS = {
         **SIZES,
         **rope(1e4),
         embedding_multiplier=12.0,
-        attention_multiplier=0.0883883,
+        attention_multiplier=128**-0.5,
         residual_multiplier=0.22,
         logits_scaling=3.0,
     ),
@@ -109,7 +110,7 @@ def build(config) -> torch.nn.Module:
         torch.nn.init.normal_(weight, center, 0.1)
         if center == 0.0 and "norm" in name:
             # What adding 1 in float32 loses nothing of, as of bfloat16.
-            weight.data = torch.round(weight.data * 1024) / 1024
+            weight.data = torch.round(weight.data * 1024) / 1024 + 0.0
     return model.eval()
 
 

@@ -34,8 +34,8 @@ def tokenizer_pairs(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     if proto is not None and proto.trainer_spec.model_type == BPE:
         pieces = {index: piece.piece for index, piece in enumerate(proto.pieces)}
         own = {index: piece.type for index, piece in enumerate(proto.pieces)}
-        # Of Gemma's user-defined pieces, those of chats are special tokens.
-        kinds = own | {index: kind for index, kind in kinds.items() if own.get(index, USER_DEFINED) == USER_DEFINED}
+        # Whether they are found in plain text tokenizer.json says: Gemma's tokens of chats are user-defined otherwise.
+        kinds = own | {i: kind for i, kind in kinds.items() if own.get(i, kind) in (CONTROL, USER_DEFINED)}
         # llama.cpp's converter gives those of users the score of its fillers: they are found before anything is merged.
         scores = [-1000.0 if piece.type == USER_DEFINED else piece.score for piece in proto.pieces][:rows]
         pairs: dict[str, Any] = {

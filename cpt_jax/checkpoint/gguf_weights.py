@@ -181,7 +181,7 @@ def weight_dtype(weights: Sequence[Weight]) -> np.dtype:
         return np.dtype(np.float32)
     dtype = np.dtype(np.float16 if kinds == {"F16"} else ml_dtypes.bfloat16)
     for weight in weights:
-        if weight.kind.name not in kinds or weight.offset:
+        if weight.kind.name not in kinds:
             for exact in weight.pieces(np.dtype(np.float32)):
                 with np.errstate(over="ignore"):
                     if not np.array_equal(exact.astype(dtype).astype(np.float32), exact):

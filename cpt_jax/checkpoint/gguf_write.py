@@ -25,7 +25,7 @@ from cpt_jax.checkpoint.hf import load, widest
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.lazy import LazyArray
 from cpt_jax.core.place import Place
-from cpt_jax.core.progress import progress
+from cpt_jax.core.progress import progress, say
 from cpt_jax.core.transpose import transposed
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.config import DecoderConfig, LayerKind
@@ -58,6 +58,11 @@ def export_gguf(directory: Path, out: Path, kind: Kind | None = None) -> None:
     config, tree, hf_config = load(directory)
     architecture = _architecture(hf_config, config)
     tokenizer, known = Tokenizer(directory), ARCHITECTURES[architecture]
+    window = config.layer_kinds[0].window
+    if known.full_every is None and window is not None and window < config.max_position_embeddings:
+        say(
+            f"GGUF: llama.cpp has no window in a {architecture}: of a text of more than {window:,} tokens it sees all, where this model sees the last {window:,}"
+        )
     pairs = _model_pairs(config, read_whole(hf_config).get_text_config(), architecture)
     pairs |= tokenizer_pairs(tokenizer, config.vocab_size)
     tensors = counterparts(config, FAMILIES[_text_type(hf_config)].weight_names(config), known)

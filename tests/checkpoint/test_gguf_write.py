@@ -92,6 +92,18 @@ def test_experts_in_stacks_are_written_as_those_in_files_of_their_own(tmp_path):
         np.testing.assert_array_equal(other[name].data, tensor.data, err_msg=name)
 
 
+def test_experts_are_quantised_row_by_row(tmp_path):
+    directory = directory_of(tmp_path / "model", MODELS["qwen3moe"])
+    export_gguf(directory, tmp_path / "model.gguf", "q8_0")
+    assert read_gguf(tmp_path / "model.gguf")[1]["blk.0.ffn_down_exps.weight"].tensor_type == Kind.Q8_0
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    before, after = (load_file(each / "model.safetensors") for each in (directory, tmp_path / "again"))
+    for name, values in before.items():
+        if "experts" in name:
+            expected = gguf.quants.dequantize(quantised(values, Kind.Q8_0), Kind.Q8_0)
+            np.testing.assert_array_equal(after[name], expected, err_msg=name)
+
+
 def test_of_a_model_that_sees_the_text_model_is_written(tmp_path):
     text = MODELS["gemma3"]
     vision = dict(
@@ -146,9 +158,10 @@ def test_matrices_are_of_the_kind_that_is_wanted_and_vectors_float32(tmp_path, k
     assert kind != "q8_0" or {each.tensor_type.name for each in tensors.values()} == {"F32", "F16", "Q8_0"}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
-def test_weights_stay_as_the_files_have_them(tmp_path, dtype, kind):
-    directory = directory_of(tmp_path / "model", MODELS["llama"], dtype=dtype)
+def test_weights_stay_as_the_files_have_them(tmp_path, dtype, kind, name):
+    directory = directory_of(tmp_path / "model", MODELS[name], dtype=dtype)
     export_gguf(directory, tmp_path / "model.gguf")
     assert {each.tensor_type.name for each in read_gguf(tmp_path / "model.gguf")[1].values()} == {kind, "F32"}
     import_gguf(tmp_path / "model.gguf", tmp_path / "again")
@@ -268,6 +281,13 @@ def test_the_command_writes_one_file_and_replaces_none(tmp_path, capsys):
     assert ended.value.code == 2
     assert "m.gguf exists" in capsys.readouterr().err
     assert GGUF_KINDS == KINDS
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_told(tmp_path, capsys):
+    for name in ("mistral", "gemma2", "llama"):
+        export_gguf(directory_of(tmp_path / name, MODELS[name]), tmp_path / f"{name}.gguf")
+        told = "llama.cpp has no window in a llama: of a text of more than 7 tokens it sees all"
+        assert (told in capsys.readouterr().err) == (name == "mistral")
 
 
 def test_a_model_without_some_tensor_is_refused(tmp_path):
