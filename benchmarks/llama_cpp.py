@@ -60,6 +60,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2, yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
     "gemma3": ("Gemma3Text", GEMMA | dict(rope_parameters={"sliding_attention": LOCAL, "full_attention": LINEAR})),
     "gemma2": ("Gemma2", GEMMA),
     "smollm3": ("SmolLM3", {}),

@@ -69,6 +69,7 @@ MODELS = {
         norm_topk_prob=True,
         router_aux_loss_coef=0.01,
     ),
+    "gemma": transformers.GemmaConfig(**SIZES | LAYERS, **rope(1e4)),
     "gemma2": transformers.Gemma2Config(**SIZES | LAYERS, **GEMMA, **rope(1e4), attn_logit_softcapping=40.0),
     "gemma3": transformers.Gemma3TextConfig(
         **SIZES | LAYERS,
@@ -90,7 +91,7 @@ MODELS = {
     "granite": transformers.GraniteConfig(
         **SIZES,
         **rope(1e4),
-        embedding_multiplier=12.0,
+        embedding_multiplier=12,
         attention_multiplier=128**-0.5,
         residual_multiplier=0.22,
         logits_scaling=3.0,
@@ -183,7 +184,7 @@ def hyperparameters(config) -> dict:
     if architecture == "granite":
         pairs |= {
             "attention.scale": config.attention_multiplier,
-            "embedding_scale": config.embedding_multiplier,
+            "embedding_scale": float(config.embedding_multiplier),
             "residual_scale": config.residual_multiplier,
             "logit_scale": config.logits_scaling,
         }

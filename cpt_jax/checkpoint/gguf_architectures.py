@@ -69,6 +69,7 @@ ARCHITECTURES = {
         fields=_EXPERTS,
         fixed=_QWEN_WINDOW | {"attention_bias": False, "norm_topk_prob": True},
     ),
+    "gemma": Architecture(model_type="gemma", class_name="GemmaForCausalLM", fixed=_GEMMA, tied=True),
     "gemma2": Architecture(
         model_type="gemma2",
         class_name="Gemma2ForCausalLM",

@@ -32,7 +32,7 @@ from cpt_jax.models.config import DecoderConfig, LayerKind
 from cpt_jax.models.families import FAMILIES, family_for
 from cpt_jax.models.families.composite import PREFIXES, text_type
 from cpt_jax.models.families.schema import read_whole
-from cpt_jax.models.rope import Linear, Llama3, Yarn
+from cpt_jax.models.rope import Linear, Llama3, Scaling, Yarn
 from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -189,14 +189,22 @@ def _model_pairs(config: DecoderConfig, hf: Any, architecture: str) -> dict[str,
     if windowed is not None and windowed.rope is not None and "rope_local_base_freq" in known.fields:
         pairs["rope.freq_base_swa"] = float(windowed.rope.theta)
     given = {key: getattr(hf, name, None) for name, key in known.fields.items()}
-    pairs |= {key: value for key, value in given.items() if value is not None}
-    match kind.rope.scaling:
+    # llama.cpp takes no whole number where it reads others.
+    pairs |= {k: value if k.startswith("expert") else float(value) for k, value in given.items() if value is not None}
+    scaling = _scaling(kind.rope.scaling, architecture)
+    pairs |= {f"rope.scaling.{name}": value for name, value in scaling.items()}
+    return {f"{architecture}.{name}": value for name, value in pairs.items()}
+
+
+def _scaling(scaling: Scaling | None, architecture: str) -> dict[str, Any]:
+    """What of "rope.scaling." says how positions are stretched."""
+    match scaling:
         case None:
-            scaling = {}
-        case Llama3() if known.rope_freqs:
-            scaling = {}
+            return {}
+        case Llama3() if ARCHITECTURES[architecture].rope_freqs:
+            return {}
         case Linear(factor=factor):
-            scaling = {"type": "linear", "factor": float(factor)}
+            return {"type": "linear", "factor": float(factor)}
         case Yarn() as yarn:
             named = {
                 "factor": float(yarn.factor),
@@ -204,13 +212,11 @@ def _model_pairs(config: DecoderConfig, hf: Any, architecture: str) -> dict[str,
                 "beta_fast": float(yarn.beta_fast),
                 "beta_slow": float(yarn.beta_slow),
             }
-            scaling = {"type": "yarn"} | {theirs: named[ours] for theirs, ours in SCALINGS["yarn"].items()}
+            return {"type": "yarn"} | {theirs: named[ours] for theirs, ours in SCALINGS["yarn"].items()}
         case other:
             raise UserError(
                 f"rope_scaling of type {type(other).__name__} cannot be written as GGUF: a {architecture} of llama.cpp's has none"
             )
-    pairs |= {f"rope.scaling.{name}": value for name, value in scaling.items()}
-    return {f"{architecture}.{name}": value for name, value in pairs.items()}
 
 
 def _divisors(config: DecoderConfig) -> np.ndarray | None:

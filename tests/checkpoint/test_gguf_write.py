@@ -58,6 +58,7 @@ def test_what_is_written_is_what_llama_cpp_s_converter_writes(tmp_path, config):
     expected = hyperparameters(config)
     for name, value in expected.items():
         assert metadata[name] == (np.float32(value) if isinstance(value, float) else value), name
+        assert type(metadata[name]) is type(value), name
     wanted = gguf_tensors(build(config))
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
@@ -68,7 +69,9 @@ def test_what_is_written_is_what_llama_cpp_s_converter_writes(tmp_path, config):
             np.testing.assert_array_equal(tensor.data, wanted[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "smollm3", "olmo2", "granite", "qwen3moe"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma", "gemma2", "gemma3", "smollm3", "olmo2", "granite", "qwen3moe"]
+)
 def test_what_is_written_is_read_again(tmp_path, name):
     directory = directory_of(tmp_path / "model", MODELS[name])
     export_gguf(directory, tmp_path / "model.gguf")
