@@ -34,6 +34,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LAYERS = dict(head_dim=64, num_hidden_layers=7)
+GEMMA = dict(query_pre_attn_scalar=64, sliding_window=7)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}
 
 
@@ -57,7 +59,46 @@ MODELS = {
     # transformers' own loader takes 128 for Qwen3's head_dim, whatever the file says.
     "qwen3": transformers.Qwen3Config(**SIZES, **rope(1e6), head_dim=128, tie_word_embeddings=True),
     "qwen3, narrow heads": transformers.Qwen3Config(**SIZES, **rope(1e6), head_dim=32),
+    "qwen3moe": transformers.Qwen3MoeConfig(
+        **SIZES,
+        **rope(1e6),
+        head_dim=128,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=512,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+    ),
+    "gemma": transformers.GemmaConfig(**SIZES | LAYERS, **rope(1e4)),
+    "gemma2": transformers.Gemma2Config(**SIZES | LAYERS, **GEMMA, **rope(1e4), attn_logit_softcapping=40.0),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES | LAYERS,
+        **GEMMA,
+        final_logit_softcapping=20.0,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    ),
+    "gemma3, other layers": transformers.Gemma3TextConfig(
+        **SIZES | LAYERS,
+        **GEMMA,
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention"] * 3 + ["full_attention"],
+    ),
+    "smollm3": transformers.SmolLM3Config(**SIZES | LAYERS, **rope(5e4), pad_token_id=None),
+    "olmo2": transformers.Olmo2Config(**SIZES, **rope(5e5), pad_token_id=None),
+    "granite": transformers.GraniteConfig(
+        **SIZES,
+        **rope(1e4),
+        embedding_multiplier=12,
+        attention_multiplier=128**-0.5,
+        residual_multiplier=0.22,
+        logits_scaling=3.0,
+    ),
 }
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
+PERMUTED = ("llama", "smollm3", "granite")
 
 
 def build(config) -> torch.nn.Module:
@@ -65,7 +106,12 @@ def build(config) -> torch.nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, weight in model.named_parameters():
-        torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.1)
+        # Gemma's norms are 1 + weight.
+        center = 1.0 if "norm" in name and not config.model_type.startswith("gemma") else 0.0
+        torch.nn.init.normal_(weight, center, 0.1)
+        if center == 0.0 and "norm" in name:
+            # What adding 1 in float32 loses nothing of, as of bfloat16.
+            weight.data = torch.round(weight.data * 1024) / 1024 + 0.0
     return model.eval()
 
 
@@ -78,7 +124,7 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 def gguf_tensors(model) -> dict[str, np.ndarray]:
     """The weights under llama.cpp's names, by the table of the `gguf` package."""
     config = model.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     tensors = {}
@@ -86,12 +132,22 @@ def gguf_tensors(model) -> dict[str, np.ndarray]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = weight.float().numpy()
-        if architecture == "llama" and ".q_proj." in name:
+        if architecture in PERMUTED and ".q_proj." in name:
             array = permute(array, config.num_attention_heads)
-        if architecture == "llama" and ".k_proj." in name:
+        if architecture in PERMUTED and ".k_proj." in name:
             array = permute(array, config.num_key_value_heads)
-        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array
-    if config.rope_parameters["rope_type"] == "llama3":
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + np.float32(1)
+        parts = {name: array}
+        if name.endswith("gate_up_proj"):
+            halves = zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True)
+            parts = {name.replace("gate_up_proj", half): part for half, part in halves}
+        for part, values in parts.items():
+            found = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            assert found is not None, part
+            # Stacks of experts have no suffix.
+            tensors[found if found.endswith((".weight", ".bias")) else f"{found}.weight"] = values
+    if config.rope_parameters.get("rope_type") == "llama3":
         scaled = model.model.rotary_emb.inv_freq.numpy()
         plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, 2 * len(scaled), 2) / (2 * len(scaled)))
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
@@ -101,7 +157,8 @@ def gguf_tensors(model) -> dict[str, np.ndarray]:
 def hyperparameters(config) -> dict:
     """The key-value pairs that llama.cpp's converter writes for a model."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    scaling = config.rope_parameters.get("full_attention", config.rope_parameters)
     pairs = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -113,11 +170,30 @@ def hyperparameters(config) -> dict:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(scaling["rope_theta"]),
     }
     if getattr(config, "sliding_window", None):
         pairs["attention.sliding_window"] = config.sliding_window
-    scaling = config.rope_parameters
+    if architecture == "gemma3":
+        pairs["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+        if config.layer_types[0] == "full_attention":
+            pairs["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None):
+            pairs[name] = float(getattr(config, name))
+    if architecture == "granite":
+        pairs |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": float(config.embedding_multiplier),
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if architecture == "qwen3moe":
+        pairs |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
     if scaling["rope_type"] in ("linear", "yarn"):
         pairs |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": scaling["factor"]}
     if scaling["rope_type"] == "yarn":

@@ -1,7 +1,6 @@
 """A GGUF file as a Hugging Face model directory: dequantised, without torch.
 
-Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises. Architectures
-"llama" (Llama, SmolLM, Mistral), "qwen2" and "qwen3".
+Follows the GGUF specification (ggml-org/ggml, docs/gguf.md); the `gguf` package reads and dequantises.
 """
 
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from cpt_jax.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from cpt_jax.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
-from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, weight_dtype, weights_of
+from cpt_jax.checkpoint.gguf_weights import counterparts, weight_dtype, weights_of
 from cpt_jax.checkpoint.safetensors_write import write_weights
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.storage import atomic_directory, write_json_atomic
+from cpt_jax.models.families import family_for
 
 SHARD_BYTES = 2_000_000_000
 # The released values of Llama 3.1 and 3.3, and of 3.2: the file holds only what they come to.
@@ -73,7 +74,10 @@ def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
     """
     metadata, tensors = read_gguf(Path(file))
     config = model_config(metadata, tensors)
-    found = weights_of(config, ARCHITECTURES[metadata["general.architecture"]], tensors)
+    family, architecture = family_for(config), ARCHITECTURES[metadata["general.architecture"]]
+    decoder = family.config_from_hf(config)
+    expected = counterparts(decoder, family.weight_names(decoder), architecture)
+    found = weights_of(expected, config["model_type"], tensors)
     dtype = weight_dtype(found)
     with atomic_directory(Path(out)) as directory:
         if weights:
@@ -117,7 +121,7 @@ def read_gguf(file: Path) -> tuple[Metadata, dict[str, Any]]:
 def model_config(metadata: Metadata, tensors: dict[str, Any]) -> dict:
     """config.json as transformers has it, but for the dtype."""
     architecture, given = ARCHITECTURES[metadata["general.architecture"]], metadata.of_architecture
-    if experts := given("expert_count", 0):
+    if (experts := given("expert_count", 0)) and "num_experts" not in architecture.fields:
         raise UserError(f"the GGUF file is a mixture of {experts} experts, which is not supported: use a dense model")
     heads, width = given("attention.head_count"), given("embedding_length")
     head_dim = given("attention.key_length", given("rope.dimension_count", width // heads))
@@ -132,26 +136,55 @@ def model_config(metadata: Metadata, tensors: dict[str, Any]) -> dict:
         "num_key_value_heads": given("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": given("context_length"),
-        # The file holds a float32; the six digits are what was meant.
-        "rms_norm_eps": float(f"{given('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rms_norm_eps": _decimal(given("attention.layer_norm_rms_epsilon")),
         **_rope(metadata, head_dim, tensors.get("rope_freqs.weight")),
-        "hidden_act": "silu",
+        "hidden_act": architecture.activation,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],
         "pad_token_id": ids["pad"],
     }
-    window = given("attention.sliding_window", 0)
-    if architecture.model_type == "llama" and window:
+    config |= {**architecture.fixed, **_fields(metadata, architecture), **_windows(metadata, architecture)}
+    if architecture.wide_layers is not None:
+        wide = config["num_hidden_layers"] == architecture.wide_layers
+        config["query_pre_attn_scalar"] = width // heads if wide else head_dim
+    return config
+
+
+def _decimal(value: Any) -> Any:
+    """What was meant by a float32: the shortest number that it is the nearest to."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _fields(metadata: Metadata, architecture: Architecture) -> dict[str, Any]:
+    """What only some architectures say; what a file does not say has transformers' default."""
+    prefix = f"{metadata['general.architecture']}."
+    given = {name: metadata.get(prefix + key) for name, key in architecture.fields.items()}
+    return {name: _decimal(value) for name, value in given.items() if value is not None}
+
+
+def _windows(metadata: Metadata, architecture: Architecture) -> dict[str, Any]:
+    """Which layers see a window only."""
+    given, model_type = metadata.of_architecture, architecture.model_type
+    window = given("attention.sliding_window", architecture.window)
+    if (every := architecture.full_every) is not None:
+        # The one key whose value may be a list.
+        every = metadata.get(f"{metadata['general.architecture']}.attention.sliding_window_pattern", every)
+        layers = range(given("block_count"))
+        windowed = every if isinstance(every, list) else [bool((layer + 1) % every) for layer in layers]
+        kinds = ["sliding_attention" if window and each else "full_attention" for each in windowed]
+        return {"layer_types": kinds} | ({"sliding_window": window} if window else {})
+    if not window:
+        return {}
+    if model_type == "llama":
         # What Llama with a window is called in transformers.
-        return config | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
-    if architecture.model_type == "llama":
-        return config | {"attention_bias": False, "mlp_bias": False}
-    windows = {"sliding_window": window, "max_window_layers": 0} if window else {}
-    if architecture.model_type == "qwen3":
-        windows["attention_bias"] = False
-    return config | {"use_sliding_window": bool(window), **windows}
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if "use_sliding_window" in architecture.fixed:
+        return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    raise UserError(
+        f"the GGUF file has a sliding window of {window}, which is not supported for {metadata['general.architecture']}: use the model's Hugging Face directory instead"
+    )
 
 
 def _rope(metadata: Metadata, head_dim: int, freqs: Any) -> dict:

@@ -47,7 +47,11 @@ PRE_TOKENIZERS: dict[str, dict] = {
     "gpt-2": _BYTE_LEVEL,
     "qwen2": _split(""),
     "llama-bpe": _split("{1,3}"),
+    "dbrx": _split("{1,3}"),
 }
+# Other names of the same: of Granite 3 and StarCoder, and of SmolLM3.
+PRE_TOKENIZERS |= dict.fromkeys(("refact", "starcoder"), PRE_TOKENIZERS["smollm"])
+PRE_TOKENIZERS["smaug-bpe"] = PRE_TOKENIZERS["dbrx"]
 # In Llama 3 a word that is a piece is that piece, whatever the merges make of it.
 IGNORES_MERGES = ("llama-bpe",)
 NORMALIZERS: dict[str, dict] = {"qwen2": {"type": "NFC"}}
@@ -188,7 +192,13 @@ def _sentencepiece(metadata: Mapping[str, Any], ids: dict[str, int | None]) -> M
     while pieces and _is_filler(pieces[-1], types[len(pieces) - 1], len(pieces) - 1):
         pieces.pop()
     proto = sentencepiece_model_pb2.ModelProto()
-    for piece, score, kind in zip(pieces, scores, types, strict=False):
+    for index, (piece, score, kind) in enumerate(zip(pieces, scores, types, strict=False)):
+        if kind == USER_DEFINED:
+            # Runs of spaces are written as such there. They are found before anything is merged, whatever their score:
+            # of merges (Gemma's runs) theirs are the first.
+            piece, score = piece.replace(" ", SPACE), 0.0
+        # A special token of Gemma's, the unknown one is written as one of control.
+        kind = UNKNOWN if kind == CONTROL and index == ids["unk"] else kind
         proto.pieces.add(piece=piece, score=score, type=kind)
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     spec.model_type, spec.vocab_size, spec.byte_fallback = BPE, len(pieces), BYTE in types

@@ -4,7 +4,7 @@ from typing import Any
 
 from cpt_jax.checkpoint.gguf_tokenizer import IGNORES_MERGES, NORMALIZERS, PRE_TOKENIZERS, UNUSED
 from cpt_jax.core.errors import UserError
-from cpt_jax.vocab.sentencepiece_model import BPE, CONTROL, NORMAL, USER_DEFINED
+from cpt_jax.vocab.sentencepiece_model import BPE, CONTROL, NORMAL, SPACE, USER_DEFINED
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # What normalizers and pre-tokenizers differ in, besides a vocabulary's own pieces.
@@ -20,15 +20,24 @@ def tokenizer_pairs(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """Pieces, their types, and how text is cut into them; `rows` of the embedding that have no piece get fillers.
 
     Raises:
-      UserError: a tokenizer that llama.cpp has no name for.
+      UserError: a tokenizer that llama.cpp has no name for, or that has more ids than the embedding rows. Special
+      tokens may be beyond it (Gemma 3's for images): text has none of them.
     """
     proto = tokenizer.sentencepiece
     added = {token["id"]: token for token in tokenizer.document["added_tokens"]}
+    if any(not added.get(index, {}).get("special") for index in range(rows, tokenizer.size)):
+        raise UserError(
+            f"{tokenizer.directory}: the tokenizer has {tokenizer.size:,} ids, the embedding {rows:,} rows: run `cpt model "
+            "extend`, or give the model its own tokenizer"
+        )
     kinds = {index: CONTROL if token["special"] else USER_DEFINED for index, token in added.items()}
     if proto is not None and proto.trainer_spec.model_type == BPE:
         pieces = {index: piece.piece for index, piece in enumerate(proto.pieces)}
-        kinds |= {index: piece.type for index, piece in enumerate(proto.pieces)}
-        scores = [piece.score for piece in proto.pieces]
+        own = {index: piece.type for index, piece in enumerate(proto.pieces)}
+        # Whether they are found in plain text tokenizer.json says: Gemma's tokens of chats are user-defined otherwise.
+        kinds = own | {i: kind for i, kind in kinds.items() if own.get(i, kind) in (CONTROL, USER_DEFINED)}
+        # llama.cpp's converter gives those of users the score of its fillers: they are found before anything is merged.
+        scores = [-1000.0 if piece.type == USER_DEFINED else piece.score for piece in proto.pieces][:rows]
         pairs: dict[str, Any] = {
             "model": "llama",
             "pre": "default",
@@ -40,13 +49,16 @@ def tokenizer_pairs(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         pairs = {"model": "gpt2", "pre": _pre_of(tokenizer)}
         pairs["merges"] = [" ".join(merge) for merge in tokenizer.merges]
     pieces |= {index: token["content"] for index, token in added.items()}
+    if proto is not None:
+        # llama.cpp looks for these in text as it is, before it writes spaces as SentencePiece does.
+        pieces |= {i: pieces[i].replace(SPACE, " ") for i, kind in kinds.items() if kind == USER_DEFINED}
     # As llama.cpp's converter fills up.
     pairs["tokens"] = [pieces.get(index, f"[PAD{index}]") for index in range(rows)]
     pairs["token_type"] = [kinds.get(index, NORMAL if index in pieces else UNUSED) for index in range(rows)]
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     specials = tokenizer.named_special_tokens
     ids = {theirs: tokenizer.backend.token_to_id(specials[ours]) for ours, theirs in named.items() if ours in specials}
-    pairs |= {f"{name}_token_id": index for name, index in ids.items() if index is not None}
+    pairs |= {f"{name}_token_id": index for name, index in ids.items() if index is not None and index < rows}
     framed = tokenizer.backend.encode("a").ids
     pairs["add_bos_token"] = len(framed) > 1 and framed[0] == ids.get("bos")
     pairs["add_eos_token"] = len(framed) > 1 and framed[-1] == ids.get("eos")
@@ -64,6 +76,10 @@ def _pre_of(tokenizer: Tokenizer) -> str:
             "with its tokenizer.model"
         )
     wanted = _steps(document["pre_tokenizer"])
+    for step in wanted:
+        # Another way to write that what matches is a piece: GPT-4's pattern leaves nothing between its matches.
+        if step["type"] == "Split" and step["behavior"] == "Removed" and step["invert"]:
+            step |= {"behavior": "Isolated", "invert": False}
     for name, pre_tokenizer in PRE_TOKENIZERS.items():
         same = _steps(pre_tokenizer) == wanted and document["normalizer"] == NORMALIZERS.get(name)
         if same and bool(document["model"].get("ignore_merges")) == (name in IGNORES_MERGES):

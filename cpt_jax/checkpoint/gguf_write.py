@@ -5,6 +5,7 @@ splits a sample text, so that it refuses each extended one; here it is known by 
 """
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,17 +17,23 @@ from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, GGU
 from gguf.quants import quantize
 
 from cpt_jax.checkpoint.gguf import SCALINGS, model_config, read_gguf
+from cpt_jax.checkpoint.gguf_architectures import ARCHITECTURES
 from cpt_jax.checkpoint.gguf_tokenizer import write_tokenizer
 from cpt_jax.checkpoint.gguf_tokenizer_write import refuse_other_tokens, tokenizer_pairs
-from cpt_jax.checkpoint.gguf_weights import ARCHITECTURES, Architecture, permute, permuted_heads, places_of
-from cpt_jax.checkpoint.hf import read_config, tensors_of, widest
-from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.gguf_weights import Counterpart, counterparts, permute
+from cpt_jax.checkpoint.hf import load, widest
 from cpt_jax.core.errors import UserError, nearest
+from cpt_jax.core.lazy import LazyArray
 from cpt_jax.core.place import Place
-from cpt_jax.core.progress import progress
-from cpt_jax.models.config import DecoderConfig
-from cpt_jax.models.families import family_for
-from cpt_jax.models.rope import Linear, Llama3, Yarn
+from cpt_jax.core.progress import progress, say
+from cpt_jax.core.transpose import transposed
+from cpt_jax.core.tree import flatten
+from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.families import FAMILIES, family_for
+from cpt_jax.models.families.composite import PREFIXES, text_type
+from cpt_jax.models.families.schema import read_whole
+from cpt_jax.models.rope import Linear, Llama3, Scaling, Yarn
+from cpt_jax.models.vocab_table import TABLES
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # How matrices are stored; vectors are float32, as in llama.cpp.
@@ -48,99 +55,123 @@ def export_gguf(directory: Path, out: Path, kind: Kind | None = None) -> None:
     Raises:
       UserError: a model or a tokenizer that GGUF, or this version, does not know; weights beyond float16; a full disk.
     """
-    hf_config, tokenizer = read_config(directory), Tokenizer(directory)
-    architecture, config = _architecture(hf_config)
-    files = tensors_of(directory)
-    pairs = _model_pairs(config, architecture) | tokenizer_pairs(tokenizer, config.vocab_size)
-    fields, known = _fields(config), ARCHITECTURES[architecture]
-    if missing := [name for name, _ in places_of(fields, known).values() if name not in files]:
-        raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} first: give a whole model directory")
+    config, tree, hf_config = load(directory)
+    architecture = _architecture(hf_config, config)
+    tokenizer, known = Tokenizer(directory), ARCHITECTURES[architecture]
+    window = config.layer_kinds[0].window
+    if known.full_every is None and window is not None and window < config.max_position_embeddings:
+        say(
+            f"GGUF: llama.cpp has no window in a {architecture}: of a text of more than {window:,} tokens it sees all, where this model sees the last {window:,}"
+        )
+    pairs = _model_pairs(config, read_whole(hf_config).get_text_config(), architecture)
+    pairs |= tokenizer_pairs(tokenizer, config.vocab_size)
+    tensors = counterparts(config, FAMILIES[_text_type(hf_config)].weight_names(config), known)
+    weights: dict[str, LazyArray] = flatten(tree)
     with Place(out.parent).written(out.name) as partial:
         with contextlib.closing(GGUFWriter(partial, architecture)) as writer:
             writer.add_name(out.stem)
             for key, value in pairs.items():
                 _add(writer, key, value)
-            _write_tensors(writer, kind or _kind_of(files), files, fields, known, _divisors(config))
+            _write_tensors(writer, kind or _kind_of(weights), tensors, weights, _divisors(config))
         _check(partial, config, tokenizer)
 
 
 def _write_tensors(
     writer: GGUFWriter,
     kind: Kind,
-    files: Mapping[str, SafetensorsFile],
-    fields: dict[str, Any],
-    known: Architecture,
+    tensors: Mapping[str, Counterpart],
+    weights: Mapping[str, LazyArray],
     divisors: np.ndarray | None,
 ) -> None:
     """The header, which announces all tensors, and these one by one."""
-    places = places_of(fields, known)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    kinds: dict[str, Kind] = {name: _stored_as(kind, shape) for name, (_, shape) in places.items()}
+    kinds: dict[str, Kind] = {name: _stored_as(kind, name, tensor) for name, tensor in tensors.items()}
     if divisors is not None:
         writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
-    for name, (_, shape) in places.items():
-        _announce(writer, name, shape, kinds[name])
+    for name, tensor in tensors.items():
+        _announce(writer, name, tensor.stacked_shape, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors)
-    with progress("GGUF: written", len(places), "tensors") as shown:
-        for name, (ours, _) in places.items():
-            values = files[ours].read(ours)
-            if (heads := permuted_heads(name, fields, known)) is not None:
-                values = permute(values, heads)
-            writer.write_tensor_data(_stored(values, kinds[name], ours))
+    with progress("GGUF: written", len(tensors), "tensors") as shown:
+        for name, tensor in tensors.items():
+            writer.write_tensor_data(_stored(_values(tensor, weights), kinds[name], tensor.names[0]))
             shown.advance()
 
 
-def _architecture(hf_config: dict) -> tuple[str, DecoderConfig]:
+def _values(tensor: Counterpart, weights: Mapping[str, LazyArray]) -> np.ndarray:
+    """A tensor as GGUF has it, in the type of the model's files; with an offset, float32."""
+    place = tensor.place
+    leaf = weights[f"{place.path}/base" if place.path in TABLES else place.path]
+    layer = place.index[:1]
+    indices = [(*layer, expert) for expert in range(len(tensor.names))] if len(place.index) > 1 else [layer]
+    parts = [leaf[index] if index else np.asarray(leaf) for index in indices]
+    if tensor.offset:
+        parts = [part.astype(np.float32) + np.float32(tensor.offset) for part in parts]
+    if place.transposed:
+        parts = [transposed(part) for part in parts]
+    if tensor.heads is not None:
+        parts = [permute(part, tensor.heads) for part in parts]
+    return np.stack(parts).reshape(tensor.stacked_shape)
+
+
+def _text_type(hf_config: dict) -> str:
+    """The family of the model, or of the text model of one that also sees."""
     model_type = str(hf_config.get("model_type"))
+    return text_type(hf_config) if model_type in PREFIXES else model_type
+
+
+def _architecture(hf_config: dict, config: DecoderConfig) -> str:
+    model_type = _text_type(hf_config)
     if model_type not in _WRITTEN:
         raise UserError(
             f"a model of type {nearest(model_type, _WRITTEN)} cannot be written as GGUF; those that can: {', '.join(_WRITTEN)}. "
             "llama.cpp's convert_hf_to_gguf.py knows others"
         )
-    architecture, config = _WRITTEN[model_type], family_for(hf_config).config_from_hf(hf_config)
+    architecture = _WRITTEN[model_type]
     known = ARCHITECTURES[architecture]
-    if config.attention_out_bias or config.mlp_bias or config.qkv_bias != known.qkv_bias or config.activation != "silu":
+    biased = config.attention_out_bias or config.mlp_bias or config.qkv_bias != known.qkv_bias
+    if biased or config.activation != known.activation:
         raise UserError(
             f"config.json has biases or an activation that a {architecture} of llama.cpp's does not have: use convert_hf_to_gguf.py"
         )
-    if len(config.layer_kinds) > 1:
+    if known.tied not in (None, config.tie_word_embeddings):
+        raise UserError(
+            f"config.json has tie_word_embeddings={config.tie_word_embeddings}, which a {architecture} of llama.cpp's cannot have"
+        )
+    if architecture == "olmo2" and config.head_dim * config.num_heads != config.hidden_size:
+        raise UserError(
+            f"config.json has {config.num_heads} heads of {config.head_dim} numbers, which a {architecture} of llama.cpp's "
+            f"with hidden_size {config.hidden_size} cannot have"
+        )
+    if len({kind.window for kind in config.layer_kinds}) > 1 and known.full_every is None:
         raise UserError("config.json has layers with a window and layers without, which GGUF cannot say of this model")
-    return architecture, config
+    return architecture
 
 
-def _kind_of(files: Mapping[str, SafetensorsFile]) -> Kind:
+def _kind_of(weights: Mapping[str, LazyArray]) -> Kind:
     kinds: dict[np.dtype, Kind] = {np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
-    return kinds.get(widest(file.tensors[name].dtype for name, file in files.items()), "f32")
+    return kinds.get(widest(leaf.dtype for leaf in weights.values()), "f32")
 
 
-def _fields(config: DecoderConfig) -> dict[str, Any]:
-    """What `places_of` has to know, as transformers calls it."""
-    return {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "head_dim": config.head_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
+def _main_kind(config: DecoderConfig) -> LayerKind:
+    """Of the layers that rotate, those that see all, if there are any: what GGUF says of the whole model's rotation."""
+    return min((kind for kind in config.layer_kinds if kind.rope is not None), key=lambda kind: kind.window is not None)
 
 
-def _model_pairs(config: DecoderConfig, architecture: str) -> dict[str, Any]:
-    (kind,) = config.layer_kinds
+def _model_pairs(config: DecoderConfig, hf: Any, architecture: str) -> dict[str, Any]:
+    """What GGUF says of a model; `hf`: its config as transformers reads it."""
+    known, kind = ARCHITECTURES[architecture], _main_kind(config)
     assert kind.rope is not None
     pairs: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_layers,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": hf.intermediate_size,
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
         "attention.layer_norm_rms_epsilon": float(config.norm_epsilon),
@@ -149,13 +180,31 @@ def _model_pairs(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         "rope.dimension_count": kind.rope.dim,
         "rope.freq_base": float(kind.rope.theta),
     }
-    if kind.window is not None:
-        pairs["attention.sliding_window"] = kind.window
-    match kind.rope.scaling:
-        case None | Llama3():
-            scaling = {}
+    if (windowed := next((each for each in config.layer_kinds if each.window is not None), None)) is not None:
+        pairs["attention.sliding_window"] = windowed.window
+        if (every := known.full_every) is not None:
+            pattern = [each.window is not None for each in config.kind_of_layer]
+            if pattern != [bool((layer + 1) % every) for layer in range(config.num_layers)]:
+                pairs["attention.sliding_window_pattern"] = pattern
+    if windowed is not None and windowed.rope is not None and "rope_local_base_freq" in known.fields:
+        pairs["rope.freq_base_swa"] = float(windowed.rope.theta)
+    given = {key: getattr(hf, name, None) for name, key in known.fields.items()}
+    # llama.cpp takes no whole number where it reads others.
+    pairs |= {k: value if k.startswith("expert") else float(value) for k, value in given.items() if value is not None}
+    scaling = _scaling(kind.rope.scaling, architecture)
+    pairs |= {f"rope.scaling.{name}": value for name, value in scaling.items()}
+    return {f"{architecture}.{name}": value for name, value in pairs.items()}
+
+
+def _scaling(scaling: Scaling | None, architecture: str) -> dict[str, Any]:
+    """What of "rope.scaling." says how positions are stretched."""
+    match scaling:
+        case None:
+            return {}
+        case Llama3() if ARCHITECTURES[architecture].rope_freqs:
+            return {}
         case Linear(factor=factor):
-            scaling = {"type": "linear", "factor": float(factor)}
+            return {"type": "linear", "factor": float(factor)}
         case Yarn() as yarn:
             named = {
                 "factor": float(yarn.factor),
@@ -163,18 +212,16 @@ def _model_pairs(config: DecoderConfig, architecture: str) -> dict[str, Any]:
                 "beta_fast": float(yarn.beta_fast),
                 "beta_slow": float(yarn.beta_slow),
             }
-            scaling = {"type": "yarn"} | {theirs: named[ours] for theirs, ours in SCALINGS["yarn"].items()}
+            return {"type": "yarn"} | {theirs: named[ours] for theirs, ours in SCALINGS["yarn"].items()}
         case other:
             raise UserError(
-                f"rope_scaling of type {type(other).__name__} cannot be written as GGUF: llama.cpp has none"
+                f"rope_scaling of type {type(other).__name__} cannot be written as GGUF: a {architecture} of llama.cpp's has none"
             )
-    pairs |= {f"rope.scaling.{name}": value for name, value in scaling.items()}
-    return {f"{architecture}.{name}": value for name, value in pairs.items()}
 
 
 def _divisors(config: DecoderConfig) -> np.ndarray | None:
     """What Llama 3 divides its frequencies by [head_dim / 2], which llama.cpp has as a tensor."""
-    rope = config.layer_kinds[0].rope
+    rope = _main_kind(config).rope
     if rope is None or not isinstance(rope.scaling, Llama3):
         return None
     plain = rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)
@@ -195,10 +242,11 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def _stored_as(kind: Kind, shape: tuple[int, ...]) -> Kind:
-    if len(shape) == 1:
+def _stored_as(kind: Kind, name: str, tensor: Counterpart) -> Kind:
+    # llama.cpp's converter leaves routers in float32 too.
+    if len(tensor.shape) == 1 or "ffn_gate_inp" in name:
         return "f32"
-    return "f16" if kind == "q8_0" and shape[-1] % 32 else kind
+    return "f16" if kind == "q8_0" and tensor.shape[-1] % 32 else kind
 
 
 def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Kind) -> None:
@@ -224,13 +272,21 @@ def _check(file: Path, config: DecoderConfig, tokenizer: Tokenizer) -> None:
     """What is read back is what was meant."""
     metadata, tensors = read_gguf(file)
     read = model_config(metadata, tensors)
-    again = family_for(read).config_from_hf(read)
-    if again != config:
-        differing = [name for name in vars(config) if getattr(again, name) != getattr(config, name)]
+    meant, found = _said(config), _said(family_for(read).config_from_hf(read))
+    if differing := [name for name in meant if found[name] != meant[name]]:
+        name = differing[0]
         raise UserError(
-            f"GGUF cannot say this model's {differing[0]} ({getattr(config, differing[0])}; it reads as "
-            f"{getattr(again, differing[0])}): use llama.cpp's convert_hf_to_gguf.py"
+            f"GGUF cannot say this model's {name} ({getattr(config, name)}; it reads as {found[name]}): "
+            "use llama.cpp's convert_hf_to_gguf.py"
         )
     with tempfile.TemporaryDirectory(prefix="cpt-") as directory:
         write_tokenizer(metadata, config.max_position_embeddings, Path(directory))
         refuse_other_tokens(tokenizer, Tokenizer(Path(directory)))
+
+
+def _said(config: DecoderConfig) -> dict[str, Any]:
+    """What GGUF can say of a configuration: numbers in float32, nothing that only training looks at."""
+    said = {name: np.float32(value) if isinstance(value, float) else value for name, value in vars(config).items()}
+    if config.experts is not None:
+        said["experts"] = dataclasses.replace(config.experts, balance_coefficient=0.0)
+    return said

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from cpt_jax.checkpoint import gguf as gguf_reading
 from cpt_jax.checkpoint import gguf_weights
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.gguf import import_gguf
+from cpt_jax.checkpoint.gguf import Metadata, import_gguf, model_config
 from cpt_jax.core.errors import UserError
 
 
@@ -150,6 +150,22 @@ def spoiled(changes: dict | None = None, drop: str | None = None, add: dict | No
     return {k: v for k, v in pairs.items() if k != drop}, {k: v for k, v in tensors.items() if k != drop}
 
 
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_of_gemma_what_llama_cpp_knows_without_the_file(name, layers):
+    pairs = Metadata(hyperparameters(MODELS[name]) | placeholder_tokenizer())
+    assert model_config(pairs, {})["query_pre_attn_scalar"] == 64
+    # The models of 27B: hidden_size over the heads.
+    pairs |= {f"{name}.block_count": layers, f"{name}.attention.key_length": 32, f"{name}.rope.dimension_count": 32}
+    assert model_config(pairs, {})["query_pre_attn_scalar"] == 256 // 4
+    assert model_config(Metadata(pairs | {f"{name}.block_count": 3}), {})["query_pre_attn_scalar"] == 32
+    del pairs[f"{name}.attention.sliding_window"]
+    read = model_config(pairs, {})
+    assert read.get("sliding_window") == (4096 if name == "gemma2" else None)
+    assert ("sliding_attention" in read["layer_types"]) == (name == "gemma2")
+
+
+OLMO3 = {name.partition(".")[2]: value for name, value in hyperparameters(MODELS["olmo2"]).items()}
+OLMO3 |= {"attention.sliding_window": 8}
 REFUSED = {
     "architecture": (dict(changes={"general.architecture": "mamba"}), "architecture 'mamba'.*supported: llama, qwen2"),
     "experts": (dict(changes={"llama.expert_count": 8}), "mixture of 8 experts"),
@@ -170,6 +186,10 @@ REFUSED = {
     "partial rotation": (
         dict(changes={"llama.rope.dimension_count": 16, "llama.attention.key_length": 64}),
         "rotates 16",
+    ),
+    "a window": (
+        dict(changes={"general.architecture": "olmo2"} | {f"olmo2.{n}": v for n, v in OLMO3.items()}),
+        "window of 8.*olmo2",
     ),
     "split": (dict(changes={"split.count": 3}), "one of 3 parts.*llama-gguf-split --merge"),
     "pre-tokenizer": (

@@ -1,6 +1,8 @@
 """The tokenizers of GGUF files, against transformers and sentencepiece."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -10,12 +12,23 @@ from inputs import english, write_sentencepiece, write_tokenizer
 from sentencepiece import SentencePieceProcessor
 from tokenizers import pre_tokenizers
 
-from cpt_jax.vocab.sentencepiece_model import read_model
+from cpt_jax.checkpoint.gguf import read_gguf
+from cpt_jax.checkpoint.gguf_write import export_gguf
+from cpt_jax.vocab.sentencepiece_model import CONTROL, SPACE, UNKNOWN, USER_DEFINED, read_model
 
 
 @pytest.mark.parametrize(
     ("pre", "written"),
-    [("gpt-2", "gpt2"), ("smollm", "gpt2"), ("qwen2", "qwen"), ("llama-bpe", "qwen"), ("llama-bpe", "gpt2")],
+    [
+        ("gpt-2", "gpt2"),
+        ("smollm", "gpt2"),
+        ("refact", "gpt2"),
+        ("qwen2", "qwen"),
+        ("llama-bpe", "qwen"),
+        ("llama-bpe", "gpt2"),
+        ("dbrx", "gpt2"),
+        ("smaug-bpe", "qwen"),
+    ],
 )
 def test_byte_level_tokens_are_those_of_transformers(tmp_path, pre, written):
     write_tokenizer(tmp_path / "tokenizer", TEXTS, 600, written)
@@ -32,7 +45,7 @@ def test_byte_level_tokens_are_those_of_transformers(tmp_path, pre, written):
             reference.add_tokens([entry], special_tokens=token["special"])
     else:
         reference = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    if pre == "smollm":
+    if pre in ("smollm", "refact"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
     for text in TEXTS:
@@ -102,3 +115,45 @@ def test_a_sentencepiece_tokenizer_comes_back(tmp_path, prefix, digits):
         assert fast.encode(text, add_special_tokens=False) == original.encode(text), text
     assert fast.encode("a<|im_end|>", add_special_tokens=False)[-1] == len(before.pieces)
     assert (fast.bos_token, fast.eos_token, fast.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def gemma_pairs(directory: Path) -> dict:
+    """The key-value pairs of a tokenizer.model as Gemma's: runs of spaces and lines, tags, and tokens of chats are
+    user-defined, which the converter writes with its own score, and as control tokens where they are special."""
+    user = [SPACE * 2, SPACE * 3, SPACE * 4, "\n\n", "\n\n\n", "<b>", "<start_of_turn>"]
+    settings = dict(user_defined_symbols=user, add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+    texts = [*english(200), "a  b   c    d     e\n\n\n\nf <b>"] * 2
+    write_sentencepiece(directory, texts, "bpe", 700, **settings)
+    pairs = sentencepiece_pairs(directory)
+    pieces, scores, types = (pairs[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    for index, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
+        if kind == USER_DEFINED:
+            pieces[index], scores[index] = piece.replace(SPACE, " "), -1000.0
+        if kind == UNKNOWN or piece == "<start_of_turn>":
+            types[index] = CONTROL
+    ids = {f"tokenizer.ggml.{name}_token_id": n for n, name in enumerate(("padding", "eos", "bos", "unknown"))}
+    return pairs | ids | {"tokenizer.ggml.add_space_prefix": False}
+
+
+def test_user_defined_pieces_of_gemma_are_found_before_anything_is_merged(tmp_path):
+    pairs = gemma_pairs(tmp_path / "tokenizer")
+    original = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer" / "tokenizer.model"))
+    out = import_tokenizer(tmp_path, pairs)
+    written = SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    fast, start = transformers.AutoTokenizer.from_pretrained(out), original.piece_to_id("<start_of_turn>")
+    for text in [*TEXTS[:-1], "a  b   c    d     e      f", "   x\n\n\n\n\ny  \n", "<b>the city</b>  \n\n"]:
+        assert written.encode(text) == original.encode(text), text
+        assert fast.encode(text, add_special_tokens=False) == original.encode(text), text
+    assert fast.encode("<start_of_turn>the", add_special_tokens=False)[0] == start
+    # Google's own says of no token that it is special, tokenizer.json does.
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer.model", out)
+    export_gguf(out, tmp_path / "again.gguf")
+    metadata, _ = read_gguf(tmp_path / "again.gguf")
+    # The unknown token is written as what it is.
+    pairs["tokenizer.ggml.token_type"][3] = UNKNOWN
+    for name in ("tokens", "token_type", "scores", "add_space_prefix", "bos_token_id", "unknown_token_id"):
+        end = -2 if name == "scores" else None
+        read, expected = (each[f"tokenizer.ggml.{name}"] for each in (metadata, pairs))
+        assert (read[:end] if isinstance(read, list) else read) == (
+            expected[:end] if isinstance(read, list) else expected
+        ), name

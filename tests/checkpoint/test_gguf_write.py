@@ -13,6 +13,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import (
+    LLAMA3,
     MODELS,
     SIZES,
     TEXTS,
@@ -28,7 +29,7 @@ from gguf_files import (
     tokenizer_pairs,
 )
 from inputs import chinese, english, write_jsonl, write_sentencepiece, write_tokenizer
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from cpt_jax.checkpoint.gguf import import_gguf, read_gguf
 from cpt_jax.checkpoint.gguf_write import KINDS, export_gguf
@@ -57,6 +58,7 @@ def test_what_is_written_is_what_llama_cpp_s_converter_writes(tmp_path, config):
     expected = hyperparameters(config)
     for name, value in expected.items():
         assert metadata[name] == (np.float32(value) if isinstance(value, float) else value), name
+        assert type(metadata[name]) is type(value), name
     wanted = gguf_tensors(build(config))
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
@@ -65,6 +67,63 @@ def test_what_is_written_is_what_llama_cpp_s_converter_writes(tmp_path, config):
             np.testing.assert_allclose(tensor.data, wanted[name], rtol=1e-6)
         else:
             np.testing.assert_array_equal(tensor.data, wanted[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma", "gemma2", "gemma3", "smollm3", "olmo2", "granite", "qwen3moe"]
+)
+def test_what_is_written_is_read_again(tmp_path, name):
+    directory = directory_of(tmp_path / "model", MODELS[name])
+    export_gguf(directory, tmp_path / "model.gguf")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    before, after = (load_file(each / "model.safetensors") for each in (directory, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    for tensor, values in before.items():
+        np.testing.assert_array_equal(after[tensor], values, err_msg=tensor)
+    np.testing.assert_allclose(logits(reload(tmp_path / "again")), logits(build(MODELS[name])), atol=1e-5)
+
+
+def test_experts_in_stacks_are_written_as_those_in_files_of_their_own(tmp_path):
+    directory = directory_of(tmp_path / "model", MODELS["qwen3moe"])
+    export_gguf(directory, tmp_path / "model.gguf")
+    stacked = build(MODELS["qwen3moe"]).state_dict()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in stacked
+    save_file({name: tensor.numpy() for name, tensor in stacked.items()}, directory / "model.safetensors")
+    export_gguf(directory, tmp_path / "stacked.gguf")
+    (_, one), (_, other) = (read_gguf(tmp_path / name) for name in ("model.gguf", "stacked.gguf"))
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(other[name].data, tensor.data, err_msg=name)
+
+
+def test_experts_are_quantised_row_by_row(tmp_path):
+    directory = directory_of(tmp_path / "model", MODELS["qwen3moe"])
+    export_gguf(directory, tmp_path / "model.gguf", "q8_0")
+    assert read_gguf(tmp_path / "model.gguf")[1]["blk.0.ffn_down_exps.weight"].tensor_type == Kind.Q8_0
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    before, after = (load_file(each / "model.safetensors") for each in (directory, tmp_path / "again"))
+    for name, values in before.items():
+        if "experts" in name:
+            expected = gguf.quants.dequantize(quantised(values, Kind.Q8_0), Kind.Q8_0)
+            np.testing.assert_array_equal(after[name], expected, err_msg=name)
+
+
+def test_of_a_model_that_sees_the_text_model_is_written(tmp_path):
+    text = MODELS["gemma3"]
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    # transformers' composite model does not cap logits.
+    plain = text.to_dict() | {"final_logit_softcapping": None}
+    config = transformers.Gemma3Config(text_config=plain, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, 0.0, 0.1)
+    model.save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model", english(50), 310)
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    np.testing.assert_allclose(logits(reload(tmp_path / "again")), logits(model.eval()), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "llama 3.2", "qwen2", "qwen3"])
@@ -102,9 +161,10 @@ def test_matrices_are_of_the_kind_that_is_wanted_and_vectors_float32(tmp_path, k
     assert kind != "q8_0" or {each.tensor_type.name for each in tensors.values()} == {"F32", "F16", "Q8_0"}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
-def test_weights_stay_as_the_files_have_them(tmp_path, dtype, kind):
-    directory = directory_of(tmp_path / "model", MODELS["llama"], dtype=dtype)
+def test_weights_stay_as_the_files_have_them(tmp_path, dtype, kind, name):
+    directory = directory_of(tmp_path / "model", MODELS[name], dtype=dtype)
     export_gguf(directory, tmp_path / "model.gguf")
     assert {each.tensor_type.name for each in read_gguf(tmp_path / "model.gguf")[1].values()} == {kind, "F32"}
     import_gguf(tmp_path / "model.gguf", tmp_path / "again")
@@ -115,7 +175,8 @@ def test_weights_stay_as_the_files_have_them(tmp_path, dtype, kind):
 
 
 @pytest.mark.parametrize(
-    ("pre", "written"), [("gpt-2", "gpt2"), ("smollm", "gpt2"), ("qwen2", "qwen"), ("llama-bpe", "gpt2")]
+    ("pre", "written"),
+    [("gpt-2", "gpt2"), ("smollm", "gpt2"), ("qwen2", "qwen"), ("llama-bpe", "gpt2"), ("dbrx", "gpt2")],
 )
 def test_a_byte_level_tokenizer_is_told_as_it_was_read(tmp_path, pre, written):
     write_tokenizer(tmp_path / "tokenizer", TEXTS, 600, written)
@@ -165,9 +226,9 @@ def refused(directory: Path, message: str, kind=None) -> None:
 
 
 def test_what_gguf_cannot_say_is_refused_and_nothing_is_left(tmp_path):
-    gemma = transformers.GemmaConfig(**SIZES | {"head_dim": 64}, **rope(1e4))
-    refused(directory_of(tmp_path / "gemma", gemma), r"'gemma' cannot be written as GGUF; those that can: llama")
-    shutil.rmtree(tmp_path / "gemma")
+    arcee = transformers.ArceeConfig(**SIZES, **rope(1e4))
+    refused(directory_of(tmp_path / "arcee", arcee), r"'arcee' cannot be written as GGUF; those that can: llama")
+    shutil.rmtree(tmp_path / "arcee")
     biased = transformers.LlamaConfig(**SIZES, **rope(1e4), attention_bias=True)
     refused(directory_of(tmp_path / "biased", biased), "biases or an activation")
     shutil.rmtree(tmp_path / "biased")
@@ -225,11 +286,56 @@ def test_the_command_writes_one_file_and_replaces_none(tmp_path, capsys):
     assert GGUF_KINDS == KINDS
 
 
+def test_a_window_that_llama_cpp_does_not_have_is_told(tmp_path, capsys):
+    for name in ("mistral", "gemma2", "llama"):
+        export_gguf(directory_of(tmp_path / name, MODELS[name]), tmp_path / f"{name}.gguf")
+        told = "llama.cpp has no window in a llama: of a text of more than 7 tokens it sees all"
+        assert (told in capsys.readouterr().err) == (name == "mistral")
+
+
 def test_a_model_without_some_tensor_is_refused(tmp_path):
     directory = directory_of(tmp_path / "model", MODELS["llama"])
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    refused(directory, r"lacks 9 tensors, 'model.layers.2.input_layernorm.weight' first")
+    refused(directory, r"lacks 9 tensors, 'model.layers.2.self_attn.q_proj.weight' first")
+
+
+OTHER = {
+    "Gemma 2, untied": (dict(tie_word_embeddings=False), "gemma2", "tie_word_embeddings=False, which a gemma2"),
+    "Gemma 2, another scale": (dict(query_pre_attn_scalar=100), "gemma2", "cannot say this model's attention_scale"),
+    "Gemma 2, no cap": (dict(final_logit_softcapping=None), "gemma2", "cannot say this model's logit_softcap"),
+    "Gemma 2, an activation": (dict(hidden_activation="gelu"), "gemma2", "biases or an activation"),
+    "SmolLM3, other layers": (
+        dict(no_rope_layers=[1, 0] * 3 + [1]),
+        "smollm3",
+        "cannot say this model's layer_pattern",
+    ),
+    "OLMo 2, tied": (dict(tie_word_embeddings=True), "olmo2", "tie_word_embeddings=True, which a olmo2"),
+    "OLMo 2, wide heads": (dict(head_dim=128), "olmo2", "heads of 128 numbers, which a olmo2"),
+    "experts, not renormalised": (dict(norm_topk_prob=False), "qwen3moe", "cannot say this model's experts"),
+    "Qwen 2, Llama 3's RoPE": (rope(5e5, **LLAMA3, factor=8.0), "qwen2", "Llama3 cannot be written as GGUF: a qwen2"),
+}
+
+
+@pytest.mark.parametrize(("changes", "name", "message"), OTHER.values(), ids=OTHER)
+def test_what_llama_cpp_takes_for_granted_is_refused_otherwise(tmp_path, changes, name, message):
+    config = copy.deepcopy(MODELS[name])
+    refused(directory_of(tmp_path / "model", type(config)(**config.to_dict() | changes)), message)
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path):
+    directory = directory_of(tmp_path / "model", MODELS["llama"])
+    write_tokenizer(directory, english(50), 330)
+    refused(directory, "has 330 ids, the embedding 320 rows: run `cpt model extend`")
+    # Gemma 3's rows are one less than its tokens: none of text is beyond them.
+    write_tokenizer(directory, english(50), 320)
+    document = json.loads((directory / "tokenizer.json").read_text())
+    image = document["added_tokens"][0] | {"id": 320, "content": "<image>", "special": True}
+    document["added_tokens"].append(image)
+    (directory / "tokenizer.json").write_text(json.dumps(document))
+    assert Tokenizer(directory).size == 321
+    export_gguf(directory, tmp_path / "model.gguf")
+    assert len(read_gguf(tmp_path / "model.gguf")[0]["tokenizer.ggml.tokens"]) == 320
 
 
 def test_tokens_beyond_the_pieces_are_fillers(tmp_path):
