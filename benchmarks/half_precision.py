@@ -1,14 +1,15 @@
 """Gradients of a real model with products of bfloat16 and float16, against float32, by the scale of the loss.
 
-    python -m benchmarks.half_precision
+    python -m benchmarks.half_precision [DIRECTORY]
 
-SmolLM2-135M, all weights train, a row of 256 tokens of English and one of Chinese, whose loss is three times as high. What is differentiated is the loss
+SmolLM2-135M, or another model's directory; all weights train, a row of 256 tokens of English and one of Chinese, whose loss is three times as high. What is differentiated is the loss
 summed over the tokens, times the scale. The program is a GPU's, which writes products in the type of their inputs, on whatever is here. The error is the norm of the gradient's difference from that of float32, over its norm, of all weights and of the
-tensor where it is largest. Prints a Markdown table and writes benchmarks/results/half_precision.json.
+tensor where it is largest. Prints a Markdown table and writes benchmarks/results/half_precision-NAME.json.
 """
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from cpt_jax.sharding.hardware import compiling_for
 from cpt_jax.training.loss import make_loss
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-OUT = Path("benchmarks/results/half_precision.json")
+OUT = "benchmarks/results/half_precision-{}.json"
 LENGTH = 256
 # (type of the products' inputs, scale of the loss).
 CASES = [("bfloat16", 1.0), *(("float16", 2.0**power) for power in (-20, -10, -6, 0, 6, 10, 16))]
@@ -71,7 +72,7 @@ def norm(leaves) -> float:
 
 def main() -> None:
     fetch()
-    directory = model_directory("smollm2")
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else model_directory("smollm2")
     model, tokenizer = load_model(directory).looped(), Tokenizer(directory)
     model = model.attending("xla", LENGTH, np.dtype(np.float32))
     weights = model.on_device(FLOAT32)
@@ -80,6 +81,7 @@ def main() -> None:
     for text in ("wikipedia", "statutes"):
         with open(f".cache/quickstart/{text}.jsonl", encoding="utf-8") as file:
             (ids,) = tokenizer.encode_documents(["\n".join(json.loads(next(file))["text"] for _ in range(20))])
+        ids = [tokenizer.start_id, *ids]
         loss, exact = of["float32"](weights, row(ids), 1.0)
         say(f"{text}: {loss:.4f} nats a token in float32")
         for compute, scale in CASES:
@@ -98,7 +100,9 @@ def main() -> None:
             say(f"{text}, {compute}, scale 2^{np.log2(scale):.0f}: {line['gradient_error']:.2e}")
     versions = {"jax": jax.__version__, "python": platform.python_version(), "machine": platform.machine()}
     device = jax.devices()[0].device_kind
-    write_json_atomic(OUT, {"device": device, "versions": versions, "length": LENGTH, "results": lines})
+    write_json_atomic(
+        Path(OUT.format(directory.name)), {"device": device, "versions": versions, "length": LENGTH, "results": lines}
+    )
     print(
         "| text | products | scale of the loss | error of the loss | of the gradient | of the worst tensor's |\n|---|---|---|---|---|---|"
     )

@@ -1,5 +1,6 @@
 """Plans of small stages for CPU devices: memory against the compiler's and the arrays' own, and what is refused."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,14 +15,15 @@ from inputs import hf_config, random_weights, tiny_config
 
 from cpt_jax.adapt import Embeddings, Full, LoRA
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.plan.command import Wanted, stage_of_model
-from cpt_jax.plan.hardware import hardware_named
+from cpt_jax.plan.hardware import Hardware, hardware_named
 from cpt_jax.plan.plan import explain, plan_stage
-from cpt_jax.plan.search import candidates, remat_name, remat_named
+from cpt_jax.plan.search import candidate_of, candidates, remat_name, remat_named
 from cpt_jax.plan.stage import PlannedStage, compile_stage, program_text
 from cpt_jax.recipe.recipe import Stage
 from cpt_jax.sharding.hardware import backend, compiling_for
@@ -306,3 +308,18 @@ def test_a_compiler_of_absent_hardware_takes_a_step(hardware, compiler, attentio
     assert plan["attention"] == attention
     assert plan["compiled_flops_per_chip"] == pytest.approx(plan["flops_per_step"] / plan["chips"], rel=0.35)
     assert {axis for each in plan["collectives"] for axis in each["axes"]} == {"fsdp"}
+
+
+def test_estimates_go_by_the_peak_of_the_type_computed_in(monkeypatch):
+    monkeypatch.setattr(Hardware, "bandwidth", lambda *_: 1e12)
+    hardware = dataclasses.replace(hardware_named("cpu-8"), kind="Tesla T4")
+    of = {
+        compute: dataclasses.replace(planned(LORA), precision=Precision(compute=compute))
+        for compute in ("bfloat16", "float16")
+    }
+    for compute, peak in (("bfloat16", 8.1e12), ("float16", 65e12)):
+        line = plan_stage(of[compute], hardware, MeshShape()).roofline
+        assert line is not None
+        assert line.peak == peak
+    slow, fast = (candidate_of(of[compute], hardware, MeshShape(replica=8, fsdp=1)) for compute in of)
+    assert slow.seconds - fast.seconds == pytest.approx(slow.paper.flops * (1 / 8.1e12 - 1 / 65e12))

@@ -78,3 +78,11 @@ def test_a_stage_in_float16_learns_as_one_in_float32(directories, tmp_path, meth
     expected, found = (losses(tmp_path / compute) for compute in ("float32", "float16"))
     assert expected != found
     np.testing.assert_allclose(found, expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_mfu_goes_by_the_peak_of_the_type_computed_in(directories, tmp_path, monkeypatch, compute):
+    peaks = {"float32": 8e12, "float16": 65e12}
+    monkeypatch.setattr("cpt_jax.training.training.peak_flops", lambda kind, compute: peaks[compute])
+    run = training(directories, tmp_path, LoRA(), precision=Precision(compute=compute), devices=2)
+    assert run.peak_flops() == 2 * peaks[compute]
