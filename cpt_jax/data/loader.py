@@ -145,7 +145,7 @@ class Loader:
         is lost or repeated: the rows that are packed already are followed by others.
 
         Raises:
-          UserError: the state is of a domain that is not mixed now, or that held other documents.
+          UserError: the state is of a domain that is not mixed now, or that held other documents, or of another version.
         """
         for name, size in state["sizes"].items():
             if name not in self.names:
@@ -158,7 +158,13 @@ class Loader:
                     f"the stage was begun with {size[0]:,} documents of {name!r}, and there are {self.records[name]:,} "
                     "now: remove the stage's directory to begin it anew"
                 )
-        self._iterator.set_state(state["rows"])
+        try:
+            self._iterator.set_state(state["rows"])
+        except KeyError as missing:
+            raise UserError(
+                f"where the stage was in its text another version of cpt_jax has written ({missing} is not there): end it with "
+                "that one, or remove the stage's directory to begin it anew"
+            ) from missing
 
 
 def _rows_state(state: dict) -> dict:

@@ -181,6 +181,17 @@ def test_it_continues_bit_for_bit(directories, taken, packing, pack_domains):
             np.testing.assert_array_equal(array, other[name])
 
 
+@pytest.mark.parametrize("pack_domains", ["together", "apart"])
+def test_a_state_of_another_version_is_told(directories, pack_domains):
+    whole = loader(directories, pack_domains=pack_domains)
+    next(iter(whole))
+    text = json.dumps(whole.state())
+    assert '"limits"' in text
+    again = loader(directories, pack_domains=pack_domains)
+    with pytest.raises(UserError, match="another version of cpt_jax has written"):
+        again.restore(json.loads(text.replace('"limits"', '"most"')))
+
+
 def test_the_seed_decides_the_order(directories):
     first, same, other = (next(loader(directories, seed=seed))["inputs"] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, same)
