@@ -25,8 +25,8 @@ PREFERRED: dict[str, tuple[Kernel, ...]] = {
 # when the reference kept three times as much of its softmax (LOG.md). On accelerators memory decides: at 2,048 tokens, where
 # an H200 takes 2.2 ms with the reference and 2.9 with blocks, the softmax that SmolLM2 keeps is 2 GB a row.
 BLOCKS_FROM = {"cpu": 1024, "gpu": 2048, "tpu": 2048}
-# Compute capabilities of NVIDIA GPUs, from and below: what JAX asks of cuDNN, and those that tokamax 0.0.17 has a gradient
-# for.
+# Compute capabilities of NVIDIA GPUs, from and below: those that cuDNN has attention for (its frontend's support matrix),
+# and those that tokamax 0.0.17 has a gradient for.
 GENERATIONS = {
     "cudnn": (8.0, math.inf, "Ampere or a later"),
     "tokamax": (9.0, 11.0, "Hopper or (data centres) Blackwell"),
