@@ -78,7 +78,7 @@ def test_what_is_optional_is_taken_away(nothing):
         ("stages.0", "null", "another kind is for a recipe, or for a copy of a run's config.json"),
         ("stages.0.kind", "Other", "no flag changes the kind of stages.0"),
         ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
-        ("precision.compute", "float16", "one of float32, bfloat16"),
+        ("precision.compute", "float8", "one of float32, bfloat16"),
         ("evaluation.sequence_length", "0", "evaluation.sequence_length is 0: give a number of at least 1"),
         ("evaluation.batch_size", "0", "evaluation.batch_size is 0"),
         # An average that never moves is the base.
