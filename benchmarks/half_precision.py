@@ -2,7 +2,7 @@
 
     python -m benchmarks.half_precision [DIRECTORY]
 
-SmolLM2-135M, or another model's directory; all weights train, a row of 256 tokens of English and one of Chinese, whose loss is three times as high. What is differentiated is the loss
+SmolLM2-135M, or another model's directory; all weights train, a row of 256 tokens of English and one of Chinese. What is differentiated is the loss
 summed over the tokens, times the scale. The program is a GPU's, which writes products in the type of their inputs, on whatever is here. The error is the norm of the gradient's difference from that of float32, over its norm, of all weights and of the
 tensor where it is largest. Prints a Markdown table and writes benchmarks/results/half_precision-NAME.json.
 """

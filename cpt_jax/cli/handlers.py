@@ -1,6 +1,7 @@
 """What each command does with its arguments; imports happen inside, so that --help needs no JAX."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from cpt_jax.checkpoint.base import resolve_base
-    from cpt_jax.checkpoint.hf import read_config
     from cpt_jax.core.stores import cache_of, is_address
-    from cpt_jax.plan.fit import fitted
     from cpt_jax.recipe.defaults import adapt_recipe, explain
     from cpt_jax.recipe.run import run
     from cpt_jax.training.memory import accelerator_memory
@@ -49,11 +47,12 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     machine = _machine(arguments)
     given = _named(arguments, *names)
     given["workdir"] = cache_of(arguments.workdir) if is_address(arguments.workdir) else arguments.workdir
-    recipe, reasons = adapt_recipe(**given, overrides=overrides)
     # What a CPU has free is something else with each call.
     if (memory := accelerator_memory()) is not None:
-        hf_config = read_config(resolve_base(recipe.base, given["workdir"] / "source"))
-        recipe, reasons["memory"] = fitted(recipe, hf_config, memory, machine["mesh"])
+        from cpt_jax.plan.fit import fitted
+
+        given["fit"] = functools.partial(fitted, memory=memory, shape=machine["mesh"])
+    recipe, reasons = adapt_recipe(**given, overrides=overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
     run(recipe, arguments.workdir, update=arguments.update, **machine)
 

@@ -17,8 +17,8 @@ from cpt_jax.sharding.rules import RULES
 def fitted(recipe: Recipe, hf_config: dict, memory: int, shape: MeshShape | None = None) -> tuple[Recipe, str]:
     """(the recipe with steps for which each device here has room in `memory` bytes, what they take).
 
-    On paper: a batch without room is taken in parts, which costs next to no time, down to a row a device, then more and
-    more of the layers is computed again. A stage that says how for itself (`accumulate`, `remat`) is left as it is. Where
+    On paper: a batch without room is taken in parts, down to a row a device, which leaves the products as many; then more
+    and more of the layers is computed again. A stage that says how for itself (`accumulate`, `remat`) is left as it is. Where
     nothing is small enough the smallest is taken: paper may be wrong.
 
     Args:

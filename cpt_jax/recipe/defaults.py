@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +189,10 @@ def adapt_recipe(
     chat_template: Path | None,
     workdir: Path,
     overrides: Sequence[str] = (),
+    fit: Callable[[Recipe, dict], tuple[Recipe, str]] | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
     """A recipe for the user's own model and text, and the reason for each default; `overrides` (`apply_overrides`) are
-    applied.
+    applied, then `fit` with the base's config.json, which cuts steps to the devices' memory (`plan.fit.fitted`).
 
     Raises:
       UserError: a share outside [0, 1), a watch over nothing, too little text, or whatever is wrong with the model, the corpora or the overrides.
@@ -291,7 +292,10 @@ def adapt_recipe(
             "float32": ": this CPU has no instructions for bfloat16",
         }[compute],
     }
-    return apply_overrides(recipe, overrides), reasons
+    recipe = apply_overrides(recipe, overrides)
+    if fit is not None:
+        recipe, reasons["memory"] = fit(recipe, hf_config)
+    return recipe, reasons
 
 
 def explain(recipe: Recipe, reasons: dict[str, str]) -> str:

@@ -25,6 +25,10 @@ FALCON_H1 |= dict(ssm_out_multiplier=0.7, ssm_multipliers=[0.8, 0.9, 1.3, 1.1, 0
 NEMOTRON_H = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, conv_kernel=3, head_dim=8)
 NEMOTRON_H |= dict(layer_norm_epsilon=1e-5)
 HYBRID_EXPERTS = DELTA_NET | EXPERTS | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+NOT_PERIODIC = dict(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], linear_num_value_heads=2)
+NOT_PERIODIC |= dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False)
+THREE_OF_FOUR = dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
+THREE_OF_FOUR |= dict(linear_num_key_heads=1)
 
 HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
     # Tiny and Small have experts, Micro has none.
@@ -80,27 +84,18 @@ HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(num_hidden_layers=2, full_attention_interval=2, head_dim=16, rope_parameters=QWEN_3_5_ROPE)
         | dict(linear_key_head_dim=8, linear_value_head_dim=8),
         # That field means nothing here.
-        "not periodic, one value head a key head": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], linear_num_value_heads=2)
-        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
-        "by interval, three of four": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
-        | dict(linear_num_key_heads=1),
+        "not periodic, one value head a key head": TIED | HYBRID_EXPERTS | NOT_PERIODIC,
+        "by interval, three of four": TIED | HYBRID_EXPERTS | THREE_OF_FOUR,
     },
     "qwen3_next": {
         "as released": UNTIED
         | HYBRID_EXPERTS
         | dict(num_hidden_layers=4, head_dim=16, rope_theta=1e7, partial_rotary_factor=0.25, norm_topk_prob=True),
-        "not periodic, one value head a key head, not renormalised": TIED
-        | HYBRID_EXPERTS
-        | dict(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"], linear_num_value_heads=2)
-        | dict(linear_conv_kernel_dim=3, linear_value_head_dim=12, head_dim=8, norm_topk_prob=False),
+        "not periodic, one value head a key head, not renormalised": TIED | HYBRID_EXPERTS | NOT_PERIODIC,
         "by interval, three of four": TIED
         | HYBRID_EXPERTS
-        | dict(num_hidden_layers=4, full_attention_interval=2, head_dim=8, num_experts=4, num_experts_per_tok=3)
-        | dict(linear_num_key_heads=1, linear_key_head_dim=8, partial_rotary_factor=0.5),
+        | THREE_OF_FOUR
+        | dict(linear_key_head_dim=8, partial_rotary_factor=0.5),
     },
     "lfm2": {
         "as released": TIED

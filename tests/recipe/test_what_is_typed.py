@@ -105,7 +105,7 @@ def test_a_run_as_a_base_of_cpt_adapt_is_its_export(tiny_model, tmp_path):
 
 def adapting(arguments) -> dict:
     """What `cpt adapt` gives to its recipe."""
-    names = inspect.signature(adapt_recipe).parameters.keys() - {"overrides"}
+    names = inspect.signature(adapt_recipe).parameters.keys() - {"overrides", "fit"}
     return {name: getattr(arguments, name) for name in names} | {"workdir": Path(arguments.workdir)}
 
 
