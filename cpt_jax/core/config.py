@@ -105,7 +105,7 @@ def override(config: Config, *changes: tuple[str, str]) -> Config:
     """A copy with the values at dotted paths replaced, their texts read as JSON where that is what the fields hold.
 
     `override(recipe, ("stages.1.optimizer.learning_rate", "1e-3"))`: digits index tuples; `null` or `none` takes away
-    what is optional. What the changes make together is checked, so that their order does not matter.
+    what is optional; what has a `parse` is also read from one word (`("stages.1.remat", "products")`). What the changes make together is checked, so that their order does not matter.
 
     Raises:
       UserError: no such name (the nearest is given), or a value that does not fit.
@@ -128,6 +128,8 @@ def _replace(document: Any, annotation: Any, path: str, text: str, top: str) -> 
     optional = type(None) in typing.get_args(annotation)
     if optional and text.lower() in ("null", "none"):
         node[key] = None
+    elif (kind := _of_one_word(annotation)) is not None and not text.startswith("{"):
+        node[key] = to_json(kind.parse(text))
     elif isinstance(current, dict):
         names = ", ".join(name for name in current if name != KIND)
         given = f"one of its fields ({names})" + (", or null, which takes it away" if optional else "")
@@ -137,6 +139,11 @@ def _replace(document: Any, annotation: Any, path: str, text: str, top: str) -> 
         value = text if isinstance(current, str) and not number else _parse(text)
         # There and back, so that an object has the fields that were not given: a later change may be of one of them.
         node[key] = to_json(from_json(annotation, value, f"{top}.{path}"))
+
+
+def _of_one_word(annotation: Any) -> Any:
+    """The dataclass that a field holds, if it can be written as one word."""
+    return next((choice for choice in (annotation, *typing.get_args(annotation)) if hasattr(choice, "parse")), None)
 
 
 def _held(annotation: Any, node: Any, key: Any) -> Any:

@@ -14,6 +14,7 @@ from cpt_jax.models.products import PRODUCT
 # Activations of a block that can be kept by name: queries, keys and values behind their rotation, what the heads mix,
 # and the inner activations of the feed-forward (of experts: none).
 NAMES = ("queries", "keys", "values", "attention_out", "mlp_gate", "mlp_up")
+_OFFLOAD = "offload:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Remat:
 
     `products` keeps the outputs of all matrix products with weights, but for those of adapters' B: they are as large as
     the products that they are added to, and cheap to compute again. `keep` keeps activations by name, and `offload`
-    keeps them in the host's memory (accelerators only): see `NAMES`.
+    keeps them in the host's memory (accelerators only): see `NAMES`. As one word, of a flag: "all" for a whole layer, or
+    what is kept ("products", "attention_out,mlp_up", "offload:mlp_up").
     """
 
     products: bool = False
@@ -32,9 +34,28 @@ class Remat:
     def __post_init__(self) -> None:
         for name in (*self.keep, *self.offload):
             if name not in NAMES:
-                raise UserError(f"remat names the activation {name!r}; there are: {', '.join(NAMES)}")
+                raise UserError(f"remat names the activation {name!r}; there are: {', '.join(NAMES)}, products")
         if both := set(self.keep) & set(self.offload):
             raise UserError(f"remat both keeps and offloads {', '.join(sorted(both))}: name it once")
+
+    @classmethod
+    def parse(cls, text: str) -> "Remat":
+        """Of one word.
+
+        Raises:
+          UserError: it names no activation.
+        """
+        parts = [] if text == "all" else text.split(",")
+        offloaded = [part for part in parts if part.startswith(_OFFLOAD)]
+        return cls(
+            products="products" in parts,
+            keep=tuple(part for part in parts if part not in (*offloaded, "products")),
+            offload=tuple(part.removeprefix(_OFFLOAD) for part in offloaded),
+        )
+
+    def __str__(self) -> str:
+        parts = [*(["products"] if self.products else []), *self.keep, *(_OFFLOAD + name for name in self.offload)]
+        return ",".join(parts) or "all"
 
     def policy(self) -> Callable[..., Any]:
         """As `jax.checkpoint` takes it: of each operation, whether its result is kept."""

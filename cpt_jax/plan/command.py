@@ -12,11 +12,12 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.stores import Location, fetched, is_address, write_json
 from cpt_jax.models.families import family_for
+from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.plan.hardware import Hardware, hardware_named, prepare
 from cpt_jax.plan.plan import StagePlan, explain, plan_stage, size
-from cpt_jax.plan.search import Candidate, candidates, remat_name, remat_named, search
+from cpt_jax.plan.search import Candidate, candidates, remat_name, search
 from cpt_jax.plan.stage import PlannedStage, planned_stages
 from cpt_jax.recipe.find import apply_overrides, find_model, find_recipe
 from cpt_jax.recipe.recipe import Stage
@@ -55,7 +56,7 @@ class Wanted:
         }
         given = {name: value for name, value in fields.items() if value is not None}
         if self.remat is not None:
-            given["remat"] = remat_named(self.remat)
+            given["remat"] = None if self.remat == "none" else Remat.parse(self.remat)
         return given
 
 

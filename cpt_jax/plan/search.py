@@ -129,16 +129,4 @@ def named(planned: PlannedStage, shape: MeshShape) -> str:
 
 def remat_name(remat: Remat | None) -> str:
     """As `--remat` takes it."""
-    if remat is None:
-        return "none"
-    if remat == Remat():
-        return "all"
-    return ",".join([*(["products"] if remat.products else []), *remat.keep])
-
-
-def remat_named(name: str) -> Remat | None:
-    """Of "none", "all", or what is kept: "products", or activations by name, with commas between."""
-    if name in ("none", "all"):
-        return None if name == "none" else Remat()
-    kept = name.split(",")
-    return Remat(products="products" in kept, keep=tuple(each for each in kept if each != "products"))
+    return "none" if remat is None else str(remat)

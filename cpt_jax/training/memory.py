@@ -138,7 +138,7 @@ def told_of_memory(name: str, memory: Callable[[], StageMemory]) -> Iterator[Non
             f"{name}: a device's memory of {device_memory() / 1e9:.1f} GB is full{piece}; on paper the stage holds"
             f" {paper.held / 1e9:.1f} GB and takes {paper.temporary / 1e9:.1f} GB within a step"
             f"{f', over {devices} devices' if devices > 1 else ''}: give it a smaller batch_size, the same batch in parts"
-            " (accumulate), remat, LoRA instead of full training, or more devices (cpt plan says what fits)"
+            " (accumulate), remat (--stages.N.remat products, or all), LoRA instead of full training, or more devices (cpt plan says what fits)"
         ) from error
 
 

@@ -16,6 +16,7 @@ from cpt_jax.core.storage import atomic_directory, numbers, write_json_atomic, w
 from cpt_jax.core.tree import combine, flatten, match, partition, unflatten
 from cpt_jax.data.mixture import Ramp
 from cpt_jax.data.sources import Corpus
+from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage, Vocabulary
@@ -50,6 +51,17 @@ def test_overrides_reach_everywhere_and_keep_types():
     assert override(recipe(), ("name", "12")).name == "12"
 
 
+def test_what_is_computed_again_is_a_word():
+    for word in ("all", "products", "attention_out,mlp_up"):
+        changed = override(recipe(), ("stages.0.remat", word))
+        assert changed.stages[0].remat == Remat.parse(word)
+        assert override(changed, ("stages.0.remat", "offload:mlp_up")).stages[0].remat == Remat(offload=("mlp_up",))
+        assert override(changed, ("stages.0.remat.products", "true")).stages[0].remat == dataclasses.replace(
+            Remat.parse(word), products=True
+        )
+        assert override(changed, ("stages.0.remat", "none")) == recipe()
+
+
 @pytest.mark.parametrize("nothing", ["null", "none", "None"])
 def test_what_is_optional_is_taken_away(nothing):
     without = override(recipe(), ("stages.0.ema", nothing))
@@ -77,7 +89,9 @@ def test_what_is_optional_is_taken_away(nothing):
         ("stages.0", "1", "names a group"),
         ("stages.0", "null", "another kind is for a recipe, or for a copy of a run's config.json"),
         ("stages.0.kind", "Other", "no flag changes the kind of stages.0"),
-        ("stages.0.remat", "all", 'is \'all\': give {"kind": "Remat", ...}, or null'),
+        ("stages.0.remat", "mlp", "remat names the activation 'mlp'; there are: queries, .* products"),
+        ("stages.0.ema", "0.9", "names a group"),
+        ("stages.1.ema", "0.9", 'is 0.9: give {"kind": "EMA", ...}, or null'),
         ("precision.compute", "float8", "one of float32, bfloat16"),
         ("evaluation.sequence_length", "0", "evaluation.sequence_length is 0: give a number of at least 1"),
         ("evaluation.batch_size", "0", "evaluation.batch_size is 0"),

@@ -96,3 +96,11 @@ def test_settings_are_checked_and_saved():
         Remat(keep=("mlp_up",), offload=("mlp_up",))
     for remat in POLICIES.values():
         assert from_json(Remat | None, to_json(remat)) == remat
+
+
+def test_a_policy_is_a_word():
+    assert str(Remat()) == "all"
+    assert str(POLICIES["products"]) == "products"
+    assert str(POLICIES["offloaded"]) == "mlp_up,offload:mlp_gate"
+    for policy in POLICIES.values():
+        assert Remat.parse(str(policy)) == policy

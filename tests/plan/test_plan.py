@@ -23,7 +23,7 @@ from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.plan.command import Wanted, stage_of_model
 from cpt_jax.plan.hardware import Hardware, hardware_named
 from cpt_jax.plan.plan import explain, plan_stage
-from cpt_jax.plan.search import candidate_of, candidates, remat_name, remat_named
+from cpt_jax.plan.search import candidate_of, candidates
 from cpt_jax.plan.stage import PlannedStage, compile_stage, program_text
 from cpt_jax.recipe.recipe import Stage
 from cpt_jax.sharding.hardware import backend, compiling_for
@@ -202,13 +202,6 @@ def test_a_compiler_of_another_version_is_told(monkeypatch):
     monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
     with pytest.raises(UserError, match=r"'cpu-1': jax .* cannot read .*RET_CHECK.*pip install 'jax\[tpu\]=="):
         program_text(jax.jit(lambda x: x).lower(1.0).compile(), hardware_named("cpu-1"))
-
-
-def test_names_of_policies():
-    for name in ("none", "all", "products", "products,attention_out", "attention_out,mlp_up"):
-        assert remat_name(remat_named(name)) == name
-    with pytest.raises(UserError, match="names the activation 'mlp'"):
-        remat_named("mlp")
 
 
 def test_a_search_ranks_what_fits_first(monkeypatch):
