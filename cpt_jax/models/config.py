@@ -1,13 +1,14 @@
 """Sizes of a decoder, and how its blocks are made."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
@@ -21,7 +22,23 @@ ATTENTION = "attention"
 # The stack of the layers that take others' keys and values, within that of the layers.
 SHARING = "sharing"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | LoneFeedForwardConfig | Mamba2Config | ShortConvConfig | SideBySideConfig
+Mixer = (
+    DeltaNetConfig
+    | GlobalAttention
+    | LatentAttentionConfig
+    | LoneFeedForwardConfig
+    | Mamba2Config
+    | ShortConvConfig
+    | SideBySideConfig
+)
+
+
+class Heads(NamedTuple):
+    """Widths of each head's keys (and queries) and values, and how many heads keys and values have."""
+
+    keys: int
+    values: int
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +57,7 @@ class LayerKind:
     @property
     def attends(self) -> bool:
         """Whether attention mixes tokens."""
-        return self.mixer is None or isinstance(self.mixer, GlobalAttention | SideBySideConfig)
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention | LatentAttentionConfig | SideBySideConfig)
 
     @property
     def mixer_name(self) -> str:
@@ -140,7 +157,7 @@ class DecoderConfig:
     runs: bool = False
 
     def __post_init__(self) -> None:
-        for _, groups in map(self.heads_of, self.layer_kinds):
+        for groups in (self.heads_of(kind).groups for kind in self.layer_kinds):
             if self.num_heads % groups:
                 raise UserError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {groups}")
         if self.activation not in ACTIVATIONS:
@@ -164,10 +181,12 @@ class DecoderConfig:
         """The kind of each layer."""
         return tuple(self.layer_kinds[kind] for kind in self.layer_pattern or (0,) * self.num_layers)
 
-    def heads_of(self, kind: LayerKind) -> tuple[int, int]:
-        """(head_dim, key heads) of the attention of a kind of layers."""
-        sizes = kind.mixer if isinstance(kind.mixer, GlobalAttention) else self
-        return sizes.head_dim, sizes.num_kv_heads
+    def heads_of(self, kind: LayerKind) -> Heads:
+        """Of the attention of a kind of layers."""
+        if isinstance(mixer := kind.mixer, LatentAttentionConfig):
+            return Heads(mixer.head_dim, mixer.value_dim, self.num_heads)
+        sizes = mixer if isinstance(mixer, GlobalAttention) else self
+        return Heads(sizes.head_dim, sizes.head_dim, sizes.num_kv_heads)
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from cpt_jax.models.delta_net import DeltaNet
 from cpt_jax.models.experts import Balance, Experts
 from cpt_jax.models.feed_forward import FeedForward
 from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.models.latent_attention import LatentAttention
 from cpt_jax.models.layer_inputs import LayerInput
 from cpt_jax.models.linear import LoRAConfig, Weight
 from cpt_jax.models.lone_feed_forward import LoneFeedForward
@@ -27,7 +28,7 @@ from cpt_jax.sharding.rules import constrain
 
 def mixer_of(
     name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs, sharing: bool = False
-) -> Attention | DeltaNet | LoneFeedForward | Mamba2 | ShortConv | SideBySide:
+) -> Attention | DeltaNet | LatentAttention | LoneFeedForward | Mamba2 | ShortConv | SideBySide:
     """What mixes the tokens of those layers that have it under this name; `sharing`: and no keys and values."""
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
     if sizes is None or isinstance(sizes, GlobalAttention):
@@ -36,6 +37,7 @@ def mixer_of(
     classes = {
         "delta_net": DeltaNet,
         "feed_forward": LoneFeedForward,
+        "latent_attention": LatentAttention,
         "mamba2": Mamba2,
         "short_conv": ShortConv,
         "side_by_side": SideBySide,

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from cpt_jax.models import attention
 from cpt_jax.models.config import SHARING
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.quantised import OfStack
@@ -77,10 +78,13 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     found: Caches = {}
     for kind in config.layer_kinds:
         name, counted = kind.mixer_name, len(config.layers_with(kind.mixer_name))
-        head_dim, groups = config.heads_of(kind)
-        keys = attention.empty_cache(head_dim, groups, counted, batch, length, dtype) if kind.attends else None
+        heads, keys = config.heads_of(kind), None
+        if kind.attends and not isinstance(kind.mixer, LatentAttentionConfig):
+            keys = attention.empty_cache(heads.keys, heads.groups, counted, batch, length, dtype)
         if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
             found[name] = keys
+        elif isinstance(kind.mixer, LatentAttentionConfig):
+            found[name] = kind.mixer.empty_cache(counted, batch, length, dtype)
         elif isinstance(kind.mixer, SideBySideConfig):
             found[name] = (keys, kind.mixer.mamba2.empty_cache(config.hidden_size, counted, batch, dtype))
         else:

@@ -7,6 +7,7 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
@@ -70,6 +71,13 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
             inner = mixer.channels + mixer.values
             kept = item * (inner + 2 * mixer.values) + 8 * mixer.value_heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
+        case LatentAttentionConfig():
+            queries, values = config.num_heads * mixer.head_dim, config.num_heads * mixer.value_dim
+            latents = {"kv_a": mixer.rank + mixer.rotated_dim} | ({"q_a": mixer.query_rank} if mixer.query_rank else {})
+            kept = _attended(config, 2 * queries + values, values, item, keys) + _normed(network, layer, latents)
+            named = {"queries": queries, "keys": queries, "values": values, "attention_out": values}
+            products = queries + sum(latents.values()) + config.num_heads * (mixer.fixed_dim + mixer.value_dim)
+            return _Mixed(kept, named, products)
         case LoneFeedForwardConfig():
             products = config.intermediate_size * (2 if config.gated else 1)
             return _Mixed(item * products, dict.fromkeys(_MLP, config.intermediate_size), products)
@@ -90,18 +98,28 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
     queries, groups = config.num_heads * sizes.head_dim, 0 if layer.sharing else sizes.num_kv_heads * sizes.head_dim
     values = 0 if isinstance(mixer, GlobalAttention) and mixer.values_are_keys else groups
     gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
-    # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
-    kept = item * (queries + 2 * groups + queries + gate)
-    kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
-    # What norms are given: the products with the kernels, and those with the adapters' B.
-    adapted = [path for path in flatten(network.shapes) if path.endswith("/lora_b") and layer.has(path)]
     normed = ({"q": queries, "k": groups} if config.qk_norm is not None else {}) | (
         {"v": values} if config.value_norm else {}
     )
-    for name, width in normed.items():
-        kept += 4 * width * (2 if any(path.endswith(f"/{layer.name}/{name}/lora_b") for path in adapted) else 1)
+    kept = _attended(config, queries + 2 * groups, queries, item, keys) + item * gate + _normed(network, layer, normed)
     named = {"queries": queries, "keys": groups, "values": groups, "attention_out": queries}
     return _Mixed(kept, named, queries + groups + values + gate)
+
+
+def _attended(config: DecoderConfig, inputs: int, mixed: int, item: int, keys: int) -> float:
+    """Queries, keys and values, so many numbers together; what the heads mix, as the kernel gives it and as the product
+    takes it."""
+    return item * (inputs + mixed) + (item * config.num_heads * keys if keys else 4 * (mixed + config.num_heads))
+
+
+def _normed(network: Network, layer: _Layer, widths: dict[str, int]) -> float:
+    """What norms are given, by the linears that they are behind: the products with the kernels, and those with the
+    adapters' B."""
+    adapted = [path for path in flatten(network.shapes) if path.endswith("/lora_b") and layer.has(path)]
+    kept = 0.0
+    for name, width in widths.items():
+        kept += 4 * width * (2 if any(path.endswith(f"/{layer.name}/{name}/lora_b") for path in adapted) else 1)
+    return kept
 
 
 def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Layer, item: int, tensor: int) -> float:

@@ -63,6 +63,8 @@ FAMILIES = {
     ),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
+    "youtu": ("youtu", "as released", LINEARS),
+    "minicpm3, whole queries": ("minicpm3", "untied, whole queries, no factors, biases", ("q", "kv_b")),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "lfm3": ("lfm3", "as released", LINEARS),

@@ -107,8 +107,9 @@ def test_parts_of_a_known_model():
 
 
 def test_layers_that_mix_tokens_in_other_ways():
-    """One of each: linear attention, attention with gates, a convolution, Mamba 2."""
-    config = tiny_config(**SIZES | dict(new_rows=0, num_layers=4), layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3))
+    """One of each: linear attention, attention with gates, a convolution, Mamba 2, latent attention."""
+    kinds = dict(num_layers=5, layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3, 4))
+    config = tiny_config(**SIZES | dict(new_rows=0) | kinds)
     config = dataclasses.replace(config, attention_gate="channel")
     width, feed_forward, head = 64, 3 * 64 * 96, 64 * 320
     # 2 key heads of 8, 4 value heads of 16; q, k, v, the gate, beta and decay, o; the state is read twice and written.
@@ -117,8 +118,10 @@ def test_layers_that_mix_tokens_in_other_ways():
     convolution = 4 * width * width
     # 4 heads of 16, 2 groups with states of 8; the gate, v, k, q and the steps, o; the state is read and written.
     mamba = width * (64 + 64 + 16 + 16 + 4) + 64 * width
-    products = 2.0 * (linear + attention + convolution + mamba + 4 * feed_forward + head)
-    mixing = (6 + 4) * 4 * 8 * 16 + 4 * 32 * (LENGTH + 1) / 2
+    # Latents of 12 and of 10 and 6; 4 heads of 10, and of 8 for values.
+    latent = width * 12 + 12 * 40 + width * 16 + 10 * 4 * (4 + 8) + 32 * width
+    products = 2.0 * (linear + attention + convolution + mamba + latent + 5 * feed_forward + head)
+    mixing = (6 + 4) * 4 * 8 * 16 + (4 * 32 + 2 * 4 * (10 + 8)) * (LENGTH + 1) / 2
     counted = token_flops(abstract_decoder(config), Full().trains, LENGTH)
     assert counted.forward == pytest.approx(products + mixing)
     assert counted.activations == pytest.approx(products + 2 * mixing)

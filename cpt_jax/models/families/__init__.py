@@ -8,6 +8,7 @@ from cpt_jax.models.families import (
     cohere,
     cohere2,
     composite,
+    deepseek_v3,
     exaone4,
     falcon_h1,
     gemma,
@@ -21,6 +22,7 @@ from cpt_jax.models.families import (
     lfm2,
     lfm3,
     llama,
+    minicpm3,
     ministral,
     ministral3,
     mistral,
@@ -40,6 +42,7 @@ from cpt_jax.models.families import (
     seed_oss,
     smollm3,
     starcoder2,
+    youtu,
 )
 from cpt_jax.models.families.composite import Composite
 
@@ -47,6 +50,7 @@ _FILES = (
     arcee,
     cohere,
     cohere2,
+    deepseek_v3,
     exaone4,
     falcon_h1,
     gemma,
@@ -60,6 +64,7 @@ _FILES = (
     lfm2,
     lfm3,
     llama,
+    minicpm3,
     ministral,
     ministral3,
     mistral,
@@ -79,6 +84,7 @@ _FILES = (
     seed_oss,
     smollm3,
     starcoder2,
+    youtu,
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
 # MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT

@@ -11,6 +11,7 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
@@ -182,8 +183,10 @@ def stack_of(config: DecoderConfig, layer: int, part: str) -> tuple[str, int]:
 def attention_names(config: DecoderConfig, layer: int) -> Names:
     """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
     has a gate."""
+    if isinstance(config.kind_of_layer[layer].mixer, LatentAttentionConfig):
+        return _latent_names(config, layer)
     kind, sharing = config.kind_of_layer[layer], layer >= config.num_layers - config.sharing_layers
-    prefix, (head, _) = f"model.layers.{layer}.self_attn", config.heads_of(kind)
+    prefix, head = f"model.layers.{layer}.self_attn", config.heads_of(kind).keys
     path, number = stack_of(config, layer, kind.mixer_name)
     if isinstance(kind.mixer, SideBySideConfig):
         path += "/attention"
@@ -200,6 +203,21 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     if config.qk_norm is not None:
         normed = "q" if sharing else "qk"
         names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in normed}
+    return names
+
+
+def _latent_names(config: DecoderConfig, layer: int) -> Names:
+    prefix, names = f"model.layers.{layer}.self_attn", {}
+    path, number = stack_of(config, layer, LatentAttentionConfig.name)
+    mixer = config.kind_of_layer[layer].mixer
+    assert isinstance(mixer, LatentAttentionConfig)
+    matrices = {"kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj", "o": "o_proj"}
+    matrices |= {"q": "q_proj"} if mixer.query_rank is None else {"q_a": "q_a_proj", "q_b": "q_b_proj"}
+    for ours, hf in matrices.items():
+        bias = config.attention_out_bias if ours == "o" else config.qkv_bias and ours.endswith("_a")
+        names |= linear(f"{prefix}.{hf}", f"{path}/{ours}", number, bias)
+        if ours.endswith("_a"):
+            names[f"{prefix}.{ours}_layernorm.weight"] = (Place(f"{path}/{ours}_norm/scale", (number,)),)
     return names
 
 
