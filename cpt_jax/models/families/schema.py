@@ -175,14 +175,15 @@ def outer_names(config: DecoderConfig) -> Names:
 
 def stack_of(config: DecoderConfig, layer: int, part: str) -> tuple[str, int]:
     """(the path of a part of a layer, the layer's number in the stack that it is)."""
-    path = f"{SHARING}/{part}" if layer >= config.num_layers - config.sharing_layers else part
+    section = config.section_of(layer)
+    path = f"{section}/{part}" if section else part
     return f"layers/{path}", config.layers_with(path).index(layer)
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
     """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
     has a gate."""
-    kind, sharing = config.kind_of_layer[layer], layer >= config.num_layers - config.sharing_layers
+    kind, sharing = config.kind_of_layer[layer], config.section_of(layer) == SHARING
     prefix, (head, _) = f"model.layers.{layer}.self_attn", config.heads_of(kind)
     path, number = stack_of(config, layer, kind.mixer_name)
     if isinstance(kind.mixer, SideBySideConfig):
