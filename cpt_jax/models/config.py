@@ -19,8 +19,9 @@ from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
 
 ATTENTION = "attention"
-# The stack of the layers that take others' keys and values, within that of the layers.
-SHARING = "sharing"
+# The stacks of the first layers, which have no experts, and of those that take others' keys and values, within that of the
+# layers.
+DENSE, SHARING = "dense", "sharing"
 # What else mixes tokens.
 Mixer = (
     DeltaNetConfig
@@ -100,6 +101,8 @@ class DecoderConfig:
     heads. They are a stack of their own, "layers/sharing", whose feed-forward is `sharing_intermediate_size` wide
     (default: as the others').
 
+    The first `dense_layers` have a feed-forward in the place of experts; they are a stack of their own, "layers/dense".
+
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
     names the kernel (see `kernels.choice`); "auto" takes the best for the device, the rows and the type. `documents`:
@@ -143,6 +146,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation: str = "silu"
     experts: ExpertsConfig | None = None
+    dense_layers: int = 0
     gate_scale: float | None = None
     down_scale: float | None = None
     embedding_scale: float | None = None
@@ -170,6 +174,10 @@ class DecoderConfig:
             raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
         if self.sharing_layers and self.experts is not None:
             raise UserError("layers that take keys and values of others have no experts")
+        if self.dense_layers and (self.experts is None or not 0 < self.dense_layers < self.num_layers):
+            raise UserError(
+                f"the first {self.dense_layers} of {self.num_layers} layers have no experts: the others must"
+            )
         mixers, own = self.layer_mixers, self.num_layers - self.sharing_layers
         if lacking := [mixer for mixer in mixers[own:] if mixer not in mixers[:own]]:
             raise UserError(
@@ -193,20 +201,29 @@ class DecoderConfig:
         """The subtree of each layer's weights that mixes tokens."""
         return tuple(kind.mixer_name for kind in self.kind_of_layer)
 
+    @property
+    def sections(self) -> dict[str, range]:
+        """The layers of each stack that is apart from the others, by its name; "": those of the others."""
+        dense, own = self.dense_layers, self.num_layers - self.sharing_layers
+        return {"": range(dense, own), DENSE: range(dense), SHARING: range(own, self.num_layers)}
+
+    def section_of(self, layer: int) -> str:
+        """The name of the stack that a layer is in."""
+        return next(name for name, layers in self.sections.items() if layer in layers)
+
     def layers_with(self, inner: str) -> tuple[int, ...]:
         """The numbers of the layers that have a weight, by its path within a layer: those that the stack of it holds."""
-        part, mixers, own = inner.partition("/")[0], self.layer_mixers, self.num_layers - self.sharing_layers
-        layers = range(own)
-        if part == SHARING:
-            part, layers = inner.split("/")[1], range(own, self.num_layers)
-        return tuple(n for n in layers if part not in mixers or mixers[n] == part)
+        first, _, rest = inner.partition("/")
+        section = first if first in (DENSE, SHARING) else ""
+        part, mixers = rest.partition("/")[0] if section else first, self.layer_mixers
+        return tuple(n for n in self.sections[section] if part not in mixers or mixers[n] == part)
 
     @property
     def experts_name(self) -> str | None:
         """The subtree of a layer's weights that holds its experts."""
         if self.experts is None:
             return None
-        return "mlp" if self.experts.intermediate_size is None else "experts"
+        return "experts" if self.experts.beside else "mlp"
 
     @property
     def expert_size(self) -> int:

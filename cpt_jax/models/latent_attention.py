@@ -58,7 +58,9 @@ class LatentAttention(nnx.Module):
     """Heads whose keys and values are kv_b(norm(latent)), a part of keys apart, which turns and is that of all heads;
     latent and that part are kv_a(x). Queries are q_b(norm(q_a(x))), or q(x)."""
 
-    def __init__(self, config, sizes: LatentAttentionConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config, sizes: LatentAttentionConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str
+    ) -> None:
         self.sizes, self.heads, width = sizes, config.num_heads, config.hidden_size
         self.scale = config.attention_scale if config.attention_scale is not None else sizes.head_dim**-0.5
         self.windows, self.kernel = tuple(kind.window for kind in config.layer_kinds), config.attention
@@ -68,7 +70,7 @@ class LatentAttention(nnx.Module):
         def linear(name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
             # Latents are whole on each device, heads are cut.
             axes = ("heads", "embed") if name == "o" else ("embed", "hidden" if name.endswith("_a") else "heads")
-            return Linear(f"layers/{sizes.name}/{name}", axes, (inputs, outputs), lora, rngs, bias)
+            return Linear(f"{path}/{name}", axes, (inputs, outputs), lora, rngs, bias)
 
         queries = self.heads * sizes.head_dim
         if sizes.query_rank is None:

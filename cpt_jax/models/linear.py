@@ -22,7 +22,7 @@ from cpt_jax.models.quantised import dense
 
 # Adapted where nothing else is asked for, by the last part of their paths.
 LINEARS = ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b", "gate", "up", "down")
-PATHS = (
+_OF_LAYERS = (
     *(f"layers/attention/{name}" for name in ("q", "k", "v", "o", "gate")),
     *(f"layers/global_attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
@@ -41,12 +41,15 @@ PATHS = (
     *(f"layers/sharing/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/sharing/layer_input/{name}" for name in ("input_gate", "projection")),
 )
+# The first layers may be a stack of their own.
+PATHS = (*_OF_LAYERS, *(path.replace("layers/", "layers/dense/", 1) for path in _OF_LAYERS if "sharing" not in path))
 # What an adapter trains, by the ends of its leaves' paths.
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 # And what DoRA keeps of the frozen kernel.
 KERNEL_NORM = "/kernel_norm"
 # What is never trained, though it is a weight.
-LAYER_SCALAR = "/layer_scalar"
+LAYER_SCALAR, CORRECTION_BIAS = "/layer_scalar", "/correction_bias"
+CONSTANTS = (LAYER_SCALAR, CORRECTION_BIAS)
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 # By the names that config.json gives them; several are one function (transformers, activations.py).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

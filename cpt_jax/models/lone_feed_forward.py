@@ -30,8 +30,10 @@ class LoneFeedForwardConfig:
 class LoneFeedForward(nnx.Module):
     """It is called as what mixes tokens is."""
 
-    def __init__(self, config, sizes: LoneFeedForwardConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.mlp = FeedForward(config, lora, rngs, path=f"layers/{sizes.name}/mlp")
+    def __init__(
+        self, config, sizes: LoneFeedForwardConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str
+    ) -> None:
+        self.mlp = FeedForward(config, lora, rngs, path=f"{path}/mlp")
 
     def __call__(
         self,

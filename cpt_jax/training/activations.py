@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
+from cpt_jax.models.config import DENSE, SHARING, DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.latent_attention import LatentAttentionConfig
@@ -27,8 +27,8 @@ def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor
       keys: of which all weights of the softmax are kept; 0 where a kernel keeps a number a query.
     """
     config = network.config
-    own = config.num_layers - config.sharing_layers
-    layers = [_Layer(kind.mixer_name, kind.mixer, n >= own) for n, kind in enumerate(config.kind_of_layer)][begins:]
+    kinds = list(enumerate(config.kind_of_layer))[begins:]
+    layers = [_Layer(kind.mixer_name, kind.mixer, config.section_of(number)) for number, kind in kinds]
     mixed = {layer: _mixed(network, layer, item, keys) for layer in layers}
     residual = _residual_bytes(config)
     # The residual stream is whole on each device.
@@ -43,15 +43,19 @@ def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor
 
 
 class _Layer(NamedTuple):
-    """What mixes tokens in a layer, by name; whether it takes keys and values of another."""
+    """What mixes tokens in a layer, by name; the stack that it is in."""
 
     name: str
     mixer: Mixer | None
-    sharing: bool
+    section: str
 
     def has(self, path: str) -> bool:
         """Whether a weight of the layers may be its own, but for others' mixers."""
-        return self.sharing == (f"/{SHARING}/" in path)
+        return self.section == next((name for name in (DENSE, SHARING) if f"/{name}/" in path), "")
+
+    def routes(self, config: DecoderConfig) -> bool:
+        """Whether it has experts."""
+        return config.experts is not None and self.section != DENSE
 
 
 class _Mixed(NamedTuple):
@@ -95,7 +99,10 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config
-    queries, groups = config.num_heads * sizes.head_dim, 0 if layer.sharing else sizes.num_kv_heads * sizes.head_dim
+    queries, groups = (
+        config.num_heads * sizes.head_dim,
+        0 if layer.section == SHARING else sizes.num_kv_heads * sizes.head_dim,
+    )
     values = 0 if isinstance(mixer, GlobalAttention) and mixer.values_are_keys else groups
     gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
     normed = ({"q": queries, "k": groups} if config.qk_norm is not None else {}) | (
@@ -131,7 +138,7 @@ def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Lay
     if remat.products:
         # Experts' products are none of these, and that of down is only added to the stream, if a shared one's is not weighted.
         inner = size * (2 if config.gated else 1)
-        inner += config.hidden_size + 1 if _weighs_shared_expert(config) else 0
+        inner += config.hidden_size + 1 if _weighs_shared_expert(config, layer) else 0
         inner += 0 if config.layer_input_size is None else config.layer_input_size + config.hidden_size
         # So is that of what mixes, where it is alone.
         inner += config.hidden_size if config.feed_forward else 0
@@ -145,13 +152,13 @@ def _feed_forward_size(config: DecoderConfig, layer: _Layer) -> int:
     one's."""
     if not config.feed_forward:
         return 0
-    if config.experts is not None and config.experts_name == "mlp":
+    if config.experts is not None and layer.routes(config) and config.experts_name == "mlp":
         return config.experts.shared_intermediate_size or 0
-    return (layer.sharing and config.sharing_intermediate_size) or config.intermediate_size
+    return (layer.section == SHARING and config.sharing_intermediate_size) or config.intermediate_size
 
 
-def _weighs_shared_expert(config: DecoderConfig) -> bool:
-    experts = config.experts
+def _weighs_shared_expert(config: DecoderConfig, layer: _Layer) -> bool:
+    experts = config.experts if layer.routes(config) else None
     return experts is not None and experts.shared_intermediate_size is not None and experts.shared_gate
 
 
@@ -181,7 +188,7 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
     if config.layer_input_size is not None:
         # The gate, and what the norm behind it is given.
         kept += item * config.layer_input_size + 4 * config.hidden_size
-    if config.experts is not None:
+    if config.experts is not None and layer.routes(config):
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
         # with three steps of the activation and the product, that rounded, and the result; and the router's input.
         of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
@@ -189,7 +196,7 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
         if config.experts_name == "experts":
             # What both norms behind are given, and the experts' own input.
             kept += 4 * 3 * config.hidden_size
-    if _weighs_shared_expert(config):
+    if _weighs_shared_expert(config, layer):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.

@@ -149,6 +149,10 @@ def test_a_window_and_experts():
     shared = dataclasses.replace(experts, shared_intermediate_size=40)
     both = token_flops(abstract_decoder(tiny_config(**SIZES, experts=shared)), Full().trains, LENGTH).forward
     assert both - mixed == pytest.approx(3 * 2 * (3 * 64 * 40 + 64))
+    first = tiny_config(**SIZES, experts=dataclasses.replace(experts, intermediate_size=48), dense_layers=1)
+    # One layer as without experts, two with feed-forwards of half the width.
+    dense = token_flops(abstract_decoder(first), Full().trains, LENGTH).forward
+    assert dense - full == pytest.approx(2 * 2 * 64 * 8)
 
 
 def test_peaks_by_the_names_that_devices_have():

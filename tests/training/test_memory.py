@@ -61,10 +61,7 @@ def kept_by_layers(config, method, compute) -> int:
     kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
     for loop in loops:
         periods = config.num_layers // max(1, len(config.layer_kinds))
-        groups = dict(config.layer_groups).values() or (
-            config.num_layers - config.sharing_layers,
-            config.sharing_layers,
-        )
+        groups = dict(config.layer_groups).values() or map(len, config.sections.values())
         of_layers = loop.params["length"] in (config.num_layers, periods, *groups)
         if of_layers and not loop.params["reverse"]:
             # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
@@ -106,7 +103,8 @@ ONE_OR_THE_OTHER = dict(layer_kinds=(*HYBRID_KINDS[:2], ALONE), layer_pattern=(0
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_intermediate_size=512, layer_input_size=16)
 SHARING |= dict(norm_placement="both")
-BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128), norm_placement="both")
+BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128, beside=True), norm_placement="both")
+DENSE_FIRST = dict(experts=dataclasses.replace(SHARED, intermediate_size=128, shared_gate=False), dense_layers=2)
 KINDS = {
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
@@ -127,6 +125,8 @@ KINDS = {
     # Two layers with keys and values of their own, four without.
     "shared keys, inputs of layers": (SHARING, Full()),
     "shared keys, inputs of layers, with adapters": (SHARING, LoRA(rank=4, alpha=8)),
+    "the first two dense": (DENSE_FIRST, Full()),
+    "the first two dense, with adapters": (DENSE_FIRST, LoRA(rank=4, alpha=8)),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 

@@ -1,10 +1,9 @@
 """Nemotron-H and Nemotron Nano 2: each layer is Mamba 2, or attention that turns nothing by positions, or a feed-forward
 without a gate; none has two of them."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.granitemoehybrid import mamba2_names
 from cpt_jax.models.families.schema import (
     Names,
@@ -66,10 +65,10 @@ def _mamba2(hf: Any) -> Mamba2Config:
     )
 
 
-def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
     """The kinds as the makers' config.json says them, and transformers'."""
     letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
-    types = [kind.layer_type for kind in kinds]
+    types = [kind.layer_type for kind in config.kind_of_layer]
     return {"hybrid_override_pattern": "".join(letters[each] for each in types), "layers_block_type": types}
 
 

@@ -176,7 +176,8 @@ def outer_names(config: DecoderConfig) -> Names:
 
 def stack_of(config: DecoderConfig, layer: int, part: str) -> tuple[str, int]:
     """(the path of a part of a layer, the layer's number in the stack that it is)."""
-    path = f"{SHARING}/{part}" if layer >= config.num_layers - config.sharing_layers else part
+    section = config.section_of(layer)
+    path = f"{section}/{part}" if section else part
     return f"layers/{path}", config.layers_with(path).index(layer)
 
 
@@ -185,7 +186,7 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     has a gate."""
     if isinstance(config.kind_of_layer[layer].mixer, LatentAttentionConfig):
         return _latent_names(config, layer)
-    kind, sharing = config.kind_of_layer[layer], layer >= config.num_layers - config.sharing_layers
+    kind, sharing = config.kind_of_layer[layer], config.section_of(layer) == SHARING
     prefix, head = f"model.layers.{layer}.self_attn", config.heads_of(kind).keys
     path, number = stack_of(config, layer, kind.mixer_name)
     if isinstance(kind.mixer, SideBySideConfig):
