@@ -171,6 +171,8 @@ def test_methods_come_back_from_json():
         ("lfm2", "untied, biases, not periodic"),
         ("lfm3", "untied, biases, not periodic"),
         ("gemma4_text", "as transformers writes it"),
+        ("minicpm3", "as released"),
+        ("youtu", "as released"),
     ],
 )
 def test_an_expanded_model_is_one_that_transformers_runs(model_type, name, tmp_path):

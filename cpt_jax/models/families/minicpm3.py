@@ -2,6 +2,7 @@
 and on logits."""
 
 import math
+from typing import Any
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.deepseek_v3 import latent_attention
@@ -20,6 +21,12 @@ def config_from_hf(raw: dict) -> DecoderConfig:
         residual_scale=hf.scale_depth / math.sqrt(hf.num_hidden_layers),
         logit_scale=hf.dim_model_base / hf.hidden_size,
     )
+
+
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The factor of what each block adds is said by the depth."""
+    assert config.residual_scale is not None
+    return {"scale_depth": config.residual_scale * math.sqrt(config.num_layers)}
 
 
 def weight_names(config: DecoderConfig) -> Names:
