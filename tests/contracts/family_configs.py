@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, TIED, UNTIED, YARN
+from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, ROUTED, TIED, UNTIED, YARN
 from contracts.hybrid_configs import HYBRIDS
 
 SIZES = dict(
@@ -282,6 +282,20 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
         "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
         "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
+    },
+    "glm4_moe": {
+        # 4.5 Air; 4.5, 4.6 and 4.7 have norms of queries and keys, and three dense layers.
+        "as released": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=1, n_routed_experts=6, attention_bias=True, head_dim=16, rope_theta=1e6)
+        | dict(partial_rotary_factor=0.5, num_nextn_predict_layers=1),
+        "groups, norms of heads, two dense": TIED
+        | ROUTED
+        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True, head_dim=16)
+        | dict(n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=3, partial_rotary_factor=0.25),
+        "none dense, yarn": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=0, n_routed_experts=4, head_dim=8, rope_scaling=YARN),
     },
     "smollm3": {
         "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),

@@ -78,6 +78,8 @@ FAMILIES = [
     ("falcon_h1", "as released"),
     ("nemotron_h", "as released"),
     ("gemma4_text", "inputs of layers, shared keys, double width"),
+    ("lfm2_moe", "as released"),
+    ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 
 
