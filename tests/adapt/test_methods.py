@@ -170,9 +170,11 @@ def test_methods_come_back_from_json():
         ("nemotron_h", "as released"),
         ("lfm2", "untied, biases, not periodic"),
         ("lfm3", "untied, biases, not periodic"),
+        ("lfm2_moe", "untied, biases of convolutions, not renormalised"),
         ("gemma4_text", "as transformers writes it"),
         ("minicpm3", "as released"),
         ("youtu", "as released"),
+        ("glm4_moe", "groups, norms of heads, two dense"),
     ],
 )
 def test_an_expanded_model_is_one_that_transformers_runs(model_type, name, tmp_path):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, TIED, UNTIED, YARN
+from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, ROUTED, TIED, UNTIED, YARN
 from contracts.hybrid_configs import HYBRIDS
 from contracts.latent_configs import LATENT
 
@@ -39,271 +39,276 @@ GEMMA_4_SMALL |= dict(num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_
 GEMMA_4_SMALL |= dict(layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2)
 GEMMA_4_SMALL |= dict(final_logit_softcapping=4.0)
 
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = (
-    {
-        "llama": {
-            "tied, odd head dimension": TIED | dict(head_dim=10),
-            "untied, no grouping, biases": UNTIED | dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
-            "one key head, llama3": TIED | dict(num_key_value_heads=1, rope_scaling=LLAMA3, rope_theta=500_000.0),
-            # The window is none of a Llama's.
-            "linear": UNTIED | dict(sliding_window=7, rope_scaling=dict(type="linear", factor=4.0)),
-            "dynamic": TIED | SHORT | dict(rope_scaling=dict(type="dynamic", factor=2.0)),
-            "yarn": TIED | dict(rope_scaling=YARN),
-        },
-        "mistral": {
-            "window": UNTIED | dict(sliding_window=7),
-            "no window, head dimension": UNTIED | dict(sliding_window=None, head_dim=16),
-            "tied, window, yarn": TIED | dict(sliding_window=12, rope_scaling=YARN),
-        },
-        # Of the 40 tokens, those from the 16th and the 32nd on have larger queries.
-        "ministral3": {
-            "as released": UNTIED
-            | dict(head_dim=16, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, rope_theta=1e6) | GROWTH),
-            "tied, window": TIED | dict(sliding_window=9, rope_parameters=YARN | dict(rope_theta=1e4) | GROWTH),
-            "no yarn": TIED
-            | dict(
-                rope_parameters=dict(rope_type="default", original_max_position_embeddings=16, rope_theta=1e4) | GROWTH
-            ),
-        },
-        "ministral": {
-            "some windows": UNTIED | dict(head_dim=16, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6),
-            "all windows, yarn": TIED | dict(head_dim=8, sliding_window=7, rope_scaling=YARN),
-            "no window": TIED | dict(head_dim=8, sliding_window=6, layer_types=["full_attention"] * 3),
-        },
-        "qwen2": {
-            "tied": TIED,
-            "untied, window above": UNTIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
-            "window not used, yarn": TIED | dict(use_sliding_window=False, sliding_window=6, rope_scaling=YARN),
-        },
-        "qwen3": {
-            "tied, head dimension": TIED | dict(head_dim=16),
-            "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True),
-            "window above": TIED
-            | dict(head_dim=10, use_sliding_window=True, sliding_window=6, max_window_layers=2, rope_theta=1e6),
-        },
-        "gemma": {
-            # Gemma's "gelu" means its approximation by tanh.
-            "as released": TIED | dict(head_dim=16, hidden_act="gelu"),
-            "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True, num_key_value_heads=1),
-            "linear": TIED | dict(head_dim=10, rope_scaling=dict(type="linear", factor=2.0)),
-        },
-        "gemma2": {
-            "as released": TIED | dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=6),
-            "untied, other caps": UNTIED
-            | dict(head_dim=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
-            "no caps, biases": TIED
-            | dict(head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True)
-            | dict(sliding_window=5, layer_types=["full_attention"] * 3),
-        },
-        "gemma3_text": {
-            "as released": TIED
-            | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, sliding_window_pattern=3)
-            | dict(rope_theta=1e6, rope_local_base_freq=10_000.0),
-            "linear": TIED
-            | dict(head_dim=8, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6)
-            | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
-            "untied, capped, nested rope": UNTIED
-            | dict(head_dim=8, final_logit_softcapping=4.0, sliding_window=6, layer_types=ALTERNATING)
-            | dict(
-                rope_parameters=dict(
-                    full_attention=dict(rope_type="default", rope_theta=1e5),
-                    sliding_attention=dict(rope_type="default", rope_theta=1e3),
-                )
-            ),
-        },
-        "gemma4_text": {
-            "as released": TIED
-            | GEMMA_4
-            | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
-            | dict(final_logit_softcapping=4.0, use_bidirectional_attention="vision"),
-            "untied, values of their own, not periodic, linear": UNTIED
-            | GEMMA_4
-            | dict(num_hidden_layers=4, sliding_window=9, num_key_value_heads=1, attention_bias=True)
-            | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"])
-            | dict(
-                rope_parameters=dict(
-                    full_attention=PROPORTIONAL | dict(factor=2.0),
-                    sliding_attention=dict(rope_type="linear", rope_theta=1e4, factor=4.0),
-                )
-            ),
-            "all see all": TIED | GEMMA_4 | dict(layer_types=["full_attention"] * 3, attention_k_eq_v=True),
-            "as transformers writes it": TIED
-            | GEMMA_4
-            | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=6)
-            | dict(per_layer_config={"1": dict(head_dim=12), "2": dict(head_dim=12)}),
-            # As E2B, whose last layers share keys and values.
-            "inputs of layers, shared keys, double width": TIED | GEMMA_4_SMALL,
-            # As 26B-A4B.
-            "experts beside the feed-forward": TIED
-            | GEMMA_4
-            | dict(num_hidden_layers=2, sliding_window=6, attention_k_eq_v=True, enable_moe_block=True)
-            | dict(layer_types=["sliding_attention", "full_attention"])
-            | dict(num_experts=4, top_k_experts=2, moe_intermediate_size=20),
-            "untied, inputs of layers": UNTIED
-            | GEMMA_4_UNIFIED
-            | dict(hidden_size_per_layer_input=5, vocab_size_per_layer_input=64)
-            | dict(num_hidden_layers=2, layer_types=["full_attention"] * 2),
-            # Without inputs transformers cannot compute it.
-            "shared keys, not periodic, values are keys, biases": TIED
-            | GEMMA_4_SMALL
-            | dict(sliding_window=5, num_kv_shared_layers=3, attention_k_eq_v=True, use_double_wide_mlp=False)
-            | dict(
-                attention_bias=True, layer_types=[*ALTERNATING, "full_attention", "sliding_attention", "full_attention"]
-            ),
-        },
-        "gemma4_unified_text": {
-            "as released": TIED
-            | GEMMA_4_UNIFIED
-            | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
-            | dict(final_logit_softcapping=4.0),
-            "untied, values of their own, the same heads": UNTIED
-            | GEMMA_4_UNIFIED
-            | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], global_head_dim=8),
-            "biases": TIED
-            | GEMMA_4_UNIFIED
-            | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], attention_bias=True)
-            | dict(attention_k_eq_v=True, sliding_window=5),
-        },
-        "olmo2": {
-            "untied": UNTIED,
-            "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),
-            "biases, linear": UNTIED | dict(attention_bias=True, rope_scaling=dict(type="linear", factor=2.0)),
-        },
-        "olmo3": {
-            "as released": UNTIED
-            | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6)
-            | dict(rope_theta=500_000.0, rope_scaling=YARN | dict(attention_factor=1.2079)),
-            "tied, all windowed, biases": TIED | dict(num_key_value_heads=4, sliding_window=9, attention_bias=True),
-            "nested rope": UNTIED
-            | dict(layer_types=ALTERNATING, sliding_window=6)
-            | dict(
-                rope_parameters=dict(
-                    full_attention=YARN | dict(rope_theta=1e5),
-                    sliding_attention=dict(rope_type="default", rope_theta=1e3),
-                )
-            ),
-        },
-        "phi3": {
-            "window": UNTIED | dict(sliding_window=9),
-            "partial, tied": TIED | dict(partial_rotary_factor=0.5),
-            "longrope, longer": UNTIED | PHI3 | dict(rope_scaling=LONGROPE),
-            "longrope, shorter": UNTIED | PHI3 | dict(original_max_position_embeddings=48, rope_scaling=LONGROPE),
-        },
-        "granite": {
-            "as released": TIED | MULTIPLIERS,
-            "untied, biases, yarn": UNTIED
-            | MULTIPLIERS
-            | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
-            "no multipliers": TIED | dict(rope_theta=1e6),
-        },
-        "cohere2": {
-            # Three windowed layers and one that does not rotate.
-            "as released": TIED
-            | LAYER_NORM
-            | dict(num_hidden_layers=4, sliding_window=6, rope_theta=5e4, logit_scale=0.25),
-            "untied, biases, yarn": UNTIED
-            | LAYER_NORM
-            | dict(layer_types=ALTERNATING, sliding_window=9, attention_bias=True, logit_scale=2.0, rope_scaling=YARN),
-            "all see all": TIED | LAYER_NORM | dict(layer_types=["full_attention"] * 3, sliding_window=6),
-        },
-        "cohere": {
-            "as released": TIED | LAYER_NORM | dict(logit_scale=0.8, rope_theta=4e6),
-            "untied, biases": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, attention_bias=True),
-            "linear": TIED | LAYER_NORM | dict(rope_scaling=dict(type="linear", factor=2.0)),
-        },
-        "glm4": {
-            "as released": UNTIED | dict(head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
-            "tied, no biases, default part": TIED | dict(head_dim=12, attention_bias=False),
-            "most of each head, linear": UNTIED
-            | dict(head_dim=8, partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
-        },
-        "seed_oss": {
-            "as released": UNTIED | dict(head_dim=16, rope_theta=1e7),
-            "tied, other biases": TIED | dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
-            "tied, every bias, yarn": TIED
-            | dict(head_dim=8, attention_bias=True, attention_out_bias=True, mlp_bias=True, rope_scaling=YARN),
-        },
-        "arcee": {
-            "as released": UNTIED | dict(head_dim=16, rope_scaling=YARN | dict(mscale=1.0)),
-            "tied, biases": TIED | dict(attention_bias=True, mlp_bias=True),
-            "llama3, silu": TIED | dict(num_key_value_heads=1, hidden_act="silu", rope_scaling=LLAMA3),
-        },
-        "starcoder2": {
-            "as released": TIED | dict(sliding_window=9, norm_epsilon=1e-5),
-            "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
-            "yarn": TIED | dict(rope_scaling=YARN),
-        },
-        "exaone4": {
-            "as released, large": UNTIED
-            | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)
-            | dict(head_dim=16),
-            "as released, small": TIED
-            | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
-            "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
-        },
-        "gpt_neox": {
-            "as released": UNTIED | dict(rotary_pct=0.25),
-            "one after the other, odd heads": UNTIED
-            | dict(use_parallel_residual=False, hidden_size=44, rotary_pct=0.4, hidden_act="gelu_pytorch_tanh"),
-            "tied, no biases, linear": TIED
-            | dict(
-                attention_bias=False,
-                rotary_pct=1.0,
-                hidden_act="gelu_fast",
-                rope_scaling=dict(type="linear", factor=2.0),
-            ),
-        },
-        "qwen2_moe": {
-            "as released": UNTIED
-            | EXPERTS
-            | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_key_value_heads=4),
-            "renormalised, tied, no biases": TIED
-            | EXPERTS
-            | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=12, norm_topk_prob=True)
-            | dict(num_experts_per_tok=3, qkv_bias=False, rope_scaling=YARN),
-            # In every other one of the lower layers.
-            "window, head dimension, activation": UNTIED
-            | EXPERTS
-            | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, head_dim=16)
-            | dict(use_sliding_window=True, sliding_window=6, max_window_layers=2, hidden_act="gelu_pytorch_tanh"),
-        },
-        "qwen3_moe": {
-            "renormalised": UNTIED
-            | EXPERTS
-            | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
-            "not renormalised, tied": TIED | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
-            "window, biases, yarn": UNTIED
-            | EXPERTS
-            | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
-            | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
-        },
-        "olmoe": {
-            "as released": UNTIED | EXPERTS | dict(num_key_value_heads=4, num_experts=6),
-            "tied, renormalised, biases": TIED
-            | EXPERTS
-            | dict(num_experts=4, norm_topk_prob=True, num_experts_per_tok=3, attention_bias=True),
-            "linear": UNTIED
-            | EXPERTS
-            | dict(num_experts=4, num_experts_per_tok=1, rope_scaling=dict(type="linear", factor=2.0)),
-        },
-        "mixtral": {
-            "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
-            "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
-            "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
-        },
-        "smollm3": {
-            "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
-            "by interval, biases, yarn": UNTIED
-            | dict(no_rope_layer_interval=2, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
-            # The list may be longer than the model is deep.
-            "windows, head dimension": TIED
-            | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
-            | dict(use_sliding_window=True, sliding_window=6),
-        },
-    }
-    | HYBRIDS
-    | LATENT
-)
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "tied, odd head dimension": TIED | dict(head_dim=10),
+        "untied, no grouping, biases": UNTIED | dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
+        "one key head, llama3": TIED | dict(num_key_value_heads=1, rope_scaling=LLAMA3, rope_theta=500_000.0),
+        # The window is none of a Llama's.
+        "linear": UNTIED | dict(sliding_window=7, rope_scaling=dict(type="linear", factor=4.0)),
+        "dynamic": TIED | SHORT | dict(rope_scaling=dict(type="dynamic", factor=2.0)),
+        "yarn": TIED | dict(rope_scaling=YARN),
+    },
+    "mistral": {
+        "window": UNTIED | dict(sliding_window=7),
+        "no window, head dimension": UNTIED | dict(sliding_window=None, head_dim=16),
+        "tied, window, yarn": TIED | dict(sliding_window=12, rope_scaling=YARN),
+    },
+    # Of the 40 tokens, those from the 16th and the 32nd on have larger queries.
+    "ministral3": {
+        "as released": UNTIED
+        | dict(head_dim=16, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0, rope_theta=1e6) | GROWTH),
+        "tied, window": TIED | dict(sliding_window=9, rope_parameters=YARN | dict(rope_theta=1e4) | GROWTH),
+        "no yarn": TIED
+        | dict(rope_parameters=dict(rope_type="default", original_max_position_embeddings=16, rope_theta=1e4) | GROWTH),
+    },
+    "ministral": {
+        "some windows": UNTIED | dict(head_dim=16, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6),
+        "all windows, yarn": TIED | dict(head_dim=8, sliding_window=7, rope_scaling=YARN),
+        "no window": TIED | dict(head_dim=8, sliding_window=6, layer_types=["full_attention"] * 3),
+    },
+    "qwen2": {
+        "tied": TIED,
+        "untied, window above": UNTIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "window not used, yarn": TIED | dict(use_sliding_window=False, sliding_window=6, rope_scaling=YARN),
+    },
+    "qwen3": {
+        "tied, head dimension": TIED | dict(head_dim=16),
+        "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True),
+        "window above": TIED
+        | dict(head_dim=10, use_sliding_window=True, sliding_window=6, max_window_layers=2, rope_theta=1e6),
+    },
+    "gemma": {
+        # Gemma's "gelu" means its approximation by tanh.
+        "as released": TIED | dict(head_dim=16, hidden_act="gelu"),
+        "untied, biases": UNTIED | dict(head_dim=8, attention_bias=True, num_key_value_heads=1),
+        "linear": TIED | dict(head_dim=10, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "gemma2": {
+        "as released": TIED | dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=6),
+        "untied, other caps": UNTIED
+        | dict(head_dim=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+        "no caps, biases": TIED
+        | dict(head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True)
+        | dict(sliding_window=5, layer_types=["full_attention"] * 3),
+    },
+    "gemma3_text": {
+        "as released": TIED
+        | dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, sliding_window_pattern=3)
+        | dict(rope_theta=1e6, rope_local_base_freq=10_000.0),
+        "linear": TIED
+        | dict(head_dim=8, sliding_window=6, layer_types=ALTERNATING, rope_theta=1e6)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+        "untied, capped, nested rope": UNTIED
+        | dict(head_dim=8, final_logit_softcapping=4.0, sliding_window=6, layer_types=ALTERNATING)
+        | dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="default", rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    },
+    "gemma4_text": {
+        "as released": TIED
+        | GEMMA_4
+        | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(final_logit_softcapping=4.0, use_bidirectional_attention="vision"),
+        "untied, values of their own, not periodic, linear": UNTIED
+        | GEMMA_4
+        | dict(num_hidden_layers=4, sliding_window=9, num_key_value_heads=1, attention_bias=True)
+        | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"])
+        | dict(
+            rope_parameters=dict(
+                full_attention=PROPORTIONAL | dict(factor=2.0),
+                sliding_attention=dict(rope_type="linear", rope_theta=1e4, factor=4.0),
+            )
+        ),
+        "all see all": TIED | GEMMA_4 | dict(layer_types=["full_attention"] * 3, attention_k_eq_v=True),
+        "as transformers writes it": TIED
+        | GEMMA_4
+        | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=6)
+        | dict(per_layer_config={"1": dict(head_dim=12), "2": dict(head_dim=12)}),
+        # As E2B, whose last layers share keys and values.
+        "inputs of layers, shared keys, double width": TIED | GEMMA_4_SMALL,
+        # As 26B-A4B.
+        "experts beside the feed-forward": TIED
+        | GEMMA_4
+        | dict(num_hidden_layers=2, sliding_window=6, attention_k_eq_v=True, enable_moe_block=True)
+        | dict(layer_types=["sliding_attention", "full_attention"])
+        | dict(num_experts=4, top_k_experts=2, moe_intermediate_size=20),
+        "untied, inputs of layers": UNTIED
+        | GEMMA_4_UNIFIED
+        | dict(hidden_size_per_layer_input=5, vocab_size_per_layer_input=64)
+        | dict(num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        # Without inputs transformers cannot compute it.
+        "shared keys, not periodic, values are keys, biases": TIED
+        | GEMMA_4_SMALL
+        | dict(sliding_window=5, num_kv_shared_layers=3, attention_k_eq_v=True, use_double_wide_mlp=False)
+        | dict(
+            attention_bias=True, layer_types=[*ALTERNATING, "full_attention", "sliding_attention", "full_attention"]
+        ),
+    },
+    "gemma4_unified_text": {
+        "as released": TIED
+        | GEMMA_4_UNIFIED
+        | dict(num_hidden_layers=6, sliding_window=6, attention_k_eq_v=True, num_global_key_value_heads=1)
+        | dict(final_logit_softcapping=4.0),
+        "untied, values of their own, the same heads": UNTIED
+        | GEMMA_4_UNIFIED
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], global_head_dim=8),
+        "biases": TIED
+        | GEMMA_4_UNIFIED
+        | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], attention_bias=True)
+        | dict(attention_k_eq_v=True, sliding_window=5),
+    },
+    "olmo2": {
+        "untied": UNTIED,
+        "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),
+        "biases, linear": UNTIED | dict(attention_bias=True, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "olmo3": {
+        "as released": UNTIED
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"], sliding_window=6)
+        | dict(rope_theta=500_000.0, rope_scaling=YARN | dict(attention_factor=1.2079)),
+        "tied, all windowed, biases": TIED | dict(num_key_value_heads=4, sliding_window=9, attention_bias=True),
+        "nested rope": UNTIED
+        | dict(layer_types=ALTERNATING, sliding_window=6)
+        | dict(
+            rope_parameters=dict(
+                full_attention=YARN | dict(rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    },
+    "phi3": {
+        "window": UNTIED | dict(sliding_window=9),
+        "partial, tied": TIED | dict(partial_rotary_factor=0.5),
+        "longrope, longer": UNTIED | PHI3 | dict(rope_scaling=LONGROPE),
+        "longrope, shorter": UNTIED | PHI3 | dict(original_max_position_embeddings=48, rope_scaling=LONGROPE),
+    },
+    "granite": {
+        "as released": TIED | MULTIPLIERS,
+        "untied, biases, yarn": UNTIED
+        | MULTIPLIERS
+        | dict(logits_scaling=0.3, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        "no multipliers": TIED | dict(rope_theta=1e6),
+    },
+    "cohere2": {
+        # Three windowed layers and one that does not rotate.
+        "as released": TIED
+        | LAYER_NORM
+        | dict(num_hidden_layers=4, sliding_window=6, rope_theta=5e4, logit_scale=0.25),
+        "untied, biases, yarn": UNTIED
+        | LAYER_NORM
+        | dict(layer_types=ALTERNATING, sliding_window=9, attention_bias=True, logit_scale=2.0, rope_scaling=YARN),
+        "all see all": TIED | LAYER_NORM | dict(layer_types=["full_attention"] * 3, sliding_window=6),
+    },
+    "cohere": {
+        "as released": TIED | LAYER_NORM | dict(logit_scale=0.8, rope_theta=4e6),
+        "untied, biases": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, attention_bias=True),
+        "linear": TIED | LAYER_NORM | dict(rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "glm4": {
+        "as released": UNTIED | dict(head_dim=16, attention_bias=True, partial_rotary_factor=0.5),
+        "tied, no biases, default part": TIED | dict(head_dim=12, attention_bias=False),
+        "most of each head, linear": UNTIED
+        | dict(head_dim=8, partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "seed_oss": {
+        "as released": UNTIED | dict(head_dim=16, rope_theta=1e7),
+        "tied, other biases": TIED | dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+        "tied, every bias, yarn": TIED
+        | dict(head_dim=8, attention_bias=True, attention_out_bias=True, mlp_bias=True, rope_scaling=YARN),
+    },
+    "arcee": {
+        "as released": UNTIED | dict(head_dim=16, rope_scaling=YARN | dict(mscale=1.0)),
+        "tied, biases": TIED | dict(attention_bias=True, mlp_bias=True),
+        "llama3, silu": TIED | dict(num_key_value_heads=1, hidden_act="silu", rope_scaling=LLAMA3),
+    },
+    "starcoder2": {
+        "as released": TIED | dict(sliding_window=9, norm_epsilon=1e-5),
+        "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
+        "yarn": TIED | dict(rope_scaling=YARN),
+    },
+    "exaone4": {
+        "as released, large": UNTIED
+        | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)
+        | dict(head_dim=16),
+        "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
+        "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
+    },
+    "gpt_neox": {
+        "as released": UNTIED | dict(rotary_pct=0.25),
+        "one after the other, odd heads": UNTIED
+        | dict(use_parallel_residual=False, hidden_size=44, rotary_pct=0.4, hidden_act="gelu_pytorch_tanh"),
+        "tied, no biases, linear": TIED
+        | dict(
+            attention_bias=False, rotary_pct=1.0, hidden_act="gelu_fast", rope_scaling=dict(type="linear", factor=2.0)
+        ),
+    },
+    "qwen2_moe": {
+        "as released": UNTIED
+        | EXPERTS
+        | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_key_value_heads=4),
+        "renormalised, tied, no biases": TIED
+        | EXPERTS
+        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=12, norm_topk_prob=True)
+        | dict(num_experts_per_tok=3, qkv_bias=False, rope_scaling=YARN),
+        # In every other one of the lower layers.
+        "window, head dimension, activation": UNTIED
+        | EXPERTS
+        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, head_dim=16)
+        | dict(use_sliding_window=True, sliding_window=6, max_window_layers=2, hidden_act="gelu_pytorch_tanh"),
+    },
+    "qwen3_moe": {
+        "renormalised": UNTIED
+        | EXPERTS
+        | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
+        "not renormalised, tied": TIED | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
+        "window, biases, yarn": UNTIED
+        | EXPERTS
+        | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
+        | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
+    },
+    "olmoe": {
+        "as released": UNTIED | EXPERTS | dict(num_key_value_heads=4, num_experts=6),
+        "tied, renormalised, biases": TIED
+        | EXPERTS
+        | dict(num_experts=4, norm_topk_prob=True, num_experts_per_tok=3, attention_bias=True),
+        "linear": UNTIED
+        | EXPERTS
+        | dict(num_experts=4, num_experts_per_tok=1, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "mixtral": {
+        "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
+        "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
+        "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
+    },
+    "glm4_moe": {
+        # 4.5 Air; 4.5, 4.6 and 4.7 have norms of queries and keys, and three dense layers.
+        "as released": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=1, n_routed_experts=6, attention_bias=True, head_dim=16, rope_theta=1e6)
+        | dict(partial_rotary_factor=0.5, num_nextn_predict_layers=1),
+        "groups, norms of heads, two dense": TIED
+        | ROUTED
+        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True, head_dim=16)
+        | dict(n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=3, partial_rotary_factor=0.25),
+        "none dense, yarn": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=0, n_routed_experts=4, head_dim=8, rope_scaling=YARN),
+    },
+    "smollm3": {
+        "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
+        "by interval, biases, yarn": UNTIED
+        | dict(no_rope_layer_interval=2, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+        # The list may be longer than the model is deep.
+        "windows, head dimension": TIED
+        | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
+        | dict(use_sliding_window=True, sliding_window=6),
+    },
+} | HYBRIDS
+CONFIGS |= LATENT
 
 
 def config_json(model_type: str, name: str) -> dict[str, Any]:

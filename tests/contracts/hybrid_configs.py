@@ -9,6 +9,7 @@ from contracts.config_parts import (
     MULTIPLIERS,
     NORM_EPS,
     PROPORTIONAL,
+    ROUTED,
     TIED,
     UNTIED,
     YARN,
@@ -108,6 +109,23 @@ HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "multiplied width": TIED
         | NORM_EPS
         | dict(block_ffn_dim_multiplier=1.5, block_multiple_of=8, full_attn_idxs=[0, 2], num_key_value_heads=1),
+    },
+    "lfm2_moe": {
+        "as released": TIED
+        | NORM_EPS
+        | ROUTED
+        | dict(num_hidden_layers=4, layer_types=["conv", "conv", "full_attention", "conv"], num_experts=6)
+        | dict(num_dense_layers=2, routed_scaling_factor=1.0),
+        "untied, biases of convolutions, not renormalised": UNTIED
+        | NORM_EPS
+        | ROUTED
+        | dict(layer_types=["full_attention", "conv", "full_attention"], num_experts=4, num_experts_per_tok=3)
+        | dict(num_dense_layers=1, conv_bias=True, conv_L_cache=4, norm_topk_prob=False),
+        "no bias, none dense": TIED
+        | NORM_EPS
+        | ROUTED
+        | dict(layer_types=["conv", "full_attention", "conv"], num_experts=4, num_dense_layers=0)
+        | dict(use_expert_bias=False, num_key_value_heads=1),
     },
     # In released models a layer that sees all comes after a convolution, a windowed one before it.
     "lfm3": {

@@ -26,6 +26,8 @@ from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.remat import Remat
 
 LENGTH = 40
+# In transformers too they are no parameters, or have no gradient.
+CONSTANTS = ("layer_scalar", "e_score_correction_bias", "expert_bias")
 CASES = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
 
 
@@ -47,7 +49,7 @@ def reference_model(raw: dict, directory):
     config = AutoConfig.for_model(raw["model_type"], **json.loads(json.dumps(fields)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
-        constants = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        constants = [buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)]
         for parameter in (*model.parameters(), *constants):
             spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             start = parameter if parameter.ndim == 1 else torch.zeros(())
@@ -61,7 +63,7 @@ def reference_model(raw: dict, directory):
 def gradients_by_tensor(model) -> dict[str, np.ndarray]:
     """Gradients by the names of the files; in memory, transformers names some otherwise, and holds the experts of a
     layer in one parameter."""
-    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    found = {name: each.grad.numpy() for name, each in model.named_parameters() if not name.endswith(CONSTANTS)}
     if model.config.model_type == "nemotron_h":
         found = {name.replace("model.", "backbone."): value for name, value in found.items()}
     if model.config.model_type == "granitemoehybrid":
@@ -81,7 +83,7 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         found["embed_out.weight"] = found.pop("lm_head.weight")
     if model.config.model_type == "lfm3":
         found = {name.replace(".g_proj.", ".gate_proj."): value for name, value in found.items()}
-    if model.config.model_type == "mixtral":
+    if model.config.model_type in ("mixtral", "lfm2_moe"):
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
         for old, new in renamed.items():
@@ -153,7 +155,7 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
         np.testing.assert_allclose(
             found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
         )
-    constants = {name for name in names if name.endswith("layer_scalar")}
+    constants = {name for name in names if name.endswith(CONSTANTS)}
     assert reference_gradients.keys() == names.keys() - constants
 
     save(tmp_path / "ours", ours.config, ours.weights, ours.raw, tmp_path, shard_bytes=20_000)

@@ -124,8 +124,8 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     family = family_for(hf_config)
     found, outer, path = [], getattr(family, "prefix", "model."), f"layers/{config.experts_name}"
     name = getattr(family, "EXPERTS", "mlp.experts" if config.experts_name == "mlp" else "experts")
-    for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.{name}"
+    for number, layer in enumerate(config.layers_with(config.experts_name or "")):
+        index, prefix = (number,), f"{outer}layers.{layer}.{name}"
         gate = Place(f"{path}/gate", index, True, Rows(2 * inner, 0, inner))
         up = Place(f"{path}/up", index, True, Rows(2 * inner, inner, 2 * inner))
         down = Place(f"{path}/down", index, True)

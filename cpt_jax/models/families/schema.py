@@ -271,21 +271,28 @@ def renamed(names: Names, changes: Mapping[str, str]) -> Names:
     return names
 
 
-def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mapping[str, str]) -> Names:
-    """The router and the experts of a layer, under the name of their block; `matrices`: ours -> Hugging Face's."""
-    assert config.experts is not None
-    prefix = f"model.layers.{layer}.{block}"
-    names: Names = {f"{prefix}.gate.weight": (Place("layers/mlp/router", (layer,), True),)}
-    names |= each_expert(config, layer, f"{prefix}.experts", "layers/mlp", matrices)
-    if config.experts.shared_intermediate_size is not None:
-        names |= linear(f"{prefix}.shared_expert_gate", "layers/mlp/shared_gate", layer, False)
+def experts_names(
+    config: DecoderConfig, layer: int, block: str, matrices: Mapping[str, str], shared: str = "shared_expert"
+) -> Names:
+    """The router and the experts of a layer, under the name of their block, and that of the `shared` one; `matrices`:
+    ours -> Hugging Face's."""
+    experts = config.experts
+    assert experts is not None
+    prefix, (path, number) = f"model.layers.{layer}.{block}", stack_of(config, layer, config.experts_name or "")
+    names: Names = {f"{prefix}.gate.weight": (Place(f"{path}/router", (number,), True),)}
+    if experts.router.correction_bias:
+        names[f"{prefix}.gate.e_score_correction_bias"] = (Place(f"{path}/correction_bias", (number,)),)
+    names |= each_expert(config, number, f"{prefix}.experts", path, matrices)
+    if experts.shared_intermediate_size is not None:
+        if experts.shared_gate:
+            names |= linear(f"{prefix}.{shared}_gate", f"{path}/shared_gate", number, False)
         for ours, hf in matrices.items():
-            names |= linear(f"{prefix}.shared_expert.{hf}", f"layers/mlp/shared/{ours}", layer, config.mlp_bias)
+            names |= linear(f"{prefix}.{shared}.{hf}", f"{path}/shared/{ours}", number, config.mlp_bias)
     return names
 
 
 def each_expert(config: DecoderConfig, layer: int, prefix: str, path: str, matrices: Mapping[str, str]) -> Names:
-    """The experts of a layer, one by one."""
+    """The experts of a layer, by its number in their stack, one by one."""
     assert config.experts is not None
     names: Names = {}
     for expert in range(config.experts.count):
