@@ -16,7 +16,8 @@ class RouterConfig:
 
     With a `correction_bias` they are chosen by score + bias, which does not weigh them: it is how such models balance
     their load (Wang et al. 2024, arXiv 2408.15664), and it does not train here. With several `groups` only the experts of
-    `chosen_groups` can be chosen, those whose two best add up to most (DeepSeek-V3: arXiv 2412.19437). `epsilon` is added to
+    `chosen_groups` can be chosen, those whose `best_of_group` best add up to most (2 in DeepSeek-V3, arXiv 2412.19437; 1
+    in V2, arXiv 2405.04434). `epsilon` is added to
     the sum by which weights are renormalised; `scale` multiplies them in the end.
     """
 
@@ -24,6 +25,7 @@ class RouterConfig:
     correction_bias: bool = False
     groups: int = 1
     chosen_groups: int = 1
+    best_of_group: int = 2
     epsilon: float = 0.0
     scale: float = 1.0
 
@@ -38,8 +40,10 @@ class RouterConfig:
         if self.groups == 1:
             return
         size = count // self.groups
-        if count % self.groups or size < 2:
-            raise UserError(f"n_group is {self.groups}: {count} experts are no groups of the same size, of 2 at least")
+        if count % self.groups or size < self.best_of_group:
+            raise UserError(
+                f"n_group is {self.groups}: {count} experts are no groups of the same size, of {self.best_of_group} at least"
+            )
         if per_token > size * self.chosen_groups:
             raise UserError(
                 f"num_experts_per_tok {per_token} is more than the {size * self.chosen_groups} experts of topk_group={self.chosen_groups} groups"
@@ -61,7 +65,7 @@ class RouterConfig:
             wanted += bias.astype(scores.dtype)[None]
         if self.groups > 1:
             grouped = wanted.reshape(wanted.shape[0], self.groups, -1)
-            best = jax.lax.top_k(grouped, 2)[0].sum(-1)
+            best = jax.lax.top_k(grouped, self.best_of_group)[0].sum(-1)
             _, kept = jax.lax.top_k(best, self.chosen_groups)
             among = jax.nn.one_hot(kept, self.groups, dtype=bool).any(1)
             wanted = jnp.where(among[..., None], grouped, -jnp.inf).reshape(wanted.shape)

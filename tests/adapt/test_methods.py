@@ -173,7 +173,8 @@ def test_methods_come_back_from_json():
         ("lfm2_moe", "untied, biases of convolutions, not renormalised"),
         ("gemma4_text", "as transformers writes it"),
         ("minicpm3", "as released"),
-        ("youtu", "as released"),
+        ("deepseek_v3", "as released"),
+        ("glm4_moe_lite", "groups, two dense, biases"),
         ("glm4_moe", "groups, norms of heads, two dense"),
     ],
 )

@@ -48,6 +48,7 @@ def test_base_and_new_rows_are_saved_as_one_table(tmp_path):
         ("qwen3_5_text", "mtp.fc.weight"),
         ("qwen3_next", "mtp.fc.weight"),
         ("glm4_moe", "model.layers.3.eh_proj.weight"),
+        ("deepseek_v3", "model.layers.3.eh_proj.weight"),
     ],
 )
 def test_what_predicts_several_tokens_goes_along_as_it_is(model_type, name, tmp_path):

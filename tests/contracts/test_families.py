@@ -22,6 +22,7 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
 from cpt_jax.models.families import FAMILIES, family_for
+from cpt_jax.models.families.composite import auto_class
 from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.remat import Remat
 
@@ -42,12 +43,14 @@ def test_every_family_has_contract_tests():
 def reference_model(raw: dict, directory):
     """A transformers model with weights large enough that every part matters, saved."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     fields = {name: value for name, value in raw.items() if name != "model_type"}
     torch.manual_seed(0)
     config = AutoConfig.for_model(raw["model_type"], **json.loads(json.dumps(fields)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    auto = getattr(transformers, auto_class(raw))
+    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         constants = [buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)]
         for parameter in (*model.parameters(), *constants):
@@ -238,6 +241,19 @@ REFUSED = [
         dict(num_global_key_value_heads=3),
         "num_attention_heads 4 is no multiple of num_key_value_heads 3",
     ),
+    (
+        "youtu",
+        dict(num_key_value_heads=2),
+        "num_key_value_heads is 2: latents are expanded to keys for each of the 4 heads",
+    ),
+    ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func='softmax', which is not supported"),
+    ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob=True, which is not supported"),
+    (
+        "glm4_moe_lite",
+        dict(mlp_layer_types=["sparse", "dense", "sparse"]),
+        "mlp_layer_types=.*the first layers dense, the others sparse, 3 in all",
+    ),
+    ("mistral4", dict(rope_parameters=YARN | dict(rope_theta=1e4)), "llama_4_scaling_beta=None.*mistral4's queries"),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
     (

@@ -80,6 +80,8 @@ FAMILIES = [
     ("gemma4_text", "inputs of layers, shared keys, double width"),
     ("youtu", "untied, whole queries, biases, yarn"),
     ("minicpm3", "as released"),
+    ("deepseek_v3", "as released"),
+    ("mistral4", "as released"),
     ("lfm2_moe", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]

@@ -1,21 +1,29 @@
-"""DeepSeek V3: keys and values, and mostly queries, come from latents."""
+"""DeepSeek V3 and R1, Kimi K2, Moonlight: keys and values, and mostly queries, come from latents; experts are chosen by
+sigmoids with a bias, in groups, in all but the first layers."""
 
 from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.families import routed
 from cpt_jax.models.families.layer_kinds import yarn_magnitude
-from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
+from cpt_jax.models.families.schema import Names, attention_biases, config_of, read
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 
 MODEL_TYPES = ("deepseek_v3",)
+# What transformers does not look at.
+UNSUPPORTED = {"moe_layer_freq": (1,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
-    hf = read(raw, {})
-    if hf.first_k_dense_replace < hf.num_hidden_layers:
-        raise UserError(f"first_k_dense_replace is {hf.first_k_dense_replace}: experts are not supported here")
-    return config_of(hf, **latent_attention(hf))
+    hf = read(raw, UNSUPPORTED)
+    dense = hf.first_k_dense_replace >= hf.num_hidden_layers
+    return config_of(
+        hf,
+        **latent_attention(hf),
+        experts=None if dense else routed.experts_of(hf, hf.n_routed_experts, hf.n_shared_experts),
+        dense_layers=0 if dense else hf.first_k_dense_replace,
+    )
 
 
 def latent_attention(hf: Any, *, interleaved: bool | None = None) -> dict[str, Any]:
@@ -43,5 +51,15 @@ def latent_attention(hf: Any, *, interleaved: bool | None = None) -> dict[str, A
     }
 
 
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
+    """What a deeper model's config.json says of its layers: what predicts several tokens does not fit it."""
+    dense = config.num_layers if config.experts is None else config.dense_layers
+    return {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+
+
 def weight_names(config: DecoderConfig) -> Names:
-    return standard_names(config, NORMS)
+    return routed.weight_names(config)
+
+
+def unread(config: DecoderConfig) -> tuple[str, ...]:
+    return routed.next_tokens(config)
