@@ -10,7 +10,7 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
@@ -22,7 +22,15 @@ ATTENTION = "attention"
 # layers.
 DENSE, SHARING = "dense", "sharing"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | LoneFeedForwardConfig | Mamba2Config | ShortConvConfig | SideBySideConfig
+Mixer = (
+    DeltaNetConfig
+    | GlobalAttention
+    | LoneExpertsConfig
+    | LoneFeedForwardConfig
+    | Mamba2Config
+    | ShortConvConfig
+    | SideBySideConfig
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +212,8 @@ class DecoderConfig:
         """The subtree of a layer's weights that holds its experts."""
         if self.experts is None:
             return None
+        if not self.feed_forward:
+            return LoneExpertsConfig.name
         return "experts" if self.experts.beside else "mlp"
 
     @property

@@ -25,6 +25,8 @@ _OF_LAYERS = (
     *(f"layers/global_attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/feed_forward/mlp/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/shared/{name}" for name in ("gate", "up", "down")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),

@@ -67,6 +67,7 @@ FAMILIES = {
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "glm4_moe, experts": ("glm4_moe", "groups, norms of heads, two dense", ("q", "o", "layers/mlp/[gud]*")),
     "lfm2_moe": ("lfm2_moe", "as released", LINEARS),
+    "nemotron_h, experts": ("nemotron_h", "experts", ("q", "k", "v", "up", "down")),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
     "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),

@@ -74,8 +74,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         prefix, _, part = name.rpartition(".")
         whole = found.pop(name)
         for expert, matrix in enumerate(whole):
-            if part == "down_proj":
-                parts = {"down_proj": matrix}
+            if part != "gate_up_proj":
+                parts = {part: matrix}
             else:
                 parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
@@ -214,7 +214,9 @@ REFUSED = [
     ),
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
-    ("nemotron_h", dict(hybrid_override_pattern="MEM*E"), "layer_types of kind 'moe'; supported: full_attention"),
+    ("nemotron_h", dict(moe_latent_size=16), "moe_latent_size=16, which is not supported for model_type nemotron_h"),
+    ("glm4_moe", dict(topk_group=2), "topk_group 2 is not between 1 and n_group 1"),
+    ("glm4_moe", dict(first_k_dense_replace=3), "the first 3 of 3 layers have no experts: the others must"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",

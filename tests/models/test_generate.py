@@ -79,6 +79,7 @@ FAMILIES = [
     ("nemotron_h", "as released"),
     ("gemma4_text", "inputs of layers, shared keys, double width"),
     ("lfm2_moe", "as released"),
+    ("nemotron_h", "experts"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 
