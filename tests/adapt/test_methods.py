@@ -173,6 +173,7 @@ def test_methods_come_back_from_json():
         ("lfm3", "untied, biases, not periodic"),
         ("lfm2_moe", "untied, biases of convolutions, not renormalised"),
         ("gemma4_text", "as transformers writes it"),
+        ("ernie4_5_moe", "as released"),
         ("glm4_moe", "groups, norms of heads, two dense"),
     ],
 )

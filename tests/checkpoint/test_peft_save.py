@@ -68,6 +68,7 @@ FAMILIES = {
     "glm4_moe, experts": ("glm4_moe", "groups, norms of heads, two dense", ("q", "o", "layers/mlp/[gud]*")),
     "lfm2_moe": ("lfm2_moe", "as released", LINEARS),
     "nemotron_h, experts": ("nemotron_h", "experts", ("q", "k", "v", "up", "down")),
+    "ernie4_5_moe, experts": ("ernie4_5_moe", "as released", ("q", "layers/mlp/[gud]*")),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
     "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),

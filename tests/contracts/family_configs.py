@@ -229,6 +229,22 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
         "yarn": TIED | dict(rope_scaling=YARN),
     },
+    "ernie4_5": {
+        "as released": TIED | dict(head_dim=16, rope_theta=5e5),
+        "untied, biases": UNTIED | dict(head_dim=8, use_bias=True, num_key_value_heads=1),
+        "linear": UNTIED | dict(head_dim=12, rope_scaling=dict(type="linear", factor=4.0)),
+    },
+    "ernie4_5_moe": {
+        "as released": TIED
+        | dict(moe_intermediate_size=16, moe_num_experts=6, moe_k=3, moe_num_shared_experts=2)
+        | dict(moe_layer_start_index=1, moe_layer_end_index=2, rope_theta=5e5),
+        "untied, two dense, no shared expert": UNTIED
+        | dict(moe_intermediate_size=24, moe_num_experts=4, moe_k=2, moe_num_shared_experts=0)
+        | dict(moe_layer_start_index=2, num_key_value_heads=1),
+        "none dense, yarn": UNTIED
+        | dict(moe_intermediate_size=12, moe_num_experts=4, moe_k=1, moe_num_shared_experts=1)
+        | dict(moe_layer_start_index=0, router_aux_loss_coef=0.0, rope_scaling=YARN),
+    },
     "exaone4": {
         "as released, large": UNTIED
         | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)

@@ -215,6 +215,12 @@ REFUSED = [
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
     ("nemotron_h", dict(moe_latent_size=16), "moe_latent_size=16, which is not supported for model_type nemotron_h"),
+    (
+        "ernie4_5_moe",
+        dict(moe_layer_end_index=1),
+        "moe_layer_end_index has layers without experts behind such with them",
+    ),
+    ("ernie4_5_moe", dict(use_bias=True), "use_bias=True, which is not supported for model_type ernie4_5_moe"),
     ("glm4_moe", dict(topk_group=2), "topk_group 2 is not between 1 and n_group 1"),
     ("glm4_moe", dict(first_k_dense_replace=3), "the first 3 of 3 layers have no experts: the others must"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),

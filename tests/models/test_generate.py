@@ -80,6 +80,7 @@ FAMILIES = [
     ("gemma4_text", "inputs of layers, shared keys, double width"),
     ("lfm2_moe", "as released"),
     ("nemotron_h", "experts"),
+    ("ernie4_5_moe", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 
