@@ -174,6 +174,9 @@ def test_methods_come_back_from_json():
         ("lfm2_moe", "untied, biases of convolutions, not renormalised"),
         ("gemma4_text", "as transformers writes it"),
         ("ernie4_5_moe", "as released"),
+        ("minimax_m2", "as released"),
+        ("dots1", "windows, groups, biases"),
+        ("exaone_moe", "by number, groups"),
         ("glm4_moe", "groups, norms of heads, two dense"),
     ],
 )

@@ -81,6 +81,9 @@ FAMILIES = [
     ("lfm2_moe", "as released"),
     ("nemotron_h", "experts"),
     ("ernie4_5_moe", "as released"),
+    ("minimax_m2", "as released"),
+    ("dots1", "windows, groups, biases"),
+    ("exaone_moe", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 
