@@ -11,7 +11,7 @@ from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
@@ -27,6 +27,7 @@ Mixer = (
     DeltaNetConfig
     | GlobalAttention
     | LatentAttentionConfig
+    | LoneExpertsConfig
     | LoneFeedForwardConfig
     | Mamba2Config
     | ShortConvConfig
@@ -223,6 +224,8 @@ class DecoderConfig:
         """The subtree of a layer's weights that holds its experts."""
         if self.experts is None:
             return None
+        if not self.feed_forward:
+            return LoneExpertsConfig.name
         return "experts" if self.experts.beside else "mlp"
 
     @property

@@ -16,7 +16,7 @@ from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.latent_attention import LatentAttention
 from cpt_jax.models.layer_inputs import LayerInput
 from cpt_jax.models.linear import LoRAConfig, Weight
-from cpt_jax.models.lone_feed_forward import LoneFeedForward
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForward
 from cpt_jax.models.mamba2 import Mamba2
 from cpt_jax.models.norms import norm
 from cpt_jax.models.remat import recomputed
@@ -28,12 +28,14 @@ from cpt_jax.sharding.rules import constrain
 
 def mixer_of(
     name: str, config, lora: LoRAConfig | None, rngs: nnx.Rngs, section: str
-) -> Attention | DeltaNet | LatentAttention | LoneFeedForward | Mamba2 | ShortConv | SideBySide:
+) -> Attention | DeltaNet | Experts | LatentAttention | LoneFeedForward | Mamba2 | ShortConv | SideBySide:
     """What mixes the tokens of those layers of a section that have it under this name."""
     sizes = next(kind.mixer for kind in config.layer_kinds if kind.mixer_name == name)
     path = f"{_path(section)}/{name}"
     if sizes is None or isinstance(sizes, GlobalAttention):
         return Attention(config, sizes, lora, rngs, path=path, sharing=section == SHARING)
+    if isinstance(sizes, LoneExpertsConfig):
+        return Experts(config, lora, rngs)
     classes = {
         "delta_net": DeltaNet,
         "feed_forward": LoneFeedForward,
@@ -87,16 +89,19 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Any, Balance | None]:
         """(output, cache, what the experts were given: of the tokens that are `counted`). `own`: its own input."""
         assert self.mixer is not None
-        mixed, cache = getattr(self, self.mixer)(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
+        mixer, balance = getattr(self, self.mixer), None
+        if isinstance(mixer, Experts):
+            mixed, balance = mixer(recomputed(_norm(self.attention_norm))(x), dtype, counted)
+        else:
+            mixed, cache = mixer(x, angles, visible, dtype, cache, norm=_norm(self.attention_norm))
         mixed = recomputed(_norm(self.attention_out_norm))(mixed)
         summed = constrain(x + self._scaled(mixed), "batch", "sequence", "hidden")
         if self.mlp is None:
-            return summed, cache, None
+            return summed, cache, balance
         inputs, mlp_norm = (
             x if self.parallel else summed,
             _norm(self.attention_norm if self.shared_norm else self.mlp_norm),
         )
-        balance = None
         if isinstance(self.mlp, Experts):
             fed, balance = self.mlp(recomputed(mlp_norm)(inputs), dtype, counted)
         else:

@@ -28,6 +28,8 @@ _OF_LAYERS = (
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/feed_forward/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/latent_attention/{name}" for name in ("q", "q_a", "q_b", "kv_a", "kv_b", "o")),
+    *(f"layers/lone_experts/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/shared/{name}" for name in ("gate", "up", "down")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),

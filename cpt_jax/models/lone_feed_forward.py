@@ -27,6 +27,18 @@ class LoneFeedForwardConfig:
         return ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoneExpertsConfig:
+    """Experts in such a place (Nemotron 3), as the decoder says."""
+
+    name: ClassVar = "lone_experts"
+    layer_type: ClassVar = "moe"
+
+    def empty_cache(self, width: int, layers: int, batch: int, dtype: jnp.dtype) -> tuple[()]:
+        """Nor here."""
+        return ()
+
+
 class LoneFeedForward(nnx.Module):
     """It is called as what mixes tokens is."""
 

@@ -8,7 +8,7 @@ from cpt_jax.models.config import DENSE, SHARING, DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.latent_attention import LatentAttentionConfig
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.short_conv import ShortConvConfig
@@ -55,7 +55,8 @@ class _Layer(NamedTuple):
 
     def routes(self, config: DecoderConfig) -> bool:
         """Whether it has experts."""
-        return config.experts is not None and self.section != DENSE
+        alone = config.feed_forward or isinstance(self.mixer, LoneExpertsConfig)
+        return config.experts is not None and self.section != DENSE and alone
 
 
 class _Mixed(NamedTuple):
@@ -82,9 +83,12 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
             named = {"queries": queries, "keys": queries, "values": values, "attention_out": values}
             products = queries + sum(latents.values()) + config.num_heads * (mixer.fixed_dim + mixer.value_dim)
             return _Mixed(kept, named, products)
-        case LoneFeedForwardConfig():
-            products = config.intermediate_size * (2 if config.gated else 1)
-            return _Mixed(item * products, dict.fromkeys(_MLP, config.intermediate_size), products)
+        case LoneExpertsConfig() | LoneFeedForwardConfig():
+            size = config.intermediate_size
+            if isinstance(mixer, LoneExpertsConfig):
+                size = (config.experts and config.experts.shared_intermediate_size) or 0
+            products = size * (2 if config.gated else 1)
+            return _Mixed(item * products, dict.fromkeys(_MLP, size), products)
         case Mamba2Config():
             # The same; the steps' projections are float32.
             inner = mixer.channels + mixer.values
@@ -190,9 +194,13 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
         kept += item * config.layer_input_size + 4 * config.hidden_size
     if config.experts is not None and layer.routes(config):
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
-        # with three steps of the activation and the product, that rounded, and the result; and the router's input.
+        # with three steps of the activation and the product, that rounded, and the result (without a gate ReLU's sign and
+        # value, that rounded); and the input of the router, and of the shared one.
         of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
-        kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+        if not config.gated:
+            of_expert = (5 + item) * config.expert_size + (4 + item) * config.hidden_size
+        inputs = 1 if config.experts.shared_intermediate_size is None else 2
+        kept += config.experts.per_token * of_expert + 4 * inputs * config.hidden_size
         if config.experts_name == "experts":
             # What both norms behind are given, and the experts' own input.
             kept += 4 * 3 * config.hidden_size

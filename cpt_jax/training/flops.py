@@ -12,7 +12,7 @@ from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
@@ -139,7 +139,14 @@ def _state_flops(mixer: Mixer | None) -> float:
             return 4.0 * mixer.values * mixer.state_size
         case SideBySideConfig():
             return _state_flops(mixer.mamba2)
-        case None | GlobalAttention() | LatentAttentionConfig() | LoneFeedForwardConfig() | ShortConvConfig():
+        case (
+            None
+            | GlobalAttention()
+            | LatentAttentionConfig()
+            | LoneExpertsConfig()
+            | LoneFeedForwardConfig()
+            | ShortConvConfig()
+        ):
             return 0.0
 
 

@@ -168,6 +168,7 @@ def test_methods_come_back_from_json():
         ("qwen3_next", "not periodic, one value head a key head, not renormalised"),
         ("granitemoehybrid", "without experts, not periodic, groups, steps within limits"),
         ("nemotron_h", "as released"),
+        ("nemotron_h", "experts"),
         ("lfm2", "untied, biases, not periodic"),
         ("lfm3", "untied, biases, not periodic"),
         ("lfm2_moe", "untied, biases of convolutions, not renormalised"),
@@ -175,6 +176,10 @@ def test_methods_come_back_from_json():
         ("minicpm3", "as released"),
         ("deepseek_v3", "as released"),
         ("glm4_moe_lite", "groups, two dense, biases"),
+        ("ernie4_5_moe", "as released"),
+        ("minimax_m2", "as released"),
+        ("dots1", "windows, groups, biases"),
+        ("exaone_moe", "by number, groups"),
         ("glm4_moe", "groups, norms of heads, two dense"),
     ],
 )

@@ -47,6 +47,7 @@ def test_base_and_new_rows_are_saved_as_one_table(tmp_path):
     [
         ("qwen3_5_text", "mtp.fc.weight"),
         ("qwen3_next", "mtp.fc.weight"),
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
         ("glm4_moe", "model.layers.3.eh_proj.weight"),
         ("deepseek_v3", "model.layers.3.eh_proj.weight"),
     ],

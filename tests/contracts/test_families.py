@@ -77,8 +77,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         prefix, _, part = name.rpartition(".")
         whole = found.pop(name)
         for expert, matrix in enumerate(whole):
-            if part == "down_proj":
-                parts = {"down_proj": matrix}
+            if part != "gate_up_proj":
+                parts = {part: matrix}
             else:
                 parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
@@ -86,7 +86,7 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         found["embed_out.weight"] = found.pop("lm_head.weight")
     if model.config.model_type == "lfm3":
         found = {name.replace(".g_proj.", ".gate_proj."): value for name, value in found.items()}
-    if model.config.model_type in ("mixtral", "lfm2_moe"):
+    if model.config.model_type in ("mixtral", "minimax_m2", "lfm2_moe"):
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
         for old, new in renamed.items():
@@ -217,7 +217,20 @@ REFUSED = [
     ),
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
-    ("nemotron_h", dict(hybrid_override_pattern="MEM*E"), "layer_types of kind 'moe'; supported: full_attention"),
+    ("nemotron_h", dict(moe_latent_size=16), "moe_latent_size=16, which is not supported for model_type nemotron_h"),
+    (
+        "ernie4_5_moe",
+        dict(moe_layer_end_index=1),
+        "moe_layer_end_index has layers without experts behind such with them",
+    ),
+    ("ernie4_5_moe", dict(use_bias=True), "use_bias=True, which is not supported for model_type ernie4_5_moe"),
+    (
+        "exaone_moe",
+        dict(mlp_layer_types=["sparse", "dense", "sparse", "sparse"]),
+        "mlp_layer_types has layers without experts behind such with them",
+    ),
+    ("glm4_moe", dict(topk_group=2), "topk_group 2 is not between 1 and n_group 1"),
+    ("glm4_moe", dict(first_k_dense_replace=3), "the first 3 of 3 layers have no experts: the others must"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",

@@ -15,10 +15,12 @@ from cpt_jax.adapt import ByPath, Expand, Full
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
 from cpt_jax.core.tree import flatten, unflatten
+from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder, apply_with_balance
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.generate import generate
 from cpt_jax.models.layer_groups import split_layers, with_copies
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.router import RouterConfig
 from cpt_jax.recipe.model import Model
@@ -59,6 +61,22 @@ def test_on_a_mesh_the_model_is_the_same(sizes):
     assert_close(on_mesh(dense_first(), sizes, LORA), expected())
 
 
+def lone_experts(**changes):
+    """Experts without gates in the place of what mixes tokens, in every other layer."""
+    kinds = dict(layer_kinds=(KINDS[1], LayerKind(rope=None, mixer=LoneExpertsConfig())), layer_pattern=(0, 1) * 2)
+    alone = dict(num_layers=4, feed_forward=False, gated=False, activation="relu2", experts=EXPERTS, attention="xla")
+    return tiny_config(**kinds | alone | changes)
+
+
+def test_unrolled_and_on_a_mesh_experts_alone_are_the_same():
+    config = lone_experts()
+    weights = jax.tree.map(jnp.asarray, random_weights(config, lora=LORA))
+    right = value_and_gradients(config, weights, LORA)
+    assert flatten(right[1])["layers/lone_experts/shared/up/lora_a"].any()
+    assert_close(value_and_gradients(lone_experts(layer_loop="unroll"), weights, LORA), right)
+    assert_close(on_mesh(config, dict(expert=2, fsdp=2, tensor=2), LORA), right)
+
+
 def test_stacks_hold_the_layers_that_have_them():
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_decoder(dense_first()).shapes).items()}
     assert shapes["layers/dense/mlp/up/kernel"] == (2, 32, 80)
@@ -72,11 +90,11 @@ def test_stacks_hold_the_layers_that_have_them():
     assert dense_first().layers_with("mlp/router") == (2, 3, 4, 5)
 
 
-def test_the_balance_is_of_the_layers_with_experts_alone():
+@pytest.mark.parametrize("config", [dense_first(), lone_experts()], ids=["dense first", "alone"])
+def test_the_balance_is_of_the_layers_with_experts_alone(config):
     """Of an even load it is the number of experts a token, whatever the number of layers without."""
-    config = dense_first()
     flat = flatten(jax.tree.map(jnp.asarray, random_weights(config)))
-    flat["layers/mlp/router"] *= 0
+    flat[f"layers/{config.experts_name}/router"] *= 0
     network, tokens = abstract_decoder(config), jnp.asarray(TOKENS, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(24)[None], tokens.shape)
     _, balance = apply_with_balance(network, unflatten(flat), tokens, positions, None, compute_dtype="float32")

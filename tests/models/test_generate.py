@@ -83,6 +83,11 @@ FAMILIES = [
     ("deepseek_v3", "as released"),
     ("mistral4", "as released"),
     ("lfm2_moe", "as released"),
+    ("nemotron_h", "experts"),
+    ("ernie4_5_moe", "as released"),
+    ("minimax_m2", "as released"),
+    ("dots1", "windows, groups, biases"),
+    ("exaone_moe", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 

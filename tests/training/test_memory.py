@@ -21,7 +21,7 @@ from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.latent_attention import LatentAttentionConfig
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
 from cpt_jax.models.side_by_side import SideBySideConfig
@@ -105,7 +105,11 @@ SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_interme
 SHARING |= dict(norm_placement="both")
 BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128, beside=True), norm_placement="both")
 DENSE_FIRST = dict(experts=dataclasses.replace(SHARED, intermediate_size=128, shared_gate=False), dense_layers=2)
+LONE_EXPERTS = dict(layer_kinds=(HYBRID_KINDS[1], LayerKind(rope=None, mixer=LoneExpertsConfig())), gated=False)
+LONE_EXPERTS |= dict(layer_pattern=(0, 1) * 3, feed_forward=False, activation="relu2", experts=DENSE_FIRST["experts"])
 KINDS = {
+    "experts alone, without gates": (LONE_EXPERTS, Full()),
+    "experts alone, with adapters": (LONE_EXPERTS, LoRA(rank=4, alpha=8)),
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
     "mixers and feed-forwards apart": (ONE_OR_THE_OTHER | dict(feed_forward=False, gated=False), Full()),

@@ -41,7 +41,8 @@ Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
 # model_types of which PEFT 0.21 renames the targets of all feed-forwards to those of experts
 # (utils/transformers_weight_conversion.py).
-_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3")
+_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
+_TAKEN_FOR_EXPERTS += ("dots1", "exaone_moe")
 _COMMON = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

@@ -89,7 +89,9 @@ def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: 
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: Mapping[str, Mixer]) -> dict[str, Any]:
+def kinds_of(
+    read: Any, head_dim: int, rotated: Sequence[bool] | None, partly_rotated: bool, mixers: Mapping[str, Mixer]
+) -> dict[str, Any]:
     """`layer_kinds` and `layer_pattern` of a config as transformers reads it.
 
     What its class has no field for (a Llama's window, left over from the model that it was made of), its model does not
@@ -97,6 +99,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     Args:
       rotated: which layers turn queries and keys (None: all).
+      partly_rotated: a part of each head may be turned, whatever the class's defaults.
       mixers: by the layers' type, what mixes tokens where that is not attention.
 
     Raises:
@@ -108,8 +111,8 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     )
     context, parameters = read.max_position_embeddings, getattr(read, "rope_parameters", None) or {}
     for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
-        part, proportional = each.get("partial_rotary_factor"), each.get("rope_type") == "proportional"
-        if part not in (None, 1) and not proportional and "partial_rotary_factor" not in known.rope_parameters:
+        part, known_to = each.get("partial_rotary_factor"), partly_rotated or each.get("rope_type") == "proportional"
+        if part not in (None, 1) and not known_to and "partial_rotary_factor" not in known.rope_parameters:
             raise UserError(
                 f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
             )

@@ -1,9 +1,10 @@
 """What families have in common that route as DeepSeek-V3 does: sigmoid scores with a correction bias, groups, a shared
 expert without a gate, and first layers without experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DENSE, DecoderConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.schema import (
@@ -43,6 +44,20 @@ def experts_of(hf: Any, count: int, shared: int) -> ExpertsConfig:
 def balance_coefficient(hf: Any) -> float:
     """None where the config.json says nothing: the bias balances these."""
     return float(getattr(hf, "router_aux_loss_coef", None) or 0.0)
+
+
+def dense_first(has_experts: Sequence[bool], field: str) -> int:
+    """The number of the first layers without experts, by the `field` that says which have some.
+
+    Raises:
+      UserError: there are others behind.
+    """
+    dense = next((layer for layer, each in enumerate(has_experts) if each), len(has_experts))
+    if not all(has_experts[dense:]):
+        raise UserError(
+            f"config.json's {field} has layers without experts behind such with them, which is not supported"
+        )
+    return dense
 
 
 def weight_names(config: DecoderConfig) -> Names:

@@ -102,12 +102,18 @@ def _not_supported(raw: dict, field: str) -> UserError:
 
 
 def config_of(
-    read: Any, *, rotated: Sequence[bool] | None = None, mixers: Mapping[str, Mixer] | None = None, **differences: Any
+    read: Any,
+    *,
+    rotated: Sequence[bool] | None = None,
+    partly_rotated: bool = False,
+    mixers: Mapping[str, Mixer] | None = None,
+    **differences: Any,
 ) -> DecoderConfig:
     """Our configuration of a config as transformers reads it, with what is different in this family.
 
     Args:
       rotated: which layers turn queries and keys by their positions (default: all).
+      partly_rotated: a part of each head may be turned, though its class says nothing of that by default.
       mixers: by the layers' type, what mixes tokens where that is not attention.
     """
     heads, width = read.num_attention_heads, read.hidden_size
@@ -123,7 +129,7 @@ def config_of(
         "tie_word_embeddings": bool(read.tie_word_embeddings),
         "max_position_embeddings": read.max_position_embeddings,
     }
-    common |= kinds_of(read, head_dim, rotated, mixers or {})
+    common |= kinds_of(read, head_dim, rotated, partly_rotated, mixers or {})
     if "norm_epsilon" not in differences:
         common["norm_epsilon"] = float(read.rms_norm_eps)
     if "activation" not in differences:
