@@ -72,6 +72,7 @@ FAMILIES = {
     "minimax_m2": ("minimax_m2", "as released", LINEARS),
     "dots1, experts": ("dots1", "as released", ("q", "layers/mlp/[gud]*")),
     "exaone_moe, experts": ("exaone_moe", "as released", ("q", "layers/mlp/[gud]*")),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", "as released", LINEARS),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
     "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),
