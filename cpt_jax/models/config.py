@@ -91,7 +91,7 @@ class DecoderConfig:
     layer gives is multiplied by a number of its own, which does not train; `layer_input_size`: each layer is also given
     so many numbers of each token, from a second vocabulary (see `layer_inputs`); `parallel_residual` adds both to the same
     input, with `shared_norm` behind the same norm. `norm_bias`: of
-    "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections. `interleaved_rotation`: neighbouring
+    "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections, or head by head once they are rotated. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
     Without `feed_forward` a layer is what its kind says, alone. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
@@ -128,7 +128,7 @@ class DecoderConfig:
     norm_offset: float = 0.0
     norm_bias: bool = True
     norm_placement: Literal["before", "after", "both"] = "before"
-    qk_norm: Literal["head", "projection"] | None = None
+    qk_norm: Literal["head", "projection", "rotated"] | None = None
     value_norm: bool = False
     attention_gate: Literal["channel", "head"] | None = None
     layer_scalar: bool = False

@@ -230,6 +230,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
         "yarn": TIED | dict(rope_scaling=YARN),
     },
+    "hunyuan_v1_dense": {
+        "as released": TIED
+        | dict(head_dim=16, rope_scaling=dict(type="dynamic", alpha=1000.0, factor=1.0, beta_fast=32, beta_slow=1)),
+        "untied, biases": UNTIED | dict(attention_bias=True, head_dim=8, num_key_value_heads=1),
+        "dynamic": TIED | SHORT | dict(head_dim=8, rope_scaling=dict(type="dynamic", factor=2.0)),
+    },
     "minimax_m2": {
         "as released": UNTIED
         | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, rotary_dim=8, rope_theta=5e6),

@@ -88,6 +88,7 @@ FAMILIES = [
     ("minimax_m2", "as released"),
     ("dots1", "windows, groups, biases"),
     ("exaone_moe", "as released"),
+    ("hunyuan_v1_dense", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 

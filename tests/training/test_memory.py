@@ -110,6 +110,7 @@ LONE_EXPERTS |= dict(layer_pattern=(0, 1) * 3, feed_forward=False, activation="r
 KINDS = {
     "experts alone, without gates": (LONE_EXPERTS, Full()),
     "experts alone, with adapters": (LONE_EXPERTS, LoRA(rank=4, alpha=8)),
+    "norms of heads once they are rotated": (dict(qk_norm="rotated"), Full()),
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
     "mixers and feed-forwards apart": (ONE_OR_THE_OTHER | dict(feed_forward=False, gated=False), Full()),
