@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         lora: LoRAConfig | None,
         rngs: nnx.Rngs,
         *,
-        path: str = "layers/attention",
+        path: str,
         sharing: bool = False,
     ) -> None:
         self.heads, self.head_dim = config.num_heads, config.head_dim if sizes is None else sizes.head_dim
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         if self.gated:
             self.gate = linear("gate", queries if config.attention_gate == "channel" else self.heads)
         if self.normed is not None:
-            each = self.normed == "head"
+            each = self.normed != "projection"
             self.q_norm = RMSNorm(self.head_dim if each else queries, config.norm_epsilon, config.norm_offset)
             if not sharing:
                 self.k_norm = RMSNorm(self.head_dim if each else keys, config.norm_epsilon, config.norm_offset)
@@ -104,7 +104,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), [self.k_norm(y) for y in k]
         if self.value_epsilon is not None:
             v = [unit_rms(y, self.value_epsilon) for y in v]
-        q, k = rotate(q, angles, self.interleaved) * self.scale, [rotate(y, angles, self.interleaved) for y in k]
+        q, k = rotate(q, angles, self.interleaved), [rotate(y, angles, self.interleaved) for y in k]
+        if self.normed == "rotated":
+            q, k = self.q_norm(q), [self.k_norm(y) for y in k]
+        q = q * self.scale
         if angles.queries is not None:
             q = q * angles.queries[:, None, :, None]
         return [q], k, v, [y.astype(dtype) for y in gate]

@@ -43,11 +43,7 @@ FAMILIES = {
     "qwen3_5": ("qwen3_5_text", "as released", LINEARS),
     "qwen3_5, all there are": ("qwen3_5_text", "not periodic, one value head a key head", ("layers/*",)),
     "qwen3_5, gates alone": ("qwen3_5_text", "as released", ("layers/attention/gate", "decay")),
-    "qwen3_next, all but the shared expert": (
-        "qwen3_next",
-        "by interval, three of four",
-        ("layers/attention/*", "layers/delta_net/*", *(f"layers/mlp/{name}" for name in ("gate", "up", "down"))),
-    ),
+    "qwen3_next": ("qwen3_next", "by interval, three of four", LINEARS),
     "qwen3_5_moe, all there are": ("qwen3_5_moe_text", "by interval, three of four", ("layers/*",)),
     "falcon_h1, all that PEFT adapts": (
         "falcon_h1",
@@ -63,8 +59,22 @@ FAMILIES = {
     ),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
+    "youtu": ("youtu", "as released", LINEARS),
+    "minicpm3, whole queries": ("minicpm3", "untied, whole queries, no factors, biases", ("q", "kv_b")),
+    "deepseek_v3, all there are": ("deepseek_v3", "as released", ("layers/*",)),
+    "glm4_moe_lite": ("glm4_moe_lite", "groups, two dense, biases", LINEARS),
+    "deepseek_v2": ("deepseek_v2", "as released, small", LINEARS),
+    "mistral4": ("mistral4", "groups, a dense layer, whole queries", LINEARS),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
+    "glm4_moe": ("glm4_moe", "groups, norms of heads, two dense", LINEARS),
+    "lfm2_moe": ("lfm2_moe", "as released", LINEARS),
+    "nemotron_h, experts": ("nemotron_h", "experts", ("q", "k", "v", "up", "down")),
+    "ernie4_5_moe": ("ernie4_5_moe", "as released", LINEARS),
+    "minimax_m2": ("minimax_m2", "as released", LINEARS),
+    "dots1": ("dots1", "as released", LINEARS),
+    "exaone_moe": ("exaone_moe", "as released", ("q", "down")),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", "as released", LINEARS),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
     "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),
@@ -101,25 +111,31 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name", "target", "said"),
+    ("model_type", "name", "settings", "said"),
     [
         (
             "qwen3_next",
             "by interval, three of four",
-            "up",
-            "PEFT takes the shared expert's linears of qwen3_next for its experts",
+            dict(targets=("layers/mlp/shared/*",), dropout=0.1),
+            "PEFT has no dropout on the linears of qwen3_next that .*: leave layers/mlp/shared/. out",
+        ),
+        (
+            "glm4_moe",
+            "as released",
+            dict(targets=("layers/mlp/shared/up", "layers/dense/mlp/*"), dora=True),
+            "PEFT has no DoRA on the linears of glm4_moe that .*: leave layers/dense/mlp/., layers/mlp/shared/. out",
         ),
         (
             "falcon_h1",
             "as released",
-            "o",
+            dict(targets=("o",)),
             "PEFT adapts no out_proj of falcon_h1: leave 'layers/side_by_side/mamba2/o' out",
         ),
     ],
 )
-def test_what_peft_takes_for_others_or_not_at_all_is_refused(model_type, name, target, said, tmp_path):
+def test_what_peft_does_not_adapt_is_refused(model_type, name, settings, said, tmp_path):
     reference_model(config_json(model_type, name), tmp_path / "base")
-    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=3, alpha=4.5, targets=(target,)))
+    model, paths = trained(load_model(tmp_path / "base"), LoRAConfig(rank=3, alpha=4.5, **settings))
     with pytest.raises(UserError, match=said):
         saved(model, paths, tmp_path / "adapter", tmp_path / "base")
 
@@ -148,6 +164,12 @@ VARIANTS = {
         "as released",
         dict(dora=True, targets=("q", SHARED, "shared_gate")),
         False,
+    ),
+    "dense layers and shared experts of other ranks": (
+        "glm4_moe",
+        "as released",
+        dict(rank_pattern=(("layers/dense/mlp/*", 5), (SHARED, 2)), alpha_pattern=((SHARED, 7.0),)),
+        True,
     ),
     "experts of other ranks": (
         "qwen3_moe",

@@ -81,12 +81,19 @@ class PeftLoRA:
         return _matches(self.parameters, name)
 
     def rank_of(self, name: str) -> int:
-        return _by_pattern(self.rank_pattern, name, self.rank)
+        return self._by_pattern(self.rank_pattern, name, self.rank)
 
     def scale_of(self, name: str) -> float:
         """What B (A x) is multiplied by (rank-stabilised: Kalajdzievski 2023, arXiv 2312.03732)."""
         rank = self.rank_of(name)
-        return _by_pattern(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return self._by_pattern(self.alpha_pattern, name, self.alpha) / (
+            math.sqrt(rank) if self.rank_stabilised else rank
+        )
+
+    def _by_pattern(self, patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+        """Of a module, which its weight may stand for."""
+        parameter = f"{name}.weight"
+        return _by_pattern(patterns, parameter if self.adapts_parameter(parameter) else name, default)
 
     def _layer(self, name: str) -> int | None:
         for pattern in self.layers_pattern or (r"[^.]*",):

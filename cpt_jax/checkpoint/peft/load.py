@@ -134,7 +134,11 @@ def load_adapter(directory: Path, config: DecoderConfig, hf_config: dict) -> Ada
 def _adapted(config: DecoderConfig, hf_config: dict, settings: PeftLoRA, tensors: Collection[str]) -> list[Module]:
     """The modules that have an adapter. Of experts one by one, which are no modules in transformers 5, only where the file
     has some of them: their names are the shared expert's too."""
-    found = [module for module in linears(config, hf_config) if settings.adapts(module.name)]
+    found = [
+        module
+        for module in linears(config, hf_config)
+        if settings.adapts(module.name) or settings.adapts_parameter(f"{module.name}.weight")
+    ]
     if not any(module.of_one_expert and f"{module.name}.lora_A.weight" in tensors for module in found):
         found = [module for module in found if not module.of_one_expert]
     return found + [module for module in stacked_experts(config, hf_config) if settings.adapts_parameter(module.name)]

@@ -33,14 +33,17 @@ from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite
-from cpt_jax.models.families.schema import Place
+from cpt_jax.models.families.schema import MLP, Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
 from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS, TABLES
 
 Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
-# model_types whose shared expert's targets PEFT 0.21 renames to those of experts (utils/transformers_weight_conversion.py).
-_TAKEN_FOR_EXPERTS = ("qwen3_next",)
+# model_types of which PEFT 0.21 renames the targets of all feed-forwards to those of experts
+# (utils/transformers_weight_conversion.py): linears that every token goes through are named by their weights, which it
+# adapts as it does other parameters.
+_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
+_TAKEN_FOR_EXPERTS += ("dots1", "exaone_moe")
 _COMMON = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -86,9 +89,10 @@ def held_by_adapter(
     layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
     layers += stacked_experts(config, hf_config)
     adapted = [module for module in layers if any(f"{path}/lora_a" in paths for path in module.paths)]
-    if hf_config["model_type"] in _TAKEN_FOR_EXPERTS and any(".shared_expert." in module.name for module in adapted):
+    if (taken := [module for module in adapted if _taken(module, hf_config)]) and (lora.dora or lora.dropout):
+        others = sorted({f"{path.rpartition('/')[0]}/*" for module in taken for path in module.paths})
         raise UserError(
-            f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
+            f"PEFT has no {'DoRA' if lora.dora else 'dropout'} on the linears of {hf_config['model_type']} that every token goes through: leave {', '.join(others)} out of the targets, or export the whole model"
         )
     refused = getattr(family_for(hf_config), "NOT_ADAPTED", ())
     if found := next((module for module in adapted if module.name.endswith(refused)), None):
@@ -188,7 +192,7 @@ def _lora_part(
             tensors[f"{PREFIX}{prefix}.lora_{factor}.weight"] = matrix
         if lora.dora:
             tensors[f"{PREFIX}{prefix}{MAGNITUDE}"] = _magnitudes(flat, module, dtype)
-        settings[_target(module)] = first.of_rank(pair[0].shape[-2])
+        settings[_target(module, hf_config)] = first.of_rank(pair[0].shape[-2])
     return _lora_fields(lora, hf_config, settings), tensors
 
 
@@ -220,13 +224,21 @@ def _shared(paths: tuple[str, ...], flat: dict[str, Any]) -> bool:
     return all(np.array_equal(np.asarray(first), np.asarray(other)) for other in others)
 
 
-def _target(module: Module) -> tuple[str, bool]:
+def _taken(module: Module, hf_config: dict) -> bool:
+    return (
+        hf_config["model_type"] in _TAKEN_FOR_EXPERTS and module.experts is None and _last(module.name) in MLP.values()
+    )
+
+
+def _target(module: Module, hf_config: dict) -> tuple[str, bool]:
     """(the name that targets it in all layers, and nothing else; whether that is a parameter)."""
     parts = module.name.split(".")
+    if _taken(module, hf_config):
+        return ".".join([*parts[-2:], "weight"]), True
     if module.experts is not None:
         return ".".join(parts[-3:] if "mlp" in parts else parts[-2:]), True
     # Patterns of ranks compare the ends of names, and the chosen experts' have the same.
-    return ".".join(parts[-2:] if "shared_expert" in parts else parts[-1:]), False
+    return ".".join(parts[-2:] if parts[-2].startswith("shared_expert") else parts[-1:]), False
 
 
 def _lora_fields(lora: LoRAConfig, hf_config: dict, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from cpt_jax.models.products import contract, precision_of, sum_type
 def reference(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G K h"],
-    v: Float[Array, "B G K h"],
+    v: Float[Array, "B G K v"],
     visible: Visible,
     windows: Sequence[int | None],
     softcap: float | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """softmax(q k) v over the keys that are visible; the one way that reads a cache."""
     batch, heads, length, head_dim = q.shape
     # The heads of a group are rows of one product: no copies of its keys and values are made.
@@ -31,7 +31,7 @@ def reference(
     seen = mask(*first_visible(visible, windows, batch, length), jnp.arange(k.shape[2]))
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
     mixed = cast(Array, _mixed(scores, v, dtype))
-    return mixed.reshape(batch, heads, length, head_dim)
+    return mixed.reshape(batch, heads, length, v.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
