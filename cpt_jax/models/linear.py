@@ -27,6 +27,7 @@ _OF_LAYERS = (
     *(f"layers/feed_forward/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/lone_experts/{name}" for name in ("gate", "up", "down")),
     *(f"layers/lone_experts/shared/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/{name}" for name in ("latent_in", "latent_out")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),

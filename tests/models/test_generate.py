@@ -79,7 +79,7 @@ FAMILIES = [
     ("nemotron_h", "as released"),
     ("gemma4_text", "inputs of layers, shared keys, double width"),
     ("lfm2_moe", "as released"),
-    ("nemotron_h", "experts"),
+    ("nemotron_h", "experts in a smaller space"),
     ("ernie4_5_moe", "as released"),
     ("minimax_m2", "as released"),
     ("dots1", "windows, groups, biases"),
