@@ -36,7 +36,8 @@ class ExpertsConfig:
     width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), if `shared_gate` weighted by a
     sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of each
     expert (None: the decoder's). `beside`: they stand beside a feed-forward (Gemma 4), with scales of the router's input
-    and of each expert, not in its place."""
+    and of each expert, not in its place. `latent_size`: each expert reads and writes so many numbers of a token, which two
+    linears make of the hidden state and back (Nemotron 3 Super); None: the hidden state itself."""
 
     count: int
     per_token: int
@@ -46,6 +47,7 @@ class ExpertsConfig:
     shared_gate: bool = True
     intermediate_size: int | None = None
     beside: bool = False
+    latent_size: int | None = None
     router: RouterConfig = RouterConfig()
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class ExpertsConfig:
             raise UserError(f"num_experts_per_tok {self.per_token} is not between 1 and the {self.count} experts")
         if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:
             raise UserError(f"shared_expert_intermediate_size is {self.shared_intermediate_size}: give at least 1")
+        if self.latent_size is not None and (self.beside or self.latent_size < 1):
+            raise UserError(f"moe_latent_size is {self.latent_size}: give at least 1, in the place of a feed-forward")
         self.router.check(self.count, self.per_token)
 
 
@@ -110,8 +114,8 @@ class ExpertLinear(nnx.Module):
 
 class Experts(nnx.Module):
     """The router and its experts, each of them down(activation(gate(x)) * up(x)), or without a gate
-    down(activation(up(x))); the shared one may be times sigmoid(shared_gate(x)). Beside a feed-forward the router reads x / rms(x) * router_scale / sqrt(D), and the chosen
-    weights are multiplied by their experts' `expert_scale`."""
+    down(activation(up(x))); the shared one may be times sigmoid(shared_gate(x)). Beside a feed-forward the router reads
+    x / rms(x) * router_scale / sqrt(D), and the chosen weights are multiplied by their experts' `expert_scale`."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
         experts: ExpertsConfig = config.experts
@@ -121,10 +125,15 @@ class Experts(nnx.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
         self.gated = config.gated
+        read = experts.latent_size or width
         if self.gated:
-            self.gate = ExpertLinear(f"{path}/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.up = ExpertLinear(f"{path}/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.down = ExpertLinear(f"{path}/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+            self.gate = ExpertLinear(f"{path}/gate", ("experts", "embed", "mlp"), (count, read, inner), lora, rngs)
+        self.up = ExpertLinear(f"{path}/up", ("experts", "embed", "mlp"), (count, read, inner), lora, rngs)
+        self.down = ExpertLinear(f"{path}/down", ("experts", "mlp", "embed"), (count, inner, read), lora, rngs)
+        if experts.latent_size is not None:
+            into, back = (f"{path}/latent_in", ("embed", "router")), (f"{path}/latent_out", ("router", "embed"))
+            self.latent_in = Linear(*into, (width, read), lora, rngs, config.mlp_bias)
+            self.latent_out = Linear(*back, (read, width), lora, rngs, config.mlp_bias)
         if experts.router.correction_bias:
             self.correction_bias = Weight(jnp.zeros((count,)), logical_axes=("router",))
         if experts.beside:
@@ -153,6 +162,8 @@ class Experts(nnx.Module):
             shares = shares * self.expert_scale[...].astype(shares.dtype)[chosen]
         if norm is not None:
             tokens = recomputed(norm)(x).reshape(tokens.shape)
+        if settings.latent_size is not None:
+            tokens = self.latent_in(x, dtype).reshape(-1, settings.latent_size)
         weight = counted.reshape(-1, 1)
         times = jax.nn.one_hot(chosen, settings.count, dtype=scores.dtype).sum(1)
         balance = Balance((times * weight).sum(0), (router.probabilities(scores) * weight).sum(0))
@@ -174,7 +185,9 @@ class Experts(nnx.Module):
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
             )(in_rows[0], in_rows[1], in_rows[2], weights)
-        mixed = mixed.reshape(x.shape)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        if settings.latent_size is not None:
+            mixed = self.latent_out(mixed, dtype)
         if settings.shared_intermediate_size is not None:
             mixed += self._of_shared(x, dtype)
         return mixed, balance

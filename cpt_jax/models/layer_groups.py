@@ -60,7 +60,9 @@ def with_copies(weights: Tree, config, order: Sequence[tuple[int, bool]]) -> Tre
         if path.startswith("layers/"):
             places = {layer: place for place, layer in enumerate(config.layers_with(path.removeprefix("layers/")))}
             # Its factor of the whole stream is one.
-            of_copies = 1 if path.endswith(LAYER_SCALAR) else 0 if path.split("/")[-2] in ("o", "down") else None
+            of_copies = (
+                1 if path.endswith(LAYER_SCALAR) else 0 if path.split("/")[-2] in ("o", "down", "latent_out") else None
+            )
             other = of_copies is not None
             kept = [(None if copy and other else leaf, places[layer]) for layer, copy in order if layer in places]
             flat[path] = _stack(kept, like=leaf, filled=of_copies)

@@ -30,6 +30,7 @@ _OF_LAYERS = (
     *(f"layers/latent_attention/{name}" for name in ("q", "q_a", "q_b", "kv_a", "kv_b", "o")),
     *(f"layers/lone_experts/{name}" for name in ("gate", "up", "down")),
     *(f"layers/lone_experts/shared/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/{name}" for name in ("latent_in", "latent_out")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),

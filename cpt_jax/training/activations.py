@@ -196,11 +196,15 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
         # with three steps of the activation and the product, that rounded, and the result (without a gate ReLU's sign and
         # value, that rounded); and the input of the router, and of the shared one.
-        of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
+        read = config.experts.latent_size or config.hidden_size
+        of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * read
         if not config.gated:
-            of_expert = (5 + item) * config.expert_size + (4 + item) * config.hidden_size
+            of_expert = (5 + item) * config.expert_size + (4 + item) * read
         inputs = 1 if config.experts.shared_intermediate_size is None else 2
         kept += config.experts.per_token * of_expert + 4 * inputs * config.hidden_size
+        if config.experts.latent_size is not None:
+            # Both of its products' inputs.
+            kept += item * (config.hidden_size + read)
         if config.experts_name == "experts":
             # What both norms behind are given, and the experts' own input.
             kept += 4 * 3 * config.hidden_size

@@ -168,7 +168,7 @@ def test_methods_come_back_from_json():
         ("qwen3_next", "not periodic, one value head a key head, not renormalised"),
         ("granitemoehybrid", "without experts, not periodic, groups, steps within limits"),
         ("nemotron_h", "as released"),
-        ("nemotron_h", "experts"),
+        ("nemotron_h", "experts and feed-forwards, groups, biases"),
         ("lfm2", "untied, biases, not periodic"),
         ("lfm3", "untied, biases, not periodic"),
         ("lfm2_moe", "untied, biases of convolutions, not renormalised"),

@@ -69,6 +69,11 @@ FAMILIES = {
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
     "glm4_moe": ("glm4_moe", "groups, norms of heads, two dense", LINEARS),
     "lfm2_moe": ("lfm2_moe", "as released", LINEARS),
+    "nemotron_h, experts in a smaller space": (
+        "nemotron_h",
+        "experts in a smaller space",
+        ("q", "up", "down", "latent_in", "latent_out"),
+    ),
     "nemotron_h, experts": ("nemotron_h", "experts", ("q", "k", "v", "up", "down")),
     "ernie4_5_moe": ("ernie4_5_moe", "as released", LINEARS),
     "minimax_m2": ("minimax_m2", "as released", LINEARS),

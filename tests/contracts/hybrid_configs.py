@@ -71,11 +71,18 @@ HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
         | ROUTED
         | dict(num_hidden_layers=6, hybrid_override_pattern="ME*EME", n_routed_experts=6)
         | dict(moe_shared_expert_intermediate_size=24, n_shared_experts=1),
+        # Nemotron 3 Super.
+        "experts in a smaller space": UNTIED
+        | NEMOTRON_H
+        | ROUTED
+        | dict(num_hidden_layers=4, hybrid_override_pattern="ME*E", n_routed_experts=6, moe_latent_size=16)
+        | dict(moe_shared_expert_intermediate_size=24),
         "experts and feed-forwards, groups, biases": TIED
         | NEMOTRON_H
         | ROUTED
         | dict(num_hidden_layers=5, hybrid_override_pattern="ME-E*", n_routed_experts=8, n_group=4, topk_group=2)
-        | dict(moe_shared_expert_intermediate_size=40, norm_topk_prob=False, mlp_bias=True, mlp_hidden_act="silu"),
+        | dict(moe_shared_expert_intermediate_size=40, norm_topk_prob=False, mlp_bias=True, mlp_hidden_act="silu")
+        | dict(moe_latent_size=12),
         "steps clipped": TIED
         | NEMOTRON_H
         | dict(num_hidden_layers=2, hybrid_override_pattern="*M", time_step_min=1.0, n_groups=1),

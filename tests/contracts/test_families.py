@@ -217,7 +217,11 @@ REFUSED = [
     ),
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
-    ("nemotron_h", dict(moe_latent_size=16), "moe_latent_size=16, which is not supported for model_type nemotron_h"),
+    (
+        "nemotron_h",
+        dict(hybrid_override_pattern="MEM*E", moe_latent_size=0),
+        "moe_latent_size is 0: give at least 1",
+    ),
     (
         "ernie4_5_moe",
         dict(moe_layer_end_index=1),

@@ -1,6 +1,7 @@
 """The first layers without experts, and experts chosen in groups, by a bias: however they are compiled, cut and grouped,
 the model is the same."""
 
+import dataclasses
 import functools
 
 import jax
@@ -62,9 +63,10 @@ def test_on_a_mesh_the_model_is_the_same(sizes):
 
 
 def lone_experts(**changes):
-    """Experts without gates in the place of what mixes tokens, in every other layer."""
+    """Experts without gates, in a smaller space, in the place of what mixes tokens, in every other layer."""
     kinds = dict(layer_kinds=(KINDS[1], LayerKind(rope=None, mixer=LoneExpertsConfig())), layer_pattern=(0, 1) * 2)
-    alone = dict(num_layers=4, feed_forward=False, gated=False, activation="relu2", experts=EXPERTS, attention="xla")
+    alone = dict(num_layers=4, feed_forward=False, gated=False, activation="relu2", attention="xla")
+    alone |= dict(experts=dataclasses.replace(EXPERTS, latent_size=16))
     return tiny_config(**kinds | alone | changes)
 
 
@@ -72,7 +74,8 @@ def test_unrolled_and_on_a_mesh_experts_alone_are_the_same():
     config = lone_experts()
     weights = jax.tree.map(jnp.asarray, random_weights(config, lora=LORA))
     right = value_and_gradients(config, weights, LORA)
-    assert flatten(right[1])["layers/lone_experts/shared/up/lora_a"].any()
+    for name in ("shared/up", "latent_out"):
+        assert flatten(right[1])[f"layers/lone_experts/{name}/lora_a"].any()
     assert_close(value_and_gradients(lone_experts(layer_loop="unroll"), weights, LORA), right)
     assert_close(on_mesh(config, dict(expert=2, fsdp=2, tensor=2), LORA), right)
 

@@ -83,7 +83,7 @@ FAMILIES = [
     ("deepseek_v3", "as released"),
     ("mistral4", "as released"),
     ("lfm2_moe", "as released"),
-    ("nemotron_h", "experts"),
+    ("nemotron_h", "experts in a smaller space"),
     ("ernie4_5_moe", "as released"),
     ("minimax_m2", "as released"),
     ("dots1", "windows, groups, biases"),

@@ -109,6 +109,10 @@ LONE_EXPERTS = dict(layer_kinds=(HYBRID_KINDS[1], LayerKind(rope=None, mixer=Lon
 LONE_EXPERTS |= dict(layer_pattern=(0, 1) * 3, feed_forward=False, activation="relu2", experts=DENSE_FIRST["experts"])
 KINDS = {
     "experts alone, without gates": (LONE_EXPERTS, Full()),
+    "experts alone, in a smaller space": (
+        LONE_EXPERTS | dict(experts=dataclasses.replace(LONE_EXPERTS["experts"], latent_size=64)),
+        Full(),
+    ),
     "experts alone, with adapters": (LONE_EXPERTS, LoRA(rank=4, alpha=8)),
     "norms of heads once they are rotated": (dict(qk_norm="rotated"), Full()),
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),

@@ -120,7 +120,7 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     """The parameters in which transformers 5 holds the experts of a layer."""
     if config.experts is None:
         return []
-    width, inner, count = config.hidden_size, config.expert_size, config.experts.count
+    width, inner, count = config.experts.latent_size or config.hidden_size, config.expert_size, config.experts.count
     family = family_for(hf_config)
     found, outer, path = [], getattr(family, "prefix", "model."), f"layers/{config.experts_name}"
     name = getattr(family, "EXPERTS", "mlp.experts" if config.experts_name == "mlp" else "experts")

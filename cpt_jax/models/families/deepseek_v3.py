@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1, Kimi K2, Moonlight: keys and values, and mostly queries, come from latents; experts are chosen by
+"""DeepSeek V3 and R1, Moonlight: keys and values, and mostly queries, come from latents; experts are chosen by
 sigmoids with a bias, in groups, in all but the first layers."""
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Nemotron-H, Nemotron Nano 2 and Nemotron 3 Nano: each layer is Mamba 2, or attention that turns nothing by positions, or
+"""Nemotron-H, Nemotron Nano 2 and Nemotron 3: each layer is Mamba 2, or attention that turns nothing by positions, or
 a feed-forward without a gate, or a few such experts, chosen as DeepSeek-V3 does; none has two of them."""
 
 import dataclasses
@@ -30,7 +30,7 @@ NOT_ADAPTED = ("out_proj",)
 # What predicts several tokens, which transformers does not read.
 BESIDE = ("mtp.",)
 EXPERTS = "mixer.experts"
-UNSUPPORTED = {"mamba_hidden_act": ("silu", "swish"), "moe_latent_size": (None,)}
+UNSUPPORTED = {"mamba_hidden_act": ("silu", "swish")}
 _MLP = {"up": "up_proj", "down": "down_proj"}
 _RENAMED = {
     "model.embed_tokens.": "backbone.embeddings.",
@@ -61,7 +61,11 @@ def config_from_hf(raw: dict) -> DecoderConfig:
 def _experts(hf: Any) -> ExpertsConfig:
     """The shared one has a width of its own."""
     experts = routed.experts_of(hf, hf.n_routed_experts, shared=0)
-    return dataclasses.replace(experts, shared_intermediate_size=hf.moe_shared_expert_intermediate_size)
+    return dataclasses.replace(
+        experts,
+        shared_intermediate_size=hf.moe_shared_expert_intermediate_size,
+        latent_size=hf.moe_latent_size,
+    )
 
 
 def _mamba2(hf: Any) -> Mamba2Config:
@@ -97,9 +101,19 @@ def weight_names(config: DecoderConfig) -> Names:
                 names |= _feed_forward_names(config, layer)
             case LoneExpertsConfig():
                 names |= experts_names(config, layer, "mixer", _MLP, shared="shared_experts")
+                names |= _latent_names(config, layer)
             case _:
                 names |= attention_names(config, layer)
     return renamed(names, _RENAMED)
+
+
+def _latent_names(config: DecoderConfig, layer: int) -> Names:
+    assert config.experts is not None
+    if config.experts.latent_size is None:
+        return {}
+    prefix, (path, place) = f"model.layers.{layer}.mixer", stack_of(config, layer, "lone_experts")
+    names = linear(f"{prefix}.fc1_latent_proj", f"{path}/latent_in", place, config.mlp_bias)
+    return names | linear(f"{prefix}.fc2_latent_proj", f"{path}/latent_out", place, config.mlp_bias)
 
 
 def _feed_forward_names(config: DecoderConfig, layer: int) -> Names:
