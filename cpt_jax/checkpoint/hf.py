@@ -148,6 +148,9 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
         members = len({place.member for place in places})
         rows = sum(shape(place)[0] for place in places) // members
         stack = () if places[0].member is None else (members,)
+        if places[0].columns is not None:
+            first, columns = shape(places[0])
+            return (*stack, first, columns * len(places) // members)
         return (*stack, rows, *shape(places[0])[1:])
 
     return {name: whole_shape(places) for name, places in names.items()}
@@ -173,7 +176,10 @@ class _Source:
         """These slices of it; of the file, only the rows they lie in are read."""
         wanted = slices[::-1] if self.place.transposed else slices
         rows, rest, part = wanted[0], wanted[1:], self.place.rows
-        if part is None:
+        if (of := self.place.columns) is not None:
+            array = self.file.read(self.name, rows, self.place.member)
+            array = array.reshape(len(array), -1, of.block)[..., of.first : of.last].reshape(len(array), -1)
+        elif part is None:
             array = self.file.read(self.name, rows, self.place.member)
         else:
             size = part.last - part.first

@@ -53,12 +53,15 @@ def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderCo
         return transposed(array) if place.transposed else array
 
     matrices = [matrix(place) for place in places]
-    if places[0].rows is None:
+    columns = places[0].columns is not None
+    parts = [place.columns if columns else place.rows for place in places]
+    if parts[0] is None:
         return matrices[0]
-    # Block by block, the rows of one part behind those of the other.
-    sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
-    blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
-    return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
+    # Block by block, the rows (or columns) of one part behind those of the other.
+    shape, sizes = matrices[0].shape, [part.last - part.first for part in parts if part is not None]
+    before, after = (shape[:-1], ()) if columns else ((), shape[1:])
+    blocks = [each.reshape(*before, -1, size, *after) for each, size in zip(matrices, sizes, strict=True)]
+    return np.concatenate(blocks, axis=len(before) + 1).reshape(*before, -1, *after)
 
 
 def _rows(place: Place, flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -35,7 +35,7 @@ class ExpertsConfig:
     width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), if `shared_gate` weighted by a
     sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of
     experts that stand beside a feed-forward (Gemma 4), with scales of the router's input and of each expert; None: they
-    are in its place."""
+    are in its place. `bias`: router and experts have biases. `swiglu`: what takes the place of activation(gate) * up."""
 
     count: int
     per_token: int
@@ -44,12 +44,27 @@ class ExpertsConfig:
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
     intermediate_size: int | None = None
+    bias: bool = False
+    swiglu: "ClampedSwiGLU | None" = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
             raise UserError(f"num_experts_per_tok {self.per_token} is not between 1 and the {self.count} experts")
         if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:
             raise UserError(f"shared_expert_intermediate_size is {self.shared_intermediate_size}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """gate * sigmoid(alpha * gate) * (up + 1), gates cut off above `limit` and ups beyond it on both sides (gpt-oss:
+    OpenAI 2025, arXiv 2508.10925)."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Float[Array, "N i"], up: Float[Array, "N i"]) -> Float[Array, "N i"]:
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
 
 
 class Balance(NamedTuple):
@@ -74,10 +89,13 @@ def load_balancing_loss(balance: Balance, counted: Float[Array, ""]) -> Float[Ar
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix an expert [E, i, o], with its optional adapters."""
+    """One matrix an expert [E, i, o], with its optional bias [E, o] and adapters."""
 
-    def __init__(self, path: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
+    def __init__(
+        self, path: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs, bias: bool
+    ) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
+        self.bias = Weight(jnp.zeros((shape[0], shape[2])), logical_axes=(axes[0], axes[2])) if bias else None
         self.adapter = lora.adapter(path) if lora is not None else None
         if self.adapter is not None:
             for field in ("dora", "dropout"):
@@ -89,7 +107,11 @@ class ExpertLinear(nnx.Module):
 
     def weights(self) -> dict[str, Any]:
         """Its arrays by name."""
-        names = ("kernel", "lora_a", "lora_b") if self.adapter is not None else ("kernel",)
+        names = (
+            "kernel",
+            *(("bias",) if self.bias is not None else ()),
+            *(("lora_a", "lora_b") if self.adapter is not None else ()),
+        )
         return {name: getattr(self, name).get_value() for name in names}
 
     def specs(self, weights: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +127,7 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The router and its experts, each of them down(activation(gate(x)) * up(x)); the shared one may be times
+    """The router and its experts, each of them down(activation(gate(x)) * up(x)), or with another product; the shared one may be times
     sigmoid(shared_gate(x)). Beside a feed-forward the router reads x / rms(x) * router_scale / sqrt(D), and the chosen
     weights are multiplied by their experts' `expert_scale`."""
 
@@ -116,9 +138,14 @@ class Experts(nnx.Module):
         self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
-        self.gate = ExpertLinear(f"{path}/gate", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.up = ExpertLinear(f"{path}/up", ("experts", "embed", "mlp"), (count, width, inner), lora, rngs)
-        self.down = ExpertLinear(f"{path}/down", ("experts", "mlp", "embed"), (count, inner, width), lora, rngs)
+        self.router_bias = Weight(jnp.zeros((count,)), logical_axes=("router",)) if experts.bias else None
+
+        def linear(name: str, axes: tuple[str, ...], *sizes: int) -> ExpertLinear:
+            return ExpertLinear(f"{path}/{name}", ("experts", *axes), (count, *sizes), lora, rngs, experts.bias)
+
+        self.gate = linear("gate", ("embed", "mlp"), width, inner)
+        self.up = linear("up", ("embed", "mlp"), width, inner)
+        self.down = linear("down", ("mlp", "embed"), inner, width)
         if experts.intermediate_size is not None:
             self.router_scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
             self.expert_scale = Weight(jnp.ones((count,)), logical_axes=("router",))
@@ -138,7 +165,10 @@ class Experts(nnx.Module):
         tokens, beside = x.reshape(-1, x.shape[-1]), self.settings.intermediate_size is not None
         read = recomputed(self._scaled)(tokens) if beside else tokens
         # The router is small, and a wrong choice is not: it computes in the residual's own type.
-        probabilities = jax.nn.softmax(matmul(read, self.router[...], tokens.dtype), axis=-1)
+        scores = matmul(read, self.router[...], tokens.dtype)
+        if self.router_bias is not None:
+            scores += self.router_bias[...].astype(scores.dtype)[None]
+        probabilities = jax.nn.softmax(scores, axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
         if self.settings.renormalise:
             shares /= shares.sum(-1, keepdims=True)
@@ -151,8 +181,13 @@ class Experts(nnx.Module):
         balance = Balance((times * weight).sum(0), (probabilities * weight).sum(0))
         linears = {"gate": self.gate, "up": self.up, "down": self.down}
         weights = {name: linear.weights() for name, linear in linears.items()}
+        # Of what devices with a part of the wide axis give, the sum is taken: down's bias is added once, behind it.
+        last = weights["down"].pop("bias", None)
         scales = {name: linear.adapter.scale for name, linear in linears.items() if linear.adapter is not None}
-        compute = functools.partial(_computed, scales=scales, activation=self.activation, dtype=dtype)
+        # Of the cut-off one, computed again, two numbers are kept, not eight.
+        own = self.settings.swiglu
+        product = (lambda gate, up: self.activation(gate) * up) if own is None else recomputed(own)
+        compute = functools.partial(_computed, scales=scales, product=product, dtype=dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             mixed = compute(tokens, chosen, shares, weights, first=0)
@@ -167,6 +202,9 @@ class Experts(nnx.Module):
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
             )(in_rows[0], in_rows[1], in_rows[2], weights)
+        if last is not None:
+            each = jax.nn.one_hot(chosen, self.settings.count, dtype=shares.dtype)
+            mixed = mixed.reshape(tokens.shape) + matmul((each * shares[..., None]).sum(1), last, shares.dtype)
         mixed = mixed.reshape(x.shape)
         if self.settings.shared_intermediate_size is not None:
             mixed += self._of_shared(x, dtype)
@@ -210,7 +248,7 @@ def _computed(
     *,
     first: Int[Array, ""] | int,
     scales: dict[str, float],
-    activation,
+    product: Callable[[Array, Array], Array],
     dtype: jnp.dtype,
 ) -> Float[Array, "N D"]:
     """The share that experts `first`, `first` + 1, ... (as many as `weights` hold) have in each token's output."""
@@ -225,11 +263,14 @@ def _computed(
     def linear(name: str, x: Float[Array, "N i"]) -> Float[Array, "N o"]:
         matrices = weights[name]
         y = grouped_matmul(x, matrices["kernel"], sizes, dtype)
+        if "bias" in matrices:
+            # Rows of other devices' experts stay zero.
+            y += jnp.take(matrices["bias"], group[order], axis=0, mode="fill", fill_value=0).astype(y.dtype)
         if "lora_a" in matrices:
             low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scales[name]
             y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)
         return y
 
-    outputs = linear("down", activation(linear("gate", rows)) * linear("up", rows))
+    outputs = linear("down", product(linear("gate", rows), linear("up", rows)))
     outputs *= shares.reshape(-1)[order][:, None]
     return jnp.zeros(tokens.shape, outputs.dtype).at[order // chosen.shape[1]].add(outputs)

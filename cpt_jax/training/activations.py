@@ -165,8 +165,10 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
         kept += item * config.layer_input_size + 4 * config.hidden_size
     if config.experts is not None:
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
-        # with three steps of the activation and the product, that rounded, and the result; and the router's input.
-        of_expert = (20 + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
+        # with three steps of the activation and the product (of one with limits they alone), that rounded, and the result;
+        # and the router's input.
+        steps = 20 if config.experts.swiglu is None else 8
+        of_expert = (steps + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
         kept += config.experts.per_token * of_expert + 4 * config.hidden_size
         if config.experts_name == "experts":
             # What both norms behind are given, and the experts' own input.

@@ -16,6 +16,7 @@ from cpt_jax.models.families import (
     gemma4,
     glm4,
     gpt_neox,
+    gpt_oss,
     granite,
     granitemoehybrid,
     lfm2,
@@ -55,6 +56,7 @@ _FILES = (
     gemma4,
     glm4,
     gpt_neox,
+    gpt_oss,
     granite,
     granitemoehybrid,
     lfm2,
@@ -82,8 +84,8 @@ _FILES = (
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
 # MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT
-# refuses; BESIDE (or `unread(config)`), how tensors begin that go along as they are; and STACKED, where its experts always
-# lie in stacks.
+# refuses; BESIDE (or `unread(config)`), how tensors begin that go along as they are; STACKED, where its experts always
+# lie in stacks; and PARTS, which of a stack's outputs are gates and which ups, where these do not lie behind those.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 
