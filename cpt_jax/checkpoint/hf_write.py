@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.checkpoint.hf import CHUNK_VALUES, names_in, tensor_shapes, tensors_of
+from cpt_jax.checkpoint.mxfp4 import Mxfp4
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
 from cpt_jax.core.storage import atomic_directory, write_bytes_atomic
@@ -96,7 +97,7 @@ class _Copied:
     """A tensor that is none of the text model's, as another directory has it."""
 
     name: str
-    file: SafetensorsFile
+    file: SafetensorsFile | Mxfp4
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,6 +149,8 @@ def save(
             rows["vocab_size_per_layer_input"] = config.total_rows
         saved_config = with_text_fields(hf_config, rows) | {"dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
+        # What was read from few bits is written in `dtype`.
+        saved_config.pop("quantization_config", None)
         # Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no word for them.
         write_bytes_atomic(
             out / "config.json", (json.dumps(saved_config, ensure_ascii=False, indent=2) + "\n").encode()

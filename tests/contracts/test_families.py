@@ -196,6 +196,11 @@ def packed_and_padded(ours: Ours) -> None:
 
 # What a config of a family may not ask for, and what is said.
 REFUSED = [
+    (
+        "gpt_oss",
+        dict(quantization_config=dict(quant_method="gptq", bits=4)),
+        "quantization_config={'quant_method': 'gptq', 'bits': 4}, which is not supported for model_type gpt_oss",
+    ),
     ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0, which is not supported for model_type olmoe"),
     (
         "qwen2_moe",
