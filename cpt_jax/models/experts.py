@@ -264,8 +264,8 @@ def _computed(
         matrices = weights[name]
         y = grouped_matmul(x, matrices["kernel"], sizes, dtype)
         if "bias" in matrices:
-            # Rows of other devices' experts stay zero.
-            y += jnp.take(matrices["bias"], group[order], axis=0, mode="fill", fill_value=0).astype(y.dtype)
+            # Of rows of other devices' experts, which are given some bias too, down's product makes zero.
+            y += jnp.take(matrices["bias"], group[order], axis=0, mode="clip").astype(y.dtype)
         if "lora_a" in matrices:
             low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scales[name]
             y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)

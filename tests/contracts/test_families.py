@@ -267,6 +267,14 @@ def test_what_a_family_does_not_support_is_refused_by_name(model_type, changes, 
         family_for(raw).config_from_hf(raw)
 
 
+def test_the_balance_of_gpt_oss_counts_where_transformers_counts_it():
+    raw = config_json("gpt_oss", "as released")
+    for asked, expected in ((False, 0.0), (True, 0.9)):
+        experts = family_for(raw).config_from_hf(raw | dict(output_router_logits=asked)).experts
+        assert experts is not None
+        assert experts.balance_coefficient == expected
+
+
 def test_infinities_are_read_as_transformers_writes_them():
     raw = config_json("granitemoehybrid", "biases of projections")
     written = raw | dict(time_step_limit=[0.0, {"__float__": "Infinity"}])

@@ -21,6 +21,7 @@ from cpt_jax.models.kernels.gpu import document_table
 from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
 from cpt_jax.models.rope import Rope
+from cpt_jax.recipe import model as model_module
 from cpt_jax.recipe.model import Model
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
@@ -301,6 +302,15 @@ def test_a_run_takes_its_kernel_once():
     assert model.attending("xla", 1024, BFLOAT16).config.attention == "xla"
     with pytest.raises(UserError, match="attention 'splash' needs a TPU, this is a cpu"):
         model.attending("splash", 1024, BFLOAT16)
+
+
+def test_a_run_of_a_model_with_sinks_takes_no_kernel_without(monkeypatch):
+    monkeypatch.setattr(model_module.hardware, "backend", lambda: "gpu")
+    monkeypatch.setattr(model_module.hardware, "compute_capability", lambda: 9.0)
+    for sinks, kernel in ((False, "cudnn"), (True, "xla")):
+        config = tiny_config(attention_sinks=sinks)
+        model = Model(config=config, weights={}, hf_config={})
+        assert model.attending("auto", 1024, BFLOAT16).config.attention == kernel
 
 
 def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
