@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.checkpoint.peft import save_adapter
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, logits
+from cpt_jax.models.families.composite import auto_class
 from cpt_jax.models.vocab_table import NEW_ROWS as NEW_ROWS_OF_TABLES
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 40))
@@ -24,9 +26,10 @@ def theirs(directory, adapter=None, **options) -> np.ndarray:
     """transformers' logits, with an adapter as PEFT applies it."""
     import peft
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", **options)
+    auto = getattr(transformers, auto_class(read_config(directory)))
+    model = auto.from_pretrained(directory, attn_implementation="eager", **options)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
-from cpt_jax.models.linear import LAYER_SCALAR, LoRAConfig
+from cpt_jax.models.linear import CONSTANTS, LoRAConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,17 @@ class Expand:
             groups += [(f"kept_{number}", copied + 1 - first), (f"added_{number}", 1)]
             first = copied + 1
         order = self.order(config.num_layers)
+        dense = sum(layer < config.dense_layers for layer, _ in order)
         return dataclasses.replace(
             config,
             num_layers=len(order),
+            dense_layers=dense,
             layer_pattern=None if pattern is None else tuple(pattern[layer] for layer, _ in order),
             layer_groups=tuple(groups),
         )
 
     def trains(self, path: str) -> bool:
-        return path.startswith("layers/added_") and not path.endswith(LAYER_SCALAR)
+        return path.startswith("layers/added_") and not path.endswith(CONSTANTS)
 
 
 def usual_blocks(layers: int) -> int:
@@ -73,10 +75,10 @@ def expanded_hf_config(hf_config: dict, config: DecoderConfig) -> dict:
     family = family_for(hf_config)
     text = family.text if isinstance(family, Composite) else family
     if hasattr(text, "layer_fields"):
-        fields |= text.layer_fields(kinds)
+        fields |= text.layer_fields(config)
     grown = with_text_fields(hf_config, fields)
     read = family_for(grown).config_from_hf(grown)
-    for field in ("num_layers", "layer_kinds", "layer_pattern"):
+    for field in ("num_layers", "dense_layers", "layer_kinds", "layer_pattern"):
         if getattr(read, field) != getattr(config, field):
             raise UserError(f"Expand: the config.json of {hf_config['model_type']} cannot describe the deeper model")
     return grown

@@ -10,7 +10,7 @@ from cpt_jax.core.tree import flatten, match
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.layer_groups import without_group
-from cpt_jax.models.linear import ADAPTER_LEAVES, LAYER_SCALAR, LINEARS, LoRAConfig, Scaling
+from cpt_jax.models.linear import ADAPTER_LEAVES, CONSTANTS, LINEARS, LoRAConfig, Scaling
 from cpt_jax.models.vocab_table import NEW_ROWS, TABLES
 
 
@@ -120,12 +120,13 @@ class ByPath:
         whole = path if self.layers is None else without_group(path, ("before", "chosen", "after"))
         if self.layers is not None and path.startswith("layers/") and not path.startswith("layers/chosen/"):
             return False
-        return not path.endswith(LAYER_SCALAR) and any(fnmatch.fnmatchcase(whole, each) for each in self.patterns)
+        return not path.endswith(CONSTANTS) and any(fnmatch.fnmatchcase(whole, each) for each in self.patterns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full:
-    """Every weight, but for what released models keep as a constant (Gemma 4's factors of layers)."""
+    """Every weight, but for what released models keep as a constant (Gemma 4's factors of layers) or balance experts
+    with (a router's correction bias)."""
 
     def lora_config(self) -> LoRAConfig | None:
         return None
@@ -134,7 +135,7 @@ class Full:
         return config
 
     def trains(self, path: str) -> bool:
-        return not path.endswith(LAYER_SCALAR)
+        return not path.endswith(CONSTANTS)
 
 
 # `lora_config` says which adapters are attached; `layout` how the model is laid out to train, or raises a UserError

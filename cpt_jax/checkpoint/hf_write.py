@@ -21,6 +21,7 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, with_text_fields
 from cpt_jax.models.families.schema import Place
+from cpt_jax.models.linear import CORRECTION_BIAS
 from cpt_jax.models.vocab_table import TABLES
 
 # Files of a model directory that are not weights and go along unchanged: the tokenizer's, and others.
@@ -138,8 +139,11 @@ def save(
     held = tensors_of(origin) if origin is not None else {}
     names, beside = names_in(family, held, config)
     shapes = tensor_shapes(config, names)
+    # A correction bias of 16 bits would choose other experts; transformers keeps it in float32 too.
+    exact = {name for name, places in names.items() if places[0].path.endswith(CORRECTION_BIAS)}
     tensors: list[tuple[Tensor, np.dtype]] = [
-        (_Written(name, shapes[name], places, flat, config), dtype) for name, places in names.items()
+        (_Written(name, shapes[name], places, flat, config), np.dtype(np.float32) if name in exact else dtype)
+        for name, places in names.items()
     ]
     tensors += [(_Copied(name, held[name]), held[name].tensors[name].dtype) for name in beside]
     with atomic_directory(Path(directory)) as out:

@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         lora: LoRAConfig | None,
         rngs: nnx.Rngs,
         *,
-        path: str = "layers/attention",
+        path: str,
         sharing: bool = False,
     ) -> None:
         self.heads, self.head_dim = config.num_heads, config.head_dim if sizes is None else sizes.head_dim

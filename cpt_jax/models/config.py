@@ -1,16 +1,17 @@
 """Sizes of a decoder, and how its blocks are made."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layer_groups import LayerGroups
 from cpt_jax.models.linear import ACTIVATIONS
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import DynamicNTK, Rope, Yarn
@@ -18,10 +19,28 @@ from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
 
 ATTENTION = "attention"
-# The stack of the layers that take others' keys and values, within that of the layers.
-SHARING = "sharing"
+# The stacks of the first layers, which have no experts, and of those that take others' keys and values, within that of the
+# layers.
+DENSE, SHARING = "dense", "sharing"
 # What else mixes tokens.
-Mixer = DeltaNetConfig | GlobalAttention | LoneFeedForwardConfig | Mamba2Config | ShortConvConfig | SideBySideConfig
+Mixer = (
+    DeltaNetConfig
+    | GlobalAttention
+    | LatentAttentionConfig
+    | LoneExpertsConfig
+    | LoneFeedForwardConfig
+    | Mamba2Config
+    | ShortConvConfig
+    | SideBySideConfig
+)
+
+
+class Heads(NamedTuple):
+    """Widths of each head's keys (and queries) and values, and how many heads keys and values have."""
+
+    keys: int
+    values: int
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +59,7 @@ class LayerKind:
     @property
     def attends(self) -> bool:
         """Whether attention mixes tokens."""
-        return self.mixer is None or isinstance(self.mixer, GlobalAttention | SideBySideConfig)
+        return self.mixer is None or isinstance(self.mixer, GlobalAttention | LatentAttentionConfig | SideBySideConfig)
 
     @property
     def mixer_name(self) -> str:
@@ -83,6 +102,8 @@ class DecoderConfig:
     The last `sharing_layers` have no keys and values: they take those of the last layer before them that has their
     heads. They are a stack of their own, "layers/sharing", whose feed-forward is `sharing_intermediate_size` wide
     (default: as the others').
+
+    The first `dense_layers` have a feed-forward in the place of experts; they are a stack of their own, "layers/dense".
 
     `layer_loop`: "scan" compiles one layer; "unroll" compiles all of them, which takes several times as long and
     runs about a fifth faster on a CPU, a twentieth on a GPU. `remat`: what the backward pass recomputes (None: nothing). `attention`
@@ -128,6 +149,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     activation: str = "silu"
     experts: ExpertsConfig | None = None
+    dense_layers: int = 0
     gate_scale: float | None = None
     down_scale: float | None = None
     embedding_scale: float | None = None
@@ -142,7 +164,7 @@ class DecoderConfig:
     runs: bool = False
 
     def __post_init__(self) -> None:
-        for _, groups in map(self.heads_of, self.layer_kinds):
+        for groups in (self.heads_of(kind).groups for kind in self.layer_kinds):
             if self.num_heads % groups:
                 raise UserError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {groups}")
         if self.activation not in ACTIVATIONS:
@@ -155,6 +177,10 @@ class DecoderConfig:
             raise UserError(f"layer_groups {self.layer_groups} do not have {self.num_layers} layers together")
         if self.sharing_layers and self.experts is not None:
             raise UserError("layers that take keys and values of others have no experts")
+        if self.dense_layers and (self.experts is None or not 0 < self.dense_layers < self.num_layers):
+            raise UserError(
+                f"the first {self.dense_layers} of {self.num_layers} layers have no experts: the others must"
+            )
         mixers, own = self.layer_mixers, self.num_layers - self.sharing_layers
         if lacking := [mixer for mixer in mixers[own:] if mixer not in mixers[:own]]:
             raise UserError(
@@ -166,30 +192,43 @@ class DecoderConfig:
         """The kind of each layer."""
         return tuple(self.layer_kinds[kind] for kind in self.layer_pattern or (0,) * self.num_layers)
 
-    def heads_of(self, kind: LayerKind) -> tuple[int, int]:
-        """(head_dim, key heads) of the attention of a kind of layers."""
-        sizes = kind.mixer if isinstance(kind.mixer, GlobalAttention) else self
-        return sizes.head_dim, sizes.num_kv_heads
+    def heads_of(self, kind: LayerKind) -> Heads:
+        """Of the attention of a kind of layers."""
+        if isinstance(mixer := kind.mixer, LatentAttentionConfig):
+            return Heads(mixer.head_dim, mixer.value_dim, self.num_heads)
+        sizes = mixer if isinstance(mixer, GlobalAttention) else self
+        return Heads(sizes.head_dim, sizes.head_dim, sizes.num_kv_heads)
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
         """The subtree of each layer's weights that mixes tokens."""
         return tuple(kind.mixer_name for kind in self.kind_of_layer)
 
+    @property
+    def sections(self) -> dict[str, range]:
+        """The layers of each stack that is apart from the others, by its name; "": those of the others."""
+        dense, own = self.dense_layers, self.num_layers - self.sharing_layers
+        return {"": range(dense, own), DENSE: range(dense), SHARING: range(own, self.num_layers)}
+
+    def section_of(self, layer: int) -> str:
+        """The name of the stack that a layer is in."""
+        return next(name for name, layers in self.sections.items() if layer in layers)
+
     def layers_with(self, inner: str) -> tuple[int, ...]:
         """The numbers of the layers that have a weight, by its path within a layer: those that the stack of it holds."""
-        part, mixers, own = inner.partition("/")[0], self.layer_mixers, self.num_layers - self.sharing_layers
-        layers = range(own)
-        if part == SHARING:
-            part, layers = inner.split("/")[1], range(own, self.num_layers)
-        return tuple(n for n in layers if part not in mixers or mixers[n] == part)
+        first, _, rest = inner.partition("/")
+        section = first if first in (DENSE, SHARING) else ""
+        part, mixers = rest.partition("/")[0] if section else first, self.layer_mixers
+        return tuple(n for n in self.sections[section] if part not in mixers or mixers[n] == part)
 
     @property
     def experts_name(self) -> str | None:
         """The subtree of a layer's weights that holds its experts."""
         if self.experts is None:
             return None
-        return "mlp" if self.experts.intermediate_size is None else "experts"
+        if not self.feed_forward:
+            return LoneExpertsConfig.name
+        return "experts" if self.experts.beside else "mlp"
 
     @property
     def expert_size(self) -> int:

@@ -76,19 +76,19 @@ class DeltaNet(nnx.Module):
     """o(norm(rule(q, k, v)) * silu(gate(x))), where q, k, v are projections behind the convolution and SiLU, q and k of
     length one; a token's decay is exp(-exp(a_log) softplus(decay(x))), its beta sigmoid(beta(x))."""
 
-    def __init__(self, config, sizes: DeltaNetConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(self, config, sizes: DeltaNetConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str) -> None:
         self.sizes = sizes
         # As in `FeedForward`.
         self.apart = config.layer_loop == "unroll" and config.remat is None
         width, heads = config.hidden_size, sizes.value_heads
 
         def linear(name: str, outputs: int, bias: bool = False) -> Linear:
-            return Linear(f"layers/delta_net/{name}", ("embed", "heads"), (width, outputs), lora, rngs, bias)
+            return Linear(f"{path}/{name}", ("embed", "heads"), (width, outputs), lora, rngs, bias)
 
         self.q, self.k, self.v = linear("q", sizes.keys), linear("k", sizes.keys), linear("v", sizes.values)
         self.gate = linear("gate", sizes.values)
         self.beta, self.decay = linear("beta", heads), linear("decay", heads, bias=True)
-        self.o = Linear("layers/delta_net/o", ("heads", "embed"), (sizes.values, width), lora, rngs)
+        self.o = Linear(f"{path}/o", ("heads", "embed"), (sizes.values, width), lora, rngs)
         self.conv = Weight(
             jax.random.normal(rngs.params(), (sizes.channels, 1, sizes.kernel_size)) * sizes.kernel_size**-0.5,
             logical_axes=("hidden", "hidden", "hidden"),

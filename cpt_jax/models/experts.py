@@ -24,18 +24,20 @@ from cpt_jax.models.norms import unit_rms
 from cpt_jax.models.products import grouped_matmul, matmul
 from cpt_jax.models.quantised import OfStack, own_layer
 from cpt_jax.models.remat import recomputed
+from cpt_jax.models.router import RouterConfig
 from cpt_jax.sharding.mesh import AXES
 from cpt_jax.sharding.rules import RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """`per_token` of `count` experts serve a token, weighted by the router's softmax; `renormalise` makes the chosen
-    weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
+    """`per_token` of `count` experts serve a token, chosen and weighted as the `router` says; `renormalise` makes the
+    chosen weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
     width of an expert that serves every token besides (Dai et al. 2024, arXiv 2401.06066), if `shared_gate` weighted by a
-    sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of
-    experts that stand beside a feed-forward (Gemma 4), with scales of the router's input and of each expert; None: they
-    are in its place. `bias`: router and experts have biases. `swiglu`: what takes the place of activation(gate) * up."""
+    sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of each
+    expert (None: the decoder's). `beside`: they stand beside a feed-forward (Gemma 4), with scales of the router's input
+    and of each expert, not in its place. `bias`: router and experts have biases. `swiglu`: what takes the place of
+    activation(gate) * up."""
 
     count: int
     per_token: int
@@ -44,6 +46,8 @@ class ExpertsConfig:
     shared_intermediate_size: int | None = None
     shared_gate: bool = True
     intermediate_size: int | None = None
+    beside: bool = False
+    router: RouterConfig = RouterConfig()
     bias: bool = False
     swiglu: "ClampedSwiGLU | None" = None
 
@@ -52,6 +56,7 @@ class ExpertsConfig:
             raise UserError(f"num_experts_per_tok {self.per_token} is not between 1 and the {self.count} experts")
         if self.shared_intermediate_size is not None and self.shared_intermediate_size < 1:
             raise UserError(f"shared_expert_intermediate_size is {self.shared_intermediate_size}: give at least 1")
+        self.router.check(self.count, self.per_token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +132,8 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The router and its experts, each of them down(activation(gate(x)) * up(x)), or with another product; the shared one may be times
-    sigmoid(shared_gate(x)). Beside a feed-forward the router reads x / rms(x) * router_scale / sqrt(D), and the chosen
+    """The router and its experts, each of them down(activation(gate(x)) * up(x)), or with another product, or without a
+    gate down(activation(up(x))); the shared one may be times sigmoid(shared_gate(x)). Beside a feed-forward the router reads x / rms(x) * router_scale / sqrt(D), and the chosen
     weights are multiplied by their experts' `expert_scale`."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
@@ -143,16 +148,20 @@ class Experts(nnx.Module):
         def linear(name: str, axes: tuple[str, ...], *sizes: int) -> ExpertLinear:
             return ExpertLinear(f"{path}/{name}", ("experts", *axes), (count, *sizes), lora, rngs, experts.bias)
 
-        self.gate = linear("gate", ("embed", "mlp"), width, inner)
+        self.gated = config.gated
+        if self.gated:
+            self.gate = linear("gate", ("embed", "mlp"), width, inner)
         self.up = linear("up", ("embed", "mlp"), width, inner)
         self.down = linear("down", ("mlp", "embed"), inner, width)
-        if experts.intermediate_size is not None:
+        if experts.router.correction_bias:
+            self.correction_bias = Weight(jnp.zeros((count,)), logical_axes=("router",))
+        if experts.beside:
             self.router_scale = Weight(jnp.ones((width,)), logical_axes=("hidden",))
             self.expert_scale = Weight(jnp.ones((count,)), logical_axes=("router",))
         if (size := experts.shared_intermediate_size) is not None:
-            self.shared = FeedForward(config, lora, rngs, path="layers/mlp/shared", intermediate_size=size)
+            self.shared = FeedForward(config, lora, rngs, path=f"{path}/shared", intermediate_size=size)
             if experts.shared_gate:
-                self.shared_gate = Linear("layers/mlp/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
+                self.shared_gate = Linear(f"{path}/shared_gate", ("embed", "router"), (width, 1), lora, rngs)
 
     def __call__(
         self,
@@ -162,31 +171,30 @@ class Experts(nnx.Module):
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B S D"], Balance]:
         """What the experts make of x, or of what `norm` makes of it: the router reads x itself."""
-        tokens, beside = x.reshape(-1, x.shape[-1]), self.settings.intermediate_size is not None
-        read = recomputed(self._scaled)(tokens) if beside else tokens
+        tokens, settings, router = x.reshape(-1, x.shape[-1]), self.settings, self.settings.router
+        read = recomputed(self._scaled)(tokens) if settings.beside else tokens
         # The router is small, and a wrong choice is not: it computes in the residual's own type.
-        scores = matmul(read, self.router[...], tokens.dtype)
+        logits = matmul(read, self.router[...], tokens.dtype)
         if self.router_bias is not None:
-            scores += self.router_bias[...].astype(scores.dtype)[None]
-        probabilities = jax.nn.softmax(scores, axis=-1)
-        shares, chosen = jax.lax.top_k(probabilities, self.settings.per_token)
-        if self.settings.renormalise:
-            shares /= shares.sum(-1, keepdims=True)
-        if beside:
+            logits += self.router_bias[...].astype(logits.dtype)[None]
+        scores = router.scores_of(logits)
+        bias = self.correction_bias[...] if router.correction_bias else None
+        shares, chosen = router.choice(scores, bias, settings.per_token, settings.renormalise)
+        if settings.beside:
             shares = shares * self.expert_scale[...].astype(shares.dtype)[chosen]
         if norm is not None:
             tokens = recomputed(norm)(x).reshape(tokens.shape)
         weight = counted.reshape(-1, 1)
-        times = jax.nn.one_hot(chosen, self.settings.count, dtype=probabilities.dtype).sum(1)
-        balance = Balance((times * weight).sum(0), (probabilities * weight).sum(0))
-        linears = {"gate": self.gate, "up": self.up, "down": self.down}
+        times = jax.nn.one_hot(chosen, settings.count, dtype=scores.dtype).sum(1)
+        balance = Balance((times * weight).sum(0), (router.probabilities(scores) * weight).sum(0))
+        linears = {"up": self.up, "down": self.down} | ({"gate": self.gate} if self.gated else {})
         weights = {name: linear.weights() for name, linear in linears.items()}
         # Of what devices with a part of the wide axis give, the sum is taken: down's bias is added once, behind it.
         last = weights["down"].pop("bias", None)
         scales = {name: linear.adapter.scale for name, linear in linears.items() if linear.adapter is not None}
         # Of the cut-off one, computed again, two numbers are kept, not eight.
-        own = self.settings.swiglu
-        product = (lambda gate, up: self.activation(gate) * up) if own is None else recomputed(own)
+        usual, own = functools.partial(_product, self.activation), settings.swiglu
+        product = usual if own is None else recomputed(own)
         compute = functools.partial(_computed, scales=scales, product=product, dtype=dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
@@ -203,10 +211,10 @@ class Experts(nnx.Module):
                 out_specs=rows,
             )(in_rows[0], in_rows[1], in_rows[2], weights)
         if last is not None:
-            each = jax.nn.one_hot(chosen, self.settings.count, dtype=shares.dtype)
+            each = jax.nn.one_hot(chosen, settings.count, dtype=shares.dtype)
             mixed = mixed.reshape(tokens.shape) + matmul((each * shares[..., None]).sum(1), last, shares.dtype)
         mixed = mixed.reshape(x.shape)
-        if self.settings.shared_intermediate_size is not None:
+        if settings.shared_intermediate_size is not None:
             mixed += self._of_shared(x, dtype)
         return mixed, balance
 
@@ -227,7 +235,7 @@ def _spread(tokens, chosen, shares, weights, *, specs, compute):
     flat = (part.reshape(-1, part.shape[-1]) for part in (tokens, chosen, shares))
     gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in flat)
     weights = jax.tree.map(_varying, weights, weight_specs)
-    own = weights["gate"]["kernel"].shape[0]
+    own = weights["up"]["kernel"].shape[0]
     part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
     return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True).reshape(shape)
 
@@ -240,6 +248,12 @@ def _varying(array: Array, spec: PartitionSpec) -> Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
+def _product(activation, *inner: Array) -> Array:
+    """activation(gate) * up, or activation(up)."""
+    first, *rest = inner
+    return activation(first) * rest[0] if rest else activation(first)
+
+
 def _computed(
     tokens: Float[Array, "N D"],
     chosen: Int[Array, "N k"],
@@ -248,11 +262,11 @@ def _computed(
     *,
     first: Int[Array, ""] | int,
     scales: dict[str, float],
-    product: Callable[[Array, Array], Array],
+    product: Callable[..., Array],
     dtype: jnp.dtype,
 ) -> Float[Array, "N D"]:
     """The share that experts `first`, `first` + 1, ... (as many as `weights` hold) have in each token's output."""
-    own = weights["gate"]["kernel"].shape[0]
+    own = weights["up"]["kernel"].shape[0]
     local = chosen.reshape(-1) - first
     group = jnp.where((local >= 0) & (local < own), local, own)
     # Sorted by expert; those of other devices' experts come last, and belong to no group.
@@ -271,6 +285,6 @@ def _computed(
             y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)
         return y
 
-    outputs = linear("down", product(linear("gate", rows), linear("up", rows)))
+    outputs = linear("down", product(*(linear(name, rows) for name in ("gate", "up") if name in weights)))
     outputs *= shares.reshape(-1)[order][:, None]
     return jnp.zeros(tokens.shape, outputs.dtype).at[order // chosen.shape[1]].add(outputs)

@@ -18,13 +18,18 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.lazy import LazyArray, Slices, stacked
 from cpt_jax.core.tree import Tree, flatten, match, unflatten
 from cpt_jax.models.products import matmul, matmuls, sum_type
+from cpt_jax.models.quantised import dense
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-PATHS = (
+# Adapted where nothing else is asked for, by the last part of their paths.
+LINEARS = ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b", "gate", "up", "down")
+_OF_LAYERS = (
     *(f"layers/attention/{name}" for name in ("q", "k", "v", "o", "gate")),
     *(f"layers/global_attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/delta_net/{name}" for name in ("q", "k", "v", "o", "gate", "beta", "decay")),
     *(f"layers/feed_forward/mlp/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/latent_attention/{name}" for name in ("q", "q_a", "q_b", "kv_a", "kv_b", "o")),
+    *(f"layers/lone_experts/{name}" for name in ("gate", "up", "down")),
+    *(f"layers/lone_experts/shared/{name}" for name in ("gate", "up", "down")),
     *(f"layers/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
     *(f"layers/side_by_side/attention/{name}" for name in ("q", "k", "v", "o")),
     *(f"layers/side_by_side/mamba2/{name}" for name in ("q", "k", "v", "o", "gate", "step")),
@@ -38,12 +43,15 @@ PATHS = (
     *(f"layers/sharing/mlp/{name}" for name in ("gate", "up", "down")),
     *(f"layers/sharing/layer_input/{name}" for name in ("input_gate", "projection")),
 )
+# The first layers may be a stack of their own.
+PATHS = (*_OF_LAYERS, *(path.replace("layers/", "layers/dense/", 1) for path in _OF_LAYERS if "sharing" not in path))
 # What an adapter trains, by the ends of its leaves' paths.
 ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 # And what DoRA keeps of the frozen kernel.
 KERNEL_NORM = "/kernel_norm"
 # What is never trained, though it is a weight.
-LAYER_SCALAR = "/layer_scalar"
+LAYER_SCALAR, CORRECTION_BIAS = "/layer_scalar", "/correction_bias"
+CONSTANTS = (LAYER_SCALAR, CORRECTION_BIAS)
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 # By the names that config.json gives them; several are one function (transformers, activations.py).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -160,6 +168,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows i"], dtype: jnp.dtype) -> Float[Array, "*rows o"]:
         return applied((self,), x, dtype)[0]
+
+    def matrix(self, dtype: jnp.dtype) -> Float[Array, "i o"]:
+        """What a layer without a bias multiplies its inputs with, adapter and all."""
+        low_rank = None if self.adapter is None else self.lora_a[...]
+        return self._finished(dense(self.kernel.get_value(), sum_type(dtype)), low_rank, dtype)
 
     def _finished(self, y: Array, low_rank: Array | None, dtype: jnp.dtype) -> Float[Array, "*rows o"]:
         """Of the product with the kernel and that with A, what the layer gives."""

@@ -27,11 +27,25 @@ class LoneFeedForwardConfig:
         return ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoneExpertsConfig:
+    """Experts in such a place (Nemotron 3), as the decoder says."""
+
+    name: ClassVar = "lone_experts"
+    layer_type: ClassVar = "moe"
+
+    def empty_cache(self, width: int, layers: int, batch: int, dtype: jnp.dtype) -> tuple[()]:
+        """Nor here."""
+        return ()
+
+
 class LoneFeedForward(nnx.Module):
     """It is called as what mixes tokens is."""
 
-    def __init__(self, config, sizes: LoneFeedForwardConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.mlp = FeedForward(config, lora, rngs, path=f"layers/{sizes.name}/mlp")
+    def __init__(
+        self, config, sizes: LoneFeedForwardConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str
+    ) -> None:
+        self.mlp = FeedForward(config, lora, rngs, path=f"{path}/mlp")
 
     def __call__(
         self,

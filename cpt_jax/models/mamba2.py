@@ -86,9 +86,7 @@ class Mamba2(nnx.Module):
     In the paper's terms gate is z, v is x, k is B, q is C and step is dt. The norm is of each group's heads together.
     """
 
-    def __init__(
-        self, config, sizes: Mamba2Config, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str = "layers/mamba2"
-    ) -> None:
+    def __init__(self, config, sizes: Mamba2Config, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str) -> None:
         self.sizes = sizes
         # As in `FeedForward`.
         self.apart = config.layer_loop == "unroll" and config.remat is None

@@ -42,11 +42,11 @@ class ShortConvConfig:
 class ShortConv(nnx.Module):
     """o(q(x) * conv(k(x) * v(x))); in the paper's terms q is C, k is B."""
 
-    def __init__(self, config, sizes: ShortConvConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(self, config, sizes: ShortConvConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str) -> None:
         width = config.hidden_size
 
         def linear(name: str, axes: tuple[str, str]) -> Linear:
-            return Linear(f"layers/short_conv/{name}", axes, (width, width), lora, rngs, sizes.bias)
+            return Linear(f"{path}/{name}", axes, (width, width), lora, rngs, sizes.bias)
 
         self.q, self.k, self.v = (linear(name, ("embed", "heads")) for name in "qkv")
         self.o = linear("o", ("heads", "embed"))

@@ -32,10 +32,10 @@ class SideBySideConfig:
 class SideBySide(nnx.Module):
     """attention(x) + mamba2(x), with their factors."""
 
-    def __init__(self, config, sizes: SideBySideConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(self, config, sizes: SideBySideConfig, lora: LoRAConfig | None, rngs: nnx.Rngs, *, path: str) -> None:
         self.sizes = sizes
-        self.attention = Attention(config, None, lora, rngs, path=f"layers/{sizes.name}/attention")
-        self.mamba2 = Mamba2(config, sizes.mamba2, lora, rngs, path=f"layers/{sizes.name}/mamba2")
+        self.attention = Attention(config, None, lora, rngs, path=f"{path}/attention")
+        self.mamba2 = Mamba2(config, sizes.mamba2, lora, rngs, path=f"{path}/mamba2")
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from cpt_jax.models import attention
-from cpt_jax.models.config import SHARING
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.quantised import OfStack
@@ -35,8 +35,8 @@ Call = Callable[[Block, Array, LayerInputs], tuple[Array, Any, Any]]
 
 def stacked_blocks(config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Any:
     """All blocks of a DecoderConfig; by the group's name, where it has groups. Of layers that mix tokens in different
-    ways, each way is a stack of its own, and the rest is one; the layers that share keys and values are another such
-    stack, "sharing"."""
+    ways, each way is a stack of its own, and the rest is one; the first layers without experts are another such stack,
+    "dense", and those that share keys and values, "sharing"."""
 
     def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
         @nnx.split_rngs(splits=count)
@@ -46,41 +46,42 @@ def stacked_blocks(config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> Any:
 
         return made(rngs)
 
-    def blocks(mixers: Sequence[str], sharing: bool = False) -> Block:
+    def blocks(mixers: Sequence[str], section: str) -> Block:
         first, *others = dict.fromkeys(mixers)
         if not others:
-            return stack(len(mixers), lambda rngs: Block(config, lora, rngs, first, sharing))
-        whole = stack(len(mixers), lambda rngs: Block(config, lora, rngs, None, sharing))
+            return stack(len(mixers), lambda rngs: Block(config, lora, rngs, first, section))
+        whole = stack(len(mixers), lambda rngs: Block(config, lora, rngs, None, section))
         for name in (first, *others):
-            mixer = lambda rngs, name=name: mixer_of(name, config, lora, rngs, sharing)  # noqa: E731
+            mixer = lambda rngs, name=name: mixer_of(name, config, lora, rngs, section)  # noqa: E731
             setattr(whole, name, stack(mixers.count(name), mixer))
         return whole
 
-    def both(first: int, last: int) -> Any:
-        own, mixers = _own_layers(config, first, last), config.layer_mixers
-        if own == last:
-            return blocks(mixers[first:last])
-        sharing = blocks(mixers[own:last], sharing=True)
-        if first == own:
-            return nnx.Dict({SHARING: sharing})
-        whole = blocks(mixers[first:own])
-        setattr(whole, SHARING, sharing)
+    def every(first: int, last: int) -> Any:
+        parts = _sections(config, first, last)
+        made = {name: blocks([config.layer_mixers[n] for n in layers], name) for name, layers in parts.items()}
+        whole: Any = made.pop("") if "" in made else nnx.Dict()
+        for name, part in made.items():
+            setattr(whole, name, part)
         return whole
 
     if not config.layer_groups:
-        return both(0, config.num_layers)
-    return nnx.Dict({name: both(first, last) for name, first, last in _groups(config)})
+        return every(0, config.num_layers)
+    return nnx.Dict({name: every(first, last) for name, first, last in _groups(config)})
 
 
 def empty_caches(config, batch: int, length: int, dtype) -> Caches:
     """Of layers that have seen nothing, with room for rows of `length` tokens."""
     found: Caches = {}
     for kind in config.layer_kinds:
-        name, counted = kind.mixer_name, len(config.layers_with(kind.mixer_name))
-        head_dim, groups = config.heads_of(kind)
-        keys = attention.empty_cache(head_dim, groups, counted, batch, length, dtype) if kind.attends else None
+        name, own = kind.mixer_name, config.num_layers - config.sharing_layers
+        counted = config.layer_mixers[:own].count(name)
+        heads, keys = config.heads_of(kind), None
+        if kind.attends and not isinstance(kind.mixer, LatentAttentionConfig):
+            keys = attention.empty_cache(heads.keys, heads.groups, counted, batch, length, dtype)
         if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
             found[name] = keys
+        elif isinstance(kind.mixer, LatentAttentionConfig):
+            found[name] = kind.mixer.empty_cache(counted, batch, length, dtype)
         elif isinstance(kind.mixer, SideBySideConfig):
             found[name] = (keys, kind.mixer.mamba2.empty_cache(config.hidden_size, counted, batch, dtype))
         else:
@@ -91,25 +92,26 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
 def run_blocks(
     config, blocks: Any, x: Array, inputs: Any, caches: Caches | None, call: Call
 ) -> tuple[Array, Caches | None, Any]:
-    """(x after all blocks, the caches, `call`'s third results with the layers as first axis), where `call` runs one
-    block and gives (x, its cache, another result).
+    """(x after all blocks, the caches, `call`'s third results with the layers that have one as first axis), where `call`
+    runs one block and gives (x, its cache, another result or None).
 
     Args:
       inputs: what each block is given besides: a tree of arrays, with the layers as first axis.
     """
-    if not config.layer_groups and not config.sharing_layers:
+    if not config.layer_groups and not config.sharing_layers and not config.dense_layers:
         return _run(config, blocks, range(config.num_layers), x, inputs, caches, call)
     every, results, shared = [], [], {}
-    for stack, first, last in _stacks(config, blocks):
-        mixers, part = config.layer_mixers[first:last], None
+    for stack, layers in _stacks(config, blocks):
+        first, last, part = layers.start, layers.stop, None
+        mixers = config.layer_mixers[first:last]
         if sharing := first >= config.num_layers - config.sharing_layers:
             part = shared
         elif caches is not None:
             before = config.layer_mixers[:first]
             counts = {mixer: (before.count(mixer), config.layer_mixers[:last].count(mixer)) for mixer in caches}
             part = {mixer: _cut(cache, *counts[mixer]) for mixer, cache in caches.items()}
-        x, part, result = _run(config, stack, range(first, last), x, _cut(inputs, first, last), part, call, sharing)
-        results.append(result)
+        x, part, result = _run(config, stack, layers, x, _cut(inputs, first, last), part, call, sharing)
+        results += [] if result is None else [result]
         if sharing:
             continue
         every.append(part)
@@ -118,24 +120,21 @@ def run_blocks(
     return x, None if caches is None else _joined(every), _joined(results)
 
 
-def _stacks(config, blocks: Any) -> Iterator[tuple[Block, int, int]]:
-    """(blocks, first layer, the first behind) of each part of the layers that is one loop."""
+def _stacks(config, blocks: Any) -> Iterator[tuple[Block, range]]:
+    """(blocks, their numbers) of each part of the layers that is one loop, from the first to the last."""
     for name, first, last in _groups(config) or [("", 0, config.num_layers)]:
-        stack, own = blocks[name] if name else blocks, _own_layers(config, first, last)
-        if own == last:
-            yield stack, first, last
-            continue
-        sharing = getattr(stack, SHARING)
-        if first < own:
+        whole, parts = blocks[name] if name else blocks, _sections(config, first, last)
+        stacks = {section: getattr(whole, section) if section else whole for section in parts}
+        for section in filter(None, parts):
             # The module is this call's alone.
-            delattr(stack, SHARING)
-            yield stack, first, own
-        yield sharing, own, last
+            delattr(whole, section)
+        yield from sorted(((stacks[name], layers) for name, layers in parts.items()), key=lambda part: part[1].start)
 
 
-def _own_layers(config, first: int, last: int) -> int:
-    """Of the layers from `first` up to `last`, the first that shares keys and values; `last`, if none does."""
-    return max(first, min(last, config.num_layers - config.sharing_layers))
+def _sections(config, first: int, last: int) -> dict[str, range]:
+    """Of the layers from `first` up to `last`, those of each stack that is apart, by its name."""
+    cut = {name: range(max(first, of.start), min(last, of.stop)) for name, of in config.sections.items()}
+    return {name: layers for name, layers in cut.items() if layers}
 
 
 def _groups(config) -> list[tuple[str, int, int]]:
@@ -223,7 +222,7 @@ def _run_periods(
             given = LayerInputs(cache, None, _at(inputs, number))
             x, (cache, result) = _recomputed(config, run)(x, weights, given)
             after[mixer].append(cache)
-            results.append(result)
+            results += [] if result is None else [result]
         if sharing:
             after = {}
         elif caches is None:
@@ -270,8 +269,8 @@ def _layer_of(weights: Any, number: int) -> Any:
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *trees) if trees else None
 
 
 def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees) if trees else None

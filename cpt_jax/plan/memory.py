@@ -69,10 +69,7 @@ def kept_by_layers(compiled: CompiledStage, program: Program) -> int | None:
     """Bytes that the layers' loops hand on to their backward passes: what the forward loops carry, stacked by layer,
     and has not the shape of weights; None where the layers are no loop."""
     config, network = compiled.network.config, compiled.network
-    counts = set(dict(config.layer_groups).values()) or {
-        config.num_layers - config.sharing_layers,
-        config.sharing_layers,
-    }
+    counts = set(dict(config.layer_groups).values()) or set(map(len, config.sections.values()))
     where = flatten(shardings(network.logical_axes, network.shapes, compiled.mesh))
     weights: set[tuple[int, ...]] = set()
     for path, leaf in flatten(network.shapes).items():

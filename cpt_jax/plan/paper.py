@@ -98,7 +98,8 @@ def _sent(planned: PlannedStage, network: Network, shape: MeshShape, tokens: int
     sums = 2 * (3 if stage.remat is not None else 2) * config.num_layers * item * tokens * config.hidden_size
     summed = 2 * (shape.tensor - 1) / shape.tensor * sums * stage.accumulate
     # Keys and values are gathered along the row, and their gradients scattered; weights' gradients are summed too.
-    numbers = sum(2 * math.prod(config.heads_of(kind)) for kind in config.kind_of_layer if kind.attends)
+    heads = [config.heads_of(kind) for kind in config.kind_of_layer if kind.attends]
+    numbers = sum(each.groups * (each.keys + each.values) for each in heads)
     keys = item * numbers * tokens * shape.context / shape.tensor
     passes = (3 if stage.remat is not None else 2) * stage.accumulate
     of_rows = (shape.context - 1) / shape.context * (keys * passes + 2 * 4 * trained / (fsdp * shape.tensor))

@@ -78,7 +78,7 @@ def _shapes(planned: PlannedStage, hardware: Hardware) -> Iterator[MeshShape]:
     """fsdp with up to 8 devices for a row, along tensor (whose parts of heads and feed-forward are whole) and context,
     and whole copies of the weights for each slice or island."""
     config, length = planned.config, planned.stage.sequence_length
-    heads = math.gcd(*(config.heads_of(kind)[1] for kind in config.layer_kinds))
+    heads = math.gcd(*(config.heads_of(kind).groups for kind in config.layer_kinds))
     for replica in sorted({1, hardware.slices, max(1, hardware.chips // ISLAND) if hardware.platform == "gpu" else 1}):
         for tensor, context in itertools.product(TENSOR, CONTEXT):
             whole = heads % tensor == config.intermediate_size % tensor == length % (128 * context) == 0

@@ -124,7 +124,7 @@ class Model:
             backend=hardware.backend(),
             capability=hardware.compute_capability(),
             length=length,
-            head_dim=max(config.heads_of(kind)[0] for kind in config.layer_kinds),
+            head_dim=max(max(config.heads_of(kind)[:2]) for kind in config.layer_kinds),
             windows=tuple(kind.window for kind in config.layer_kinds),
             softcap=config.attention_softcap,
             dtype=dtype,

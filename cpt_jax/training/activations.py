@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
+from cpt_jax.models.config import DENSE, SHARING, DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network
 from cpt_jax.models.delta_net import DeltaNetConfig
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.latent_attention import LatentAttentionConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.short_conv import ShortConvConfig
@@ -26,8 +27,8 @@ def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor
       keys: of which all weights of the softmax are kept; 0 where a kernel keeps a number a query.
     """
     config = network.config
-    own = config.num_layers - config.sharing_layers
-    layers = [_Layer(kind.mixer_name, kind.mixer, n >= own) for n, kind in enumerate(config.kind_of_layer)][begins:]
+    kinds = list(enumerate(config.kind_of_layer))[begins:]
+    layers = [_Layer(kind.mixer_name, kind.mixer, config.section_of(number)) for number, kind in kinds]
     mixed = {layer: _mixed(network, layer, item, keys) for layer in layers}
     residual = _residual_bytes(config)
     # The residual stream is whole on each device.
@@ -42,15 +43,20 @@ def activation_bytes(network: Network, begins: int, item: int, keys: int, tensor
 
 
 class _Layer(NamedTuple):
-    """What mixes tokens in a layer, by name; whether it takes keys and values of another."""
+    """What mixes tokens in a layer, by name; the stack that it is in."""
 
     name: str
     mixer: Mixer | None
-    sharing: bool
+    section: str
 
     def has(self, path: str) -> bool:
         """Whether a weight of the layers may be its own, but for others' mixers."""
-        return self.sharing == (f"/{SHARING}/" in path)
+        return self.section == next((name for name in (DENSE, SHARING) if f"/{name}/" in path), "")
+
+    def routes(self, config: DecoderConfig) -> bool:
+        """Whether it has experts."""
+        alone = config.feed_forward or isinstance(self.mixer, LoneExpertsConfig)
+        return config.experts is not None and self.section != DENSE and alone
 
 
 class _Mixed(NamedTuple):
@@ -70,9 +76,19 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
             inner = mixer.channels + mixer.values
             kept = item * (inner + 2 * mixer.values) + 8 * mixer.value_heads
             return _Mixed(kept, {"attention_out": mixer.values}, inner + 2 * mixer.value_heads)
-        case LoneFeedForwardConfig():
-            products = config.intermediate_size * (2 if config.gated else 1)
-            return _Mixed(item * products, dict.fromkeys(_MLP, config.intermediate_size), products)
+        case LatentAttentionConfig():
+            queries, values = config.num_heads * mixer.head_dim, config.num_heads * mixer.value_dim
+            latents = {"kv_a": mixer.rank + mixer.rotated_dim} | ({"q_a": mixer.query_rank} if mixer.query_rank else {})
+            kept = _attended(config, 2 * queries + values, values, item, keys) + _normed(network, layer, latents)
+            named = {"queries": queries, "keys": queries, "values": values, "attention_out": values}
+            products = queries + sum(latents.values()) + config.num_heads * (mixer.fixed_dim + mixer.value_dim)
+            return _Mixed(kept, named, products)
+        case LoneExpertsConfig() | LoneFeedForwardConfig():
+            size = config.intermediate_size
+            if isinstance(mixer, LoneExpertsConfig):
+                size = (config.experts and config.experts.shared_intermediate_size) or 0
+            products = size * (2 if config.gated else 1)
+            return _Mixed(item * products, dict.fromkeys(_MLP, size), products)
         case Mamba2Config():
             # The same; the steps' projections are float32.
             inner = mixer.channels + mixer.values
@@ -87,21 +103,34 @@ def _mixed(network: Network, layer: _Layer, item: int, keys: int) -> _Mixed:
         case ShortConvConfig():
             return _Mixed(item * 4 * config.hidden_size, {}, 3 * config.hidden_size)
     sizes = mixer if isinstance(mixer, GlobalAttention) else config
-    queries, groups = config.num_heads * sizes.head_dim, 0 if layer.sharing else sizes.num_kv_heads * sizes.head_dim
+    queries, groups = (
+        config.num_heads * sizes.head_dim,
+        0 if layer.section == SHARING else sizes.num_kv_heads * sizes.head_dim,
+    )
     values = 0 if isinstance(mixer, GlobalAttention) and mixer.values_are_keys else groups
     gate = {None: 0, "channel": queries, "head": config.num_heads}[config.attention_gate]
-    # Queries, keys and values; what the heads mix, as the kernel gives it and as the product takes it.
-    kept = item * (queries + 2 * groups + queries + gate)
-    kept += item * config.num_heads * keys if keys else 4 * (queries + config.num_heads)
-    # What norms are given: the products with the kernels, and those with the adapters' B.
-    adapted = [path for path in flatten(network.shapes) if path.endswith("/lora_b") and layer.has(path)]
     normed = ({"q": queries, "k": groups} if config.qk_norm is not None else {}) | (
         {"v": values} if config.value_norm else {}
     )
-    for name, width in normed.items():
-        kept += 4 * width * (2 if any(path.endswith(f"/{layer.name}/{name}/lora_b") for path in adapted) else 1)
+    kept = _attended(config, queries + 2 * groups, queries, item, keys) + item * gate + _normed(network, layer, normed)
     named = {"queries": queries, "keys": groups, "values": groups, "attention_out": queries}
     return _Mixed(kept, named, queries + groups + values + gate)
+
+
+def _attended(config: DecoderConfig, inputs: int, mixed: int, item: int, keys: int) -> float:
+    """Queries, keys and values, so many numbers together; what the heads mix, as the kernel gives it and as the product
+    takes it."""
+    return item * (inputs + mixed) + (item * config.num_heads * keys if keys else 4 * (mixed + config.num_heads))
+
+
+def _normed(network: Network, layer: _Layer, widths: dict[str, int]) -> float:
+    """What norms are given, by the linears that they are behind: the products with the kernels, and those with the
+    adapters' B."""
+    adapted = [path for path in flatten(network.shapes) if path.endswith("/lora_b") and layer.has(path)]
+    kept = 0.0
+    for name, width in widths.items():
+        kept += 4 * width * (2 if any(path.endswith(f"/{layer.name}/{name}/lora_b") for path in adapted) else 1)
+    return kept
 
 
 def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Layer, item: int, tensor: int) -> float:
@@ -113,7 +142,7 @@ def _bytes_with_remat(network: Network, remat: Remat, mixed: _Mixed, layer: _Lay
     if remat.products:
         # Experts' products are none of these, and that of down is only added to the stream, if a shared one's is not weighted.
         inner = size * (2 if config.gated else 1)
-        inner += config.hidden_size + 1 if _weighs_shared_expert(config) else 0
+        inner += config.hidden_size + 1 if _weighs_shared_expert(config, layer) else 0
         inner += 0 if config.layer_input_size is None else config.layer_input_size + config.hidden_size
         # So is that of what mixes, where it is alone.
         inner += config.hidden_size if config.feed_forward else 0
@@ -127,13 +156,13 @@ def _feed_forward_size(config: DecoderConfig, layer: _Layer) -> int:
     one's."""
     if not config.feed_forward:
         return 0
-    if config.experts is not None and config.experts_name == "mlp":
+    if config.experts is not None and layer.routes(config) and config.experts_name == "mlp":
         return config.experts.shared_intermediate_size or 0
-    return (layer.sharing and config.sharing_intermediate_size) or config.intermediate_size
+    return (layer.section == SHARING and config.sharing_intermediate_size) or config.intermediate_size
 
 
-def _weighs_shared_expert(config: DecoderConfig) -> bool:
-    experts = config.experts
+def _weighs_shared_expert(config: DecoderConfig, layer: _Layer) -> bool:
+    experts = config.experts if layer.routes(config) else None
     return experts is not None and experts.shared_intermediate_size is not None and experts.shared_gate
 
 
@@ -163,17 +192,20 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
     if config.layer_input_size is not None:
         # The gate, and what the norm behind it is given.
         kept += item * config.layer_input_size + 4 * config.hidden_size
-    if config.experts is not None:
+    if config.experts is not None and layer.routes(config):
         # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
-        # with three steps of the activation and the product (of one with limits they alone), that rounded, and the result;
-        # and the router's input.
+        # with three steps of the activation and the product (of one with limits they alone), that rounded, and the result
+        # (without a gate ReLU's sign and value, that rounded); and the input of the router, and of the shared one.
         steps = 20 if config.experts.swiglu is None else 8
         of_expert = (steps + item) * config.expert_size + (4 + 2 * item) * config.hidden_size
-        kept += config.experts.per_token * of_expert + 4 * config.hidden_size
+        if not config.gated:
+            of_expert = (5 + item) * config.expert_size + (4 + item) * config.hidden_size
+        inputs = 1 if config.experts.shared_intermediate_size is None else 2
+        kept += config.experts.per_token * of_expert + 4 * inputs * config.hidden_size
         if config.experts_name == "experts":
             # What both norms behind are given, and the experts' own input.
             kept += 4 * 3 * config.hidden_size
-    if _weighs_shared_expert(config):
+    if _weighs_shared_expert(config, layer):
         # What it gives, and its weight.
         kept += 4 * (config.hidden_size + 1)
     # Adapters: the products with A, float32, and rounded.

@@ -10,8 +10,9 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import DecoderConfig, Mixer
 from cpt_jax.models.decoder import Network, abstract_decoder, head_path
 from cpt_jax.models.delta_net import DeltaNetConfig
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.linear import ADAPTER_LEAVES
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
@@ -125,7 +126,8 @@ def attention_flops(config: DecoderConfig, length: int) -> list[float]:
         window = min(kind.window or length, length)
         # The first `window` queries see 1, 2, ... keys, the others `window`.
         keys = (window * (window + 1) / 2 + (length - window) * window) / length
-        found.append(4.0 * config.num_heads * config.heads_of(kind)[0] * keys if kind.attends else 0.0)
+        widths = sum(config.heads_of(kind)[:2])
+        found.append(2.0 * config.num_heads * widths * keys if kind.attends else 0.0)
     return found
 
 
@@ -137,7 +139,14 @@ def _state_flops(mixer: Mixer | None) -> float:
             return 4.0 * mixer.values * mixer.state_size
         case SideBySideConfig():
             return _state_flops(mixer.mamba2)
-        case None | GlobalAttention() | LoneFeedForwardConfig() | ShortConvConfig():
+        case (
+            None
+            | GlobalAttention()
+            | LatentAttentionConfig()
+            | LoneExpertsConfig()
+            | LoneFeedForwardConfig()
+            | ShortConvConfig()
+        ):
             return 0.0
 
 

@@ -49,6 +49,10 @@ CLIP = SIGHT | dict(model_type="clip_vision_model")
 GEMMA_4 = TEXT | dict(global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=6)
 GEMMA_4 |= dict(final_logit_softcapping=4.0, use_bidirectional_attention="vision")
 GEMMA_4_SIGHT = SIGHT | dict(head_dim=8, num_key_value_heads=2, patch_size=14, position_embedding_size=8)
+MISTRAL_4 = dict(num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=4, qk_rope_head_dim=4)
+MISTRAL_4 |= dict(v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+GROWING = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.5)
+MISTRAL_4 |= dict(model_type="mistral4", rope_parameters=GROWING | dict(rope_theta=1e4))
 # model_type -> its config.json.
 CONFIGS = {
     "gemma3": dict(text_config=TEXT, vision_config=SIGHT, mm_tokens_per_image=4, image_token_index=3),
@@ -75,6 +79,11 @@ CONFIGS = {
     "llava": dict(text_config=TEXT | dict(model_type="llama"), vision_config=CLIP, image_token_index=3),
     "llava_next": dict(text_config=TEXT | dict(model_type="mistral"), vision_config=CLIP, image_token_index=3),
     "mistral3": dict(text_config=TEXT | dict(model_type="ministral3"), vision_config=PIXTRAL, image_token_index=3),
+    "mistral3, as Small 4": dict(
+        text_config={name: value for name, value in TEXT.items() if name != "head_dim"} | MISTRAL_4,
+        vision_config=PIXTRAL,
+        image_token_index=3,
+    ),
     "qwen2_vl": dict(text_config=TEXT | dict(rope_parameters=ROTATION), vision_config=QWEN_SIGHT | dict(embed_dim=16)),
     "qwen2_5_vl": dict(
         text_config=TEXT | dict(rope_parameters=ROTATION), vision_config=QWEN_SIGHT, tie_word_embeddings=True
@@ -103,26 +112,26 @@ def models(tmp_path_factory):
     """Of a model_type, transformers' model and the directory that it saves."""
     made = {}
 
-    def model(model_type: str):
-        if model_type not in made:
+    def model(name: str):
+        if name not in made:
             import torch
             from transformers import AutoConfig, AutoModelForImageTextToText
 
             torch.manual_seed(0)
-            config = AutoConfig.for_model(model_type, **json.loads(json.dumps(CONFIGS[model_type])))
+            config = AutoConfig.for_model(name.partition(",")[0], **json.loads(json.dumps(CONFIGS[name])))
             found = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
             with torch.no_grad():
                 for parameter in found.parameters():
                     parameter.add_(0.1 * torch.randn(parameter.shape))
-            directory = tmp_path_factory.mktemp(model_type)
+            directory = tmp_path_factory.mktemp("model")
             found.save_pretrained(directory)
             raw = json.loads((directory / "config.json").read_text())
             (directory / "config.json").write_text(
                 json.dumps(raw | {"text_config": raw["text_config"] | {"torch_dtype": "bfloat16"}})
             )
             (directory / "preprocessor_config.json").write_text('{"size": 28}')
-            made[model_type] = found, directory
-        return made[model_type]
+            made[name] = found, directory
+        return made[name]
 
     return model
 
@@ -149,7 +158,7 @@ def theirs_on(tokens: np.ndarray, model) -> np.ndarray:
 
 
 def test_every_composite_is_compared():
-    assert CONFIGS.keys() == PREFIXES.keys()
+    assert {name.partition(",")[0] for name in CONFIGS} == PREFIXES.keys()
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

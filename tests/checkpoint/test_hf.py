@@ -42,17 +42,39 @@ def test_base_and_new_rows_are_saved_as_one_table(tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 327
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next"])
-def test_what_predicts_several_tokens_goes_along_as_it_is(model_type, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_5_text", "mtp.fc.weight"),
+        ("qwen3_next", "mtp.fc.weight"),
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
+        ("glm4_moe", "model.layers.3.eh_proj.weight"),
+        ("deepseek_v3", "model.layers.3.eh_proj.weight"),
+    ],
+)
+def test_what_predicts_several_tokens_goes_along_as_it_is(model_type, name, tmp_path):
     raw = config_json(model_type, "as released")
     config = family_for(raw).config_from_hf(raw)
     save(tmp_path / "base", config, random_weights(config), raw, tmp_path)
-    beside = {"mtp.fc.weight": np.arange(8, dtype=np.float16).reshape(2, 4)}
+    beside = {name: np.arange(8, dtype=np.float16).reshape(2, 4)}
     edit_tensors(tmp_path / "base", lambda tensors: tensors.update(beside))
     save(tmp_path / "out", *load(tmp_path / "base"), tmp_path, origin=tmp_path / "base")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
-    np.testing.assert_array_equal(written["mtp.fc.weight"], beside["mtp.fc.weight"], strict=True)
+    np.testing.assert_array_equal(written[name], beside[name], strict=True)
+
+
+def test_a_correction_bias_is_written_in_float32(tmp_path):
+    """It decides the choice of experts: another bias, rounded, would choose others."""
+    raw = config_json("glm4_moe", "as released")
+    config = family_for(raw).config_from_hf(raw)
+    weights = random_weights(config)
+    save(tmp_path, config, weights, raw, tmp_path, dtype=ml_dtypes.bfloat16)
+    written = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.{}.mlp.gate.e_score_correction_bias"
+    for layer, bias in enumerate(weights["layers"]["mlp"]["correction_bias"], start=1):
+        np.testing.assert_array_equal(written[name.format(layer)], bias, strict=True)
+    assert written["model.layers.1.mlp.gate.weight"].dtype == ml_dtypes.bfloat16
 
 
 def edit_config(directory: Path, **changes) -> None:

@@ -65,8 +65,24 @@ FAMILIES = {
     ),
     "lfm2": ("lfm2", "as released", LINEARS),
     "lfm2, parts of fused layers": ("lfm2", "untied, biases, not periodic", ("layers/short_conv/k", "q")),
+    "youtu": ("youtu", "as released", LINEARS),
+    "minicpm3, whole queries": ("minicpm3", "untied, whole queries, no factors, biases", ("q", "kv_b")),
+    "deepseek_v3, attention and experts": (
+        "deepseek_v3",
+        "as released",
+        ("q_a", "q_b", "kv_a", "kv_b", "o", "layers/mlp/[gud]*"),
+    ),
+    "deepseek_v2, attention": ("deepseek_v2", "as released, small", ("q", "kv_a", "kv_b", "o")),
+    "mistral4": ("mistral4", "groups, a dense layer, whole queries", LINEARS),
     "mixtral, gates alone": ("mixtral", "tied, one of three", ("gate", "q")),
     "mixtral, down alone": ("mixtral", "untied", ("down",)),
+    "glm4_moe, experts": ("glm4_moe", "groups, norms of heads, two dense", ("q", "o", "layers/mlp/[gud]*")),
+    "lfm2_moe": ("lfm2_moe", "as released", LINEARS),
+    "nemotron_h, experts": ("nemotron_h", "experts", ("q", "k", "v", "up", "down")),
+    "ernie4_5_moe, experts": ("ernie4_5_moe", "as released", ("q", "layers/mlp/[gud]*")),
+    "minimax_m2": ("minimax_m2", "as released", LINEARS),
+    "dots1, experts": ("dots1", "as released", ("q", "layers/mlp/[gud]*")),
+    "exaone_moe, experts": ("exaone_moe", "as released", ("q", "layers/mlp/[gud]*")),
     "lfm3": ("lfm3", "as released", LINEARS),
     "gemma4_text": ("gemma4_text", "as released", LINEARS),
     "gemma4_text, experts beside": ("gemma4_text", "experts beside the feed-forward", LINEARS),
@@ -105,12 +121,17 @@ def test_peft_computes_what_we_trained(model_type, name, targets, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "name", "target", "said"),
     [
+        *(
+            (each, "as released", "up", f"PEFT takes the linears of {each} that .* for its experts: leave layers/dense")
+            for each in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+        ),
         (
             "qwen3_next",
             "by interval, three of four",
             "up",
-            "PEFT takes the shared expert's linears of qwen3_next for its experts",
+            "PEFT takes the linears of qwen3_next that .* for its experts: leave layers/mlp/shared/. out",
         ),
+        ("glm4_moe", "as released", "up", "for its experts: leave layers/dense/mlp/., layers/mlp/shared/. out"),
         (
             "falcon_h1",
             "as released",

@@ -6,4 +6,5 @@ MULTIPLIERS = dict(embedding_multiplier=6.0, attention_multiplier=0.2, residual_
 LAYER_NORM, NORM_EPS = dict(layer_norm_eps=1e-5), dict(norm_eps=1e-5)
 PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.5)
 LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
+ROUTED = dict(num_experts_per_tok=2, moe_intermediate_size=16, routed_scaling_factor=2.5, norm_topk_prob=True)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, TIED, UNTIED, YARN
+from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, ROUTED, TIED, UNTIED, YARN
 from contracts.hybrid_configs import HYBRIDS
+from contracts.latent_configs import LATENT
 
 SIZES = dict(
     vocab_size=64,
@@ -230,12 +231,62 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, no biases": UNTIED | dict(use_bias=False, hidden_act="gelu", num_key_value_heads=1),
         "yarn": TIED | dict(rope_scaling=YARN),
     },
+    "minimax_m2": {
+        "as released": UNTIED
+        | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, rotary_dim=8, rope_theta=5e6),
+        "tied, all rotated": TIED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+        "yarn, one of four": UNTIED
+        | dict(num_local_experts=4, num_experts_per_tok=1, head_dim=8, rope_scaling=YARN, num_key_value_heads=1),
+    },
+    "dots1": {
+        "as released": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=1, n_routed_experts=6, n_shared_experts=2, num_key_value_heads=4, head_dim=16),
+        "windows, groups, biases": TIED
+        | ROUTED
+        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1, head_dim=8)
+        | dict(attention_bias=True, sliding_window=6, max_window_layers=1, norm_topk_prob=False),
+        "none dense, yarn": UNTIED
+        | ROUTED
+        | dict(n_routed_experts=4, n_shared_experts=1, head_dim=8, sliding_window=None, rope_scaling=YARN),
+    },
+    "ernie4_5": {
+        "as released": TIED | dict(head_dim=16, rope_theta=5e5),
+        "untied, biases": UNTIED | dict(head_dim=8, use_bias=True, num_key_value_heads=1),
+        "linear": UNTIED | dict(head_dim=12, rope_scaling=dict(type="linear", factor=4.0)),
+    },
+    "ernie4_5_moe": {
+        "as released": TIED
+        | dict(moe_intermediate_size=16, moe_num_experts=6, moe_k=3, moe_num_shared_experts=2)
+        | dict(moe_layer_start_index=1, moe_layer_end_index=2, rope_theta=5e5),
+        "untied, two dense, no shared expert": UNTIED
+        | dict(moe_intermediate_size=24, moe_num_experts=4, moe_k=2, moe_num_shared_experts=0)
+        | dict(moe_layer_start_index=2, num_key_value_heads=1),
+        "none dense, yarn": UNTIED
+        | dict(moe_intermediate_size=12, moe_num_experts=4, moe_k=1, moe_num_shared_experts=1)
+        | dict(moe_layer_start_index=0, router_aux_loss_coef=0.0, rope_scaling=YARN),
+    },
     "exaone4": {
         "as released, large": UNTIED
         | dict(sliding_window=6, layer_types=ALTERNATING, sliding_window_pattern="LLLG", rope_scaling=LLAMA3)
         | dict(head_dim=16),
         "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
         "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
+    },
+    "exaone_moe": {
+        "as released": UNTIED
+        | ROUTED
+        | dict(sliding_window=6, sliding_window_pattern="LLLG", num_hidden_layers=4, num_experts=6, head_dim=16)
+        | dict(layer_types=["sliding_attention"] * 3 + ["full_attention"], rope_theta=1e6)
+        | dict(mlp_layer_types=["dense"] + ["sparse"] * 3),
+        "by number, groups": TIED
+        | ROUTED
+        | dict(sliding_window=9, layer_types=ALTERNATING, first_k_dense_replace=2, num_experts=8, n_group=4)
+        | dict(topk_group=2, num_shared_experts=2, head_dim=8),
+        "none dense, llama3": UNTIED
+        | ROUTED
+        | dict(sliding_window=6, layer_types=ALTERNATING, first_k_dense_replace=0, num_experts=4, head_dim=8)
+        | dict(rope_scaling=LLAMA3),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
@@ -298,6 +349,20 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
         "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
     },
+    "glm4_moe": {
+        # 4.5 Air; 4.5, 4.6 and 4.7 have norms of queries and keys, and three dense layers.
+        "as released": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=1, n_routed_experts=6, attention_bias=True, head_dim=16, rope_theta=1e6)
+        | dict(partial_rotary_factor=0.5, num_nextn_predict_layers=1),
+        "groups, norms of heads, two dense": TIED
+        | ROUTED
+        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True, head_dim=16)
+        | dict(n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=3, partial_rotary_factor=0.25),
+        "none dense, yarn": UNTIED
+        | ROUTED
+        | dict(first_k_dense_replace=0, n_routed_experts=4, head_dim=8, rope_scaling=YARN),
+    },
     "smollm3": {
         "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
         "by interval, biases, yarn": UNTIED
@@ -308,6 +373,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(use_sliding_window=True, sliding_window=6),
     },
 } | HYBRIDS
+CONFIGS |= LATENT
 
 
 def config_json(model_type: str, name: str) -> dict[str, Any]:

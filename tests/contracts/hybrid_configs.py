@@ -9,6 +9,7 @@ from contracts.config_parts import (
     MULTIPLIERS,
     NORM_EPS,
     PROPORTIONAL,
+    ROUTED,
     TIED,
     UNTIED,
     YARN,
@@ -64,6 +65,17 @@ HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
         | NEMOTRON_H
         | dict(num_hidden_layers=6, layers_block_type=["mamba", "attention", "mlp"] * 2, head_dim=12)
         | dict(use_bias=True, mlp_bias=True, use_conv_bias=False, mlp_hidden_act="silu"),
+        # Nemotron 3 Nano.
+        "experts": UNTIED
+        | NEMOTRON_H
+        | ROUTED
+        | dict(num_hidden_layers=6, hybrid_override_pattern="ME*EME", n_routed_experts=6)
+        | dict(moe_shared_expert_intermediate_size=24, n_shared_experts=1),
+        "experts and feed-forwards, groups, biases": TIED
+        | NEMOTRON_H
+        | ROUTED
+        | dict(num_hidden_layers=5, hybrid_override_pattern="ME-E*", n_routed_experts=8, n_group=4, topk_group=2)
+        | dict(moe_shared_expert_intermediate_size=40, norm_topk_prob=False, mlp_bias=True, mlp_hidden_act="silu"),
         "steps clipped": TIED
         | NEMOTRON_H
         | dict(num_hidden_layers=2, hybrid_override_pattern="*M", time_step_min=1.0, n_groups=1),
@@ -108,6 +120,23 @@ HYBRIDS: dict[str, dict[str, dict[str, Any]]] = {
         "multiplied width": TIED
         | NORM_EPS
         | dict(block_ffn_dim_multiplier=1.5, block_multiple_of=8, full_attn_idxs=[0, 2], num_key_value_heads=1),
+    },
+    "lfm2_moe": {
+        "as released": TIED
+        | NORM_EPS
+        | ROUTED
+        | dict(num_hidden_layers=4, layer_types=["conv", "conv", "full_attention", "conv"], num_experts=6)
+        | dict(num_dense_layers=2, routed_scaling_factor=1.0),
+        "untied, biases of convolutions, not renormalised": UNTIED
+        | NORM_EPS
+        | ROUTED
+        | dict(layer_types=["full_attention", "conv", "full_attention"], num_experts=4, num_experts_per_tok=3)
+        | dict(num_dense_layers=1, conv_bias=True, conv_L_cache=4, norm_topk_prob=False),
+        "no bias, none dense": TIED
+        | NORM_EPS
+        | ROUTED
+        | dict(layer_types=["conv", "full_attention", "conv"], num_experts=4, num_dense_layers=0)
+        | dict(use_expert_bias=False, num_key_value_heads=1),
     },
     # In released models a layer that sees all comes after a convolution, a windowed one before it.
     "lfm3": {

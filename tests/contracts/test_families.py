@@ -22,10 +22,13 @@ from cpt_jax.core.tree import flatten
 from cpt_jax.models.cross_entropy import TableUse, token_losses
 from cpt_jax.models.decoder import abstract_decoder, apply, head_path, logits
 from cpt_jax.models.families import FAMILIES, family_for
+from cpt_jax.models.families.composite import auto_class
 from cpt_jax.models.linear import ACTIVATIONS
 from cpt_jax.models.remat import Remat
 
 LENGTH = 40
+# In transformers too they are no parameters, or have no gradient.
+CONSTANTS = ("layer_scalar", "e_score_correction_bias", "expert_bias")
 CASES = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
 
 
@@ -40,14 +43,16 @@ def test_every_family_has_contract_tests():
 def reference_model(raw: dict, directory):
     """A transformers model with weights large enough that every part matters, saved."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     fields = {name: value for name, value in raw.items() if name != "model_type"}
     torch.manual_seed(0)
     config = AutoConfig.for_model(raw["model_type"], **json.loads(json.dumps(fields)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    auto = getattr(transformers, auto_class(raw))
+    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
-        constants = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        constants = [buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)]
         for parameter in (*model.parameters(), *constants):
             spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             start = parameter if parameter.ndim == 1 else torch.zeros(())
@@ -61,7 +66,7 @@ def reference_model(raw: dict, directory):
 def gradients_by_tensor(model) -> dict[str, np.ndarray]:
     """Gradients by the names of the files; in memory, transformers names some otherwise, and holds the experts of a
     layer in one parameter."""
-    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    found = {name: each.grad.numpy() for name, each in model.named_parameters() if not name.endswith(CONSTANTS)}
     if model.config.model_type == "nemotron_h":
         found = {name.replace("model.", "backbone."): value for name, value in found.items()}
     if model.config.model_type == "granitemoehybrid":
@@ -73,8 +78,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         prefix, _, part = name.rpartition(".")
         whole = found.pop(name)
         for expert, matrix in enumerate(whole):
-            if part == "down_proj":
-                parts = {"down_proj": matrix}
+            if part != "gate_up_proj":
+                parts = {part: matrix}
             else:
                 parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
             found |= {f"{prefix}.{expert}.{key}.weight": value for key, value in parts.items()}
@@ -82,7 +87,7 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         found["embed_out.weight"] = found.pop("lm_head.weight")
     if model.config.model_type == "lfm3":
         found = {name.replace(".g_proj.", ".gate_proj."): value for name, value in found.items()}
-    if model.config.model_type == "mixtral":
+    if model.config.model_type in ("mixtral", "minimax_m2", "lfm2_moe"):
         renamed = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         found = {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in found.items()}
         for old, new in renamed.items():
@@ -154,7 +159,7 @@ def test_logits_gradients_and_files_are_those_of_transformers(model_type, name, 
         np.testing.assert_allclose(
             found, gradient, rtol=1e-3, atol=1e-3 * max(np.abs(gradient).max(), 1e-3), err_msg=tensor
         )
-    constants = {name for name in names if name.endswith("layer_scalar")}
+    constants = {name for name in names if name.endswith(CONSTANTS)}
     assert reference_gradients.keys() == names.keys() - constants
 
     save(tmp_path / "ours", ours.config, ours.weights, ours.raw, tmp_path, shard_bytes=20_000)
@@ -218,7 +223,20 @@ REFUSED = [
     ),
     ("granitemoehybrid", dict(hidden_act="gelu"), "hidden_act='gelu', which is not supported for model_type granite"),
     ("granitemoehybrid", dict(mamba_n_groups=3), "mamba_n_heads 4 is no multiple of mamba_n_groups 3"),
-    ("nemotron_h", dict(hybrid_override_pattern="MEM*E"), "layer_types of kind 'moe'; supported: full_attention"),
+    ("nemotron_h", dict(moe_latent_size=16), "moe_latent_size=16, which is not supported for model_type nemotron_h"),
+    (
+        "ernie4_5_moe",
+        dict(moe_layer_end_index=1),
+        "moe_layer_end_index has layers without experts behind such with them",
+    ),
+    ("ernie4_5_moe", dict(use_bias=True), "use_bias=True, which is not supported for model_type ernie4_5_moe"),
+    (
+        "exaone_moe",
+        dict(mlp_layer_types=["sparse", "dense", "sparse", "sparse"]),
+        "mlp_layer_types has layers without experts behind such with them",
+    ),
+    ("glm4_moe", dict(topk_group=2), "topk_group 2 is not between 1 and n_group 1"),
+    ("glm4_moe", dict(first_k_dense_replace=3), "the first 3 of 3 layers have no experts: the others must"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",
@@ -242,6 +260,19 @@ REFUSED = [
         dict(num_global_key_value_heads=3),
         "num_attention_heads 4 is no multiple of num_key_value_heads 3",
     ),
+    (
+        "youtu",
+        dict(num_key_value_heads=2),
+        "num_key_value_heads is 2: latents are expanded to keys for each of the 4 heads",
+    ),
+    ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func='softmax', which is not supported"),
+    ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob=True, which is not supported"),
+    (
+        "glm4_moe_lite",
+        dict(mlp_layer_types=["sparse", "dense", "sparse"]),
+        "mlp_layer_types=.*the first layers dense, the others sparse, 3 in all",
+    ),
+    ("mistral4", dict(rope_parameters=YARN | dict(rope_theta=1e4)), "llama_4_scaling_beta=None.*mistral4's queries"),
     ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta=None"),
     ("ministral3", dict(layer_types=ALTERNATING), "layer_types=.*not supported for model_type ministral3"),
     (

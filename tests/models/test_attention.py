@@ -29,19 +29,20 @@ from cpt_jax.sharding.rules import shardings
 
 LENGTH, HEAD = 256, 16
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-# (heads, key heads)
+# (heads, key heads, the width of values)
 HEADS = {"grouped": (4, 2), "one key head": (3, 1), "each its own": (2, 2)}
+HEADS |= {"narrow values": (2, 2, 8), "wide values": (4, 2, 24)}
 # Documents that end within and at a block's edge, padding on the left, on the right, and one document.
 ROWS = np.stack(
     [np.repeat([1, 2, 3, 4], [11, 117, 100, 28]), np.repeat([0, 1, 0], [130, 60, 66]), np.ones(LENGTH, np.int64)]
 )
 
 
-def inputs(heads: int, groups: int, length: int = LENGTH):
+def inputs(heads: int, groups: int, values: int = HEAD, length: int = LENGTH):
     """(q, k, v, and what the result is multiplied with)."""
     keys = jax.random.split(jax.random.key(0), 4)
-    sizes = (heads, groups, groups, heads)
-    return [jax.random.normal(key, (3, size, length, HEAD)) for key, size in zip(keys, sizes, strict=True)]
+    sizes = ((heads, HEAD), (groups, HEAD), (groups, values), (heads, values))
+    return [jax.random.normal(key, (3, count, length, width)) for key, (count, width) in zip(keys, sizes, strict=True)]
 
 
 def result_and_gradients(function, q, k, v, w, visible: Visible, *sinks):
@@ -69,6 +70,9 @@ CASES = [
     ("blocks", "grouped", 200, 2.0, False),
     ("blocks", "one key head", 50, 2.0, True),
     ("blocks", "each its own", None, None, False),
+    ("blocks", "narrow values", None, 2.0, True),
+    ("blocks", "wide values", 50, None, True),
+    ("splash", "narrow values", None, None, True),
     ("splash", "grouped", None, None, False),
     ("splash", "grouped", 50, 2.0, True),
     ("splash", "one key head", 200, None, True),
@@ -132,7 +136,7 @@ def test_mapped_over_runs_a_kernel_gives_each_run_what_it_gives_it_alone(meshed)
 
 @pytest.mark.parametrize("length", [40, CPU_BLOCK + 1])
 def test_blocks_take_rows_that_they_do_not_divide(length):
-    arrays, visible = inputs(4, 2, length), Visible(document_begins(jnp.asarray(ROWS[:, :length])))
+    arrays, visible = inputs(4, 2, length=length), Visible(document_begins(jnp.asarray(ROWS[:, :length])))
     expected = result_and_gradients(lambda *args: reference(*args, (None,), None, FLOAT32), *arrays, visible)
     found = result_and_gradients(lambda *args: blocks(*args, (None,), None, FLOAT32), *arrays, visible)
     for mine, theirs in zip(found, expected, strict=True):
@@ -141,14 +145,14 @@ def test_blocks_take_rows_that_they_do_not_divide(length):
 
 def test_blocks_bear_scores_far_below_zero():
     """All of -480: of exponentials that began at 0, nothing would be left."""
-    _, _, v, _ = inputs(4, 2, 40)
+    _, _, v, _ = inputs(4, 2, length=40)
     q, k = jnp.ones((3, 4, 40, HEAD)), jnp.full((3, 2, 40, HEAD), -30.0)
     expected = reference(q, k, v, Visible(None), (None,), None, FLOAT32)
     np.testing.assert_allclose(blocks(q, k, v, Visible(None), (None,), None, FLOAT32), expected, atol=1e-5)
 
 
 def test_blocks_need_no_scores_of_a_whole_row():
-    q, k, v, _ = inputs(4, 2, 2048)
+    q, k, v, _ = inputs(4, 2, length=2048)
 
     def temporaries(kernel: str) -> int:
         call = functools.partial(attend, windows=(None,), softcap=None, dtype=BFLOAT16, kernel=kernel)

@@ -67,6 +67,18 @@ def test_the_gpus_kernel_is_in_the_program(packed, window, documents, calls, mes
     assert ("tensor<1x256x2x64xbf16>" if meshed else "tensor<4x256x4x64xbf16>") in text
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_values_of_another_width_are_filled_up_for_it():
+    """Given otherwise, they would need a Hopper GPU and cuDNN 9.10."""
+    q, k, v = (jax.ShapeDtypeStruct((4, 2, 256, width), jnp.float32) for width in (96, 96, 64))
+    traced = gradient(None, 16).trace(q, k, v, None)
+    assert [each.shape[3] for each in traced.out_info] == [96, 96, 64]
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    call = next(line for line in text.splitlines() if f"@{SOFTMAX}Backward" in line)
+    assert "x96xbf16" in call
+    assert "x64xbf16" not in call
+
+
 @pytest.mark.parametrize(("packed", "window", "documents", "calls"), CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_of_many_runs_it_is_called_once_with_the_rows_of_all(packed, window, documents, calls):

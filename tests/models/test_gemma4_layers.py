@@ -50,7 +50,9 @@ def test_one_by_one_and_recomputed_the_model_is_the_same(changes):
 
 
 def test_on_a_mesh_experts_beside_a_feed_forward_are_the_same():
-    experts = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.0, intermediate_size=24)
+    experts = ExpertsConfig(
+        count=4, per_token=2, renormalise=True, balance_coefficient=0.0, intermediate_size=24, beside=True
+    )
     config = tiny_config(experts=experts, norm_placement="both", attention="xla")
     right = value_and_gradients(config, jax.tree.map(jnp.asarray, random_weights(config)))
     assert flatten(right[1])["layers/experts/expert_scale"].any()

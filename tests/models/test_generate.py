@@ -79,6 +79,17 @@ FAMILIES = [
     ("falcon_h1", "as released"),
     ("nemotron_h", "as released"),
     ("gemma4_text", "inputs of layers, shared keys, double width"),
+    ("youtu", "untied, whole queries, biases, yarn"),
+    ("minicpm3", "as released"),
+    ("deepseek_v3", "as released"),
+    ("mistral4", "as released"),
+    ("lfm2_moe", "as released"),
+    ("nemotron_h", "experts"),
+    ("ernie4_5_moe", "as released"),
+    ("minimax_m2", "as released"),
+    ("dots1", "windows, groups, biases"),
+    ("exaone_moe", "as released"),
+    ("glm4_moe", "groups, norms of heads, two dense"),
 ]
 
 

@@ -18,6 +18,7 @@ from cpt_jax.models.delta_net import DeltaNetConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.generate import generate
 from cpt_jax.models.kernels.visible import document_begins
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layer_groups import join_layers, split_layers, with_copies
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.mamba2 import Mamba2Config
@@ -36,9 +37,13 @@ KINDS = (
     LayerKind(rope=Rope(theta=1e4, dim=8)),
     LayerKind(rope=None, mixer=ShortConvConfig(kernel_size=3)),
     LayerKind(rope=None, mixer=Mamba2Config(heads=4, groups=2, head_dim=16, state_size=8, kernel_size=4)),
+    LayerKind(
+        rope=Rope(theta=1e4, dim=6),
+        mixer=LatentAttentionConfig(query_rank=12, rank=10, fixed_dim=4, rotated_dim=6, value_dim=8),
+    ),
 )
 # Two periods; no period.
-PATTERNS = {"periodic": (0, 1, 2, 3) * 2, "not periodic": (0, 0, 1, 2)}
+PATTERNS = {"periodic": (0, 1, 2, 3, 4) * 2, "not periodic": (0, 0, 1, 2)}
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("layers/*",))
 ROWS = np.stack([np.repeat([1, 2, 3], [70, 50, 8]), np.repeat([0, 1], [30, 98])] * 4)
 

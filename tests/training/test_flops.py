@@ -107,8 +107,9 @@ def test_parts_of_a_known_model():
 
 
 def test_layers_that_mix_tokens_in_other_ways():
-    """One of each: linear attention, attention with gates, a convolution, Mamba 2."""
-    config = tiny_config(**SIZES | dict(new_rows=0, num_layers=4), layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3))
+    """One of each: linear attention, attention with gates, a convolution, Mamba 2, latent attention."""
+    kinds = dict(num_layers=5, layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3, 4))
+    config = tiny_config(**SIZES | dict(new_rows=0) | kinds)
     config = dataclasses.replace(config, attention_gate="channel")
     width, feed_forward, head = 64, 3 * 64 * 96, 64 * 320
     # 2 key heads of 8, 4 value heads of 16; q, k, v, the gate, beta and decay, o; the state is read twice and written.
@@ -117,8 +118,10 @@ def test_layers_that_mix_tokens_in_other_ways():
     convolution = 4 * width * width
     # 4 heads of 16, 2 groups with states of 8; the gate, v, k, q and the steps, o; the state is read and written.
     mamba = width * (64 + 64 + 16 + 16 + 4) + 64 * width
-    products = 2.0 * (linear + attention + convolution + mamba + 4 * feed_forward + head)
-    mixing = (6 + 4) * 4 * 8 * 16 + 4 * 32 * (LENGTH + 1) / 2
+    # Latents of 12 and of 10 and 6; 4 heads of 10, and of 8 for values.
+    latent = width * 12 + 12 * 40 + width * 16 + 10 * 4 * (4 + 8) + 32 * width
+    products = 2.0 * (linear + attention + convolution + mamba + latent + 5 * feed_forward + head)
+    mixing = (6 + 4) * 4 * 8 * 16 + (4 * 32 + 2 * 4 * (10 + 8)) * (LENGTH + 1) / 2
     counted = token_flops(abstract_decoder(config), Full().trains, LENGTH)
     assert counted.forward == pytest.approx(products + mixing)
     assert counted.activations == pytest.approx(products + 2 * mixing)
@@ -146,6 +149,10 @@ def test_a_window_and_experts():
     shared = dataclasses.replace(experts, shared_intermediate_size=40)
     both = token_flops(abstract_decoder(tiny_config(**SIZES, experts=shared)), Full().trains, LENGTH).forward
     assert both - mixed == pytest.approx(3 * 2 * (3 * 64 * 40 + 64))
+    first = tiny_config(**SIZES, experts=dataclasses.replace(experts, intermediate_size=48), dense_layers=1)
+    # One layer as without experts, two with feed-forwards of half the width.
+    dense = token_flops(abstract_decoder(first), Full().trains, LENGTH).forward
+    assert dense - full == pytest.approx(2 * 2 * 64 * 8)
 
 
 def test_peaks_by_the_names_that_devices_have():

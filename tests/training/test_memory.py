@@ -20,8 +20,8 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.experts import ClampedSwiGLU, ExpertsConfig
-from cpt_jax.models.linear import LINEARS
-from cpt_jax.models.lone_feed_forward import LoneFeedForwardConfig
+from cpt_jax.models.latent_attention import LatentAttentionConfig
+from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.remat import Remat
 from cpt_jax.models.rope import Rope
 from cpt_jax.models.side_by_side import SideBySideConfig
@@ -37,10 +37,12 @@ ROWS, LENGTH = 2, 256
 EXPERTS = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
 SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
 BIASED = dataclasses.replace(EXPERTS, bias=True, swiglu=ClampedSwiGLU(alpha=1.702, limit=7.0))
+# q, k, v, o, gate, up, down.
+ADAPTED = 7
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
 
 # Two periods.
-HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3) * 2, num_layers=8, attention_gate="head")
+HYBRID = dict(layer_kinds=HYBRID_KINDS, layer_pattern=(0, 1, 2, 3, 4) * 2, num_layers=10, attention_gate="head")
 
 
 def kept_by_layers(config, method, compute) -> int:
@@ -60,10 +62,7 @@ def kept_by_layers(config, method, compute) -> int:
     kept, loops = 0, [each for each in program.eqns if each.primitive.name == "scan"]
     for loop in loops:
         periods = config.num_layers // max(1, len(config.layer_kinds))
-        groups = dict(config.layer_groups).values() or (
-            config.num_layers - config.sharing_layers,
-            config.sharing_layers,
-        )
+        groups = dict(config.layer_groups).values() or map(len, config.sections.values())
         of_layers = loop.params["length"] in (config.num_layers, periods, *groups)
         if of_layers and not loop.params["reverse"]:
             # What is carried on has the shape that it has in the loop; what is stacked has an axis more.
@@ -97,18 +96,29 @@ def test_layers_keep_what_is_on_paper(method, attention, compute):
 GLOBAL = LayerKind(rope=Rope(theta=1e4, dim=32), mixer=GlobalAttention(head_dim=32, num_kv_heads=2))
 VALUES_ARE_KEYS = LayerKind(rope=GLOBAL.rope, mixer=GlobalAttention(head_dim=32, num_kv_heads=2, values_are_keys=True))
 SIDE_BY_SIDE = LayerKind(rope=Rope(theta=1e4, dim=16), mixer=SideBySideConfig(mamba2=HYBRID_KINDS[3].mixer))
+LATENT = dict(rank=48, fixed_dim=16, rotated_dim=8, value_dim=20)
+LATENT_QUERIES = LayerKind(rope=Rope(theta=1e4, dim=8), mixer=LatentAttentionConfig(query_rank=64, **LATENT))
+LATENT_KEYS = LayerKind(rope=Rope(theta=1e4, dim=8), mixer=LatentAttentionConfig(query_rank=None, **LATENT))
 ALONE = LayerKind(rope=None, mixer=LoneFeedForwardConfig())
 ONE_OR_THE_OTHER = dict(layer_kinds=(*HYBRID_KINDS[:2], ALONE), layer_pattern=(0, 1, 2) * 2)
 NORMED = dict(qk_norm="head", value_norm=True, layer_scalar=True)
 SHARING = NORMED | dict(layer_kinds=(GLOBAL,), sharing_layers=4, sharing_intermediate_size=512, layer_input_size=16)
 SHARING |= dict(norm_placement="both")
-BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128), norm_placement="both")
+BESIDE = dict(experts=dataclasses.replace(EXPERTS, intermediate_size=128, beside=True), norm_placement="both")
+DENSE_FIRST = dict(experts=dataclasses.replace(SHARED, intermediate_size=128, shared_gate=False), dense_layers=2)
+LONE_EXPERTS = dict(layer_kinds=(HYBRID_KINDS[1], LayerKind(rope=None, mixer=LoneExpertsConfig())), gated=False)
+LONE_EXPERTS |= dict(layer_pattern=(0, 1) * 3, feed_forward=False, activation="relu2", experts=DENSE_FIRST["experts"])
 KINDS = {
+    "experts alone, without gates": (LONE_EXPERTS, Full()),
+    "experts alone, with adapters": (LONE_EXPERTS, LoRA(rank=4, alpha=8)),
     "norms of heads and behind": (dict(qk_norm="head", norm_placement="both"), Full()),
     "attention and Mamba 2 side by side": (dict(layer_kinds=(SIDE_BY_SIDE,)), LoRA(rank=4, alpha=8)),
     "mixers and feed-forwards apart": (ONE_OR_THE_OTHER | dict(feed_forward=False, gated=False), Full()),
     "heads of their own": (NORMED | dict(layer_kinds=(GLOBAL,)), Full()),
     "heads of their own, values are keys": (NORMED | dict(layer_kinds=(VALUES_ARE_KEYS,)), Full()),
+    "latents": (dict(layer_kinds=(LATENT_QUERIES,)), Full()),
+    "latents with adapters": (dict(layer_kinds=(LATENT_QUERIES,)), LoRA(rank=4, alpha=8)),
+    "latents of keys and values alone": (dict(layer_kinds=(LATENT_KEYS,)), LoRA(rank=4, alpha=8)),
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
@@ -122,6 +132,8 @@ KINDS = {
     # Two layers with keys and values of their own, four without.
     "shared keys, inputs of layers": (SHARING, Full()),
     "shared keys, inputs of layers, with adapters": (SHARING, LoRA(rank=4, alpha=8)),
+    "the first two dense": (DENSE_FIRST, Full()),
+    "the first two dense, with adapters": (DENSE_FIRST, LoRA(rank=4, alpha=8)),
     "a shared expert with adapters": (dict(experts=SHARED), LoRA(rank=4, alpha=8)),
 }
 
@@ -162,7 +174,7 @@ def test_what_is_named_is_kept_at_its_width_and_products_with_those_of_adapters(
         assert more == 2 * tokens * width, name
     low, high = (activations(Remat(products=True), LoRA(rank=rank, alpha=8)) for rank in (4, 64))
     # Kept in float32, and of the layer whose gradient is computed rounded as well.
-    assert high - low == ROWS * LENGTH * len(LINEARS) * 60 * (4 * SIZES["num_layers"] + 6)
+    assert high - low == ROWS * LENGTH * ADAPTED * 60 * (4 * SIZES["num_layers"] + 6)
     # Of layers that are cut over devices the residual stream is whole.
     stream = 4 * tokens * SIZES["hidden_size"]
     whole, cut = (activations(None, Full(), tensor=parts) for parts in (1, 4))
@@ -214,7 +226,7 @@ def test_where_products_are_kept_adapters_own_are_computed_again():
 
     low, high = (kept(LoRA(rank=rank, alpha=8, new_rows=False)) for rank in (4, 64))
     assert low <= 1.1 * kept(Full())
-    assert high - low == 4 * ROWS * LENGTH * SIZES["num_layers"] * len(LINEARS) * (64 - 4)
+    assert high - low == 4 * ROWS * LENGTH * SIZES["num_layers"] * ADAPTED * (64 - 4)
 
 
 def test_a_stage_that_does_not_fit_says_what_it_takes_and_what_takes_less(directories, tmp_path, monkeypatch):

@@ -125,14 +125,16 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     found, outer, path = [], getattr(family, "prefix", "model."), f"layers/{config.experts_name}"
     name = getattr(family, "EXPERTS", "mlp.experts" if config.experts_name == "mlp" else "experts")
     gates, ups = getattr(family, "PARTS", (Rows(2 * inner, 0, inner), Rows(2 * inner, inner, 2 * inner)))
-    for layer in range(config.num_layers):
-        index, prefix = (layer,), f"{outer}layers.{layer}.{name}"
+    for number, layer in enumerate(config.layers_with(config.experts_name or "")):
+        index, prefix = (number,), f"{outer}layers.{layer}.{name}"
         gate, up = Place(f"{path}/gate", index, True, gates), Place(f"{path}/up", index, True, ups)
         down = Place(f"{path}/down", index, True)
-        found += [
-            Module(name=f"{prefix}.gate_up_proj", parts=(gate, up), inputs=width, outputs=2 * inner, experts=count),
-            Module(name=f"{prefix}.down_proj", parts=(down,), inputs=inner, outputs=width, experts=count),
-        ]
+        first = Module(name=f"{prefix}.gate_up_proj", parts=(gate, up), inputs=width, outputs=2 * inner, experts=count)
+        if not config.gated:
+            alone = Place(up.path, index, True)
+            first = Module(name=f"{prefix}.up_proj", parts=(alone,), inputs=width, outputs=inner, experts=count)
+        second = Module(name=f"{prefix}.down_proj", parts=(down,), inputs=inner, outputs=width, experts=count)
+        found += [first, second]
     return found
 
 

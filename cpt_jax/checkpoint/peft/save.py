@@ -33,14 +33,16 @@ from cpt_jax.core.tree import Tree, flatten
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite
-from cpt_jax.models.families.schema import Place
+from cpt_jax.models.families.schema import MLP, Place
 from cpt_jax.models.linear import ADAPTER_LEAVES, KERNEL_NORM, AdapterConfig, LoRAConfig, column_norms
 from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS, TABLES
 
 Held = Literal["rows", "whole"]
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
-# model_types whose shared expert's targets PEFT 0.21 renames to those of experts (utils/transformers_weight_conversion.py).
-_TAKEN_FOR_EXPERTS = ("qwen3_next",)
+# model_types of which PEFT 0.21 renames the targets of all feed-forwards to those of experts
+# (utils/transformers_weight_conversion.py).
+_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
+_TAKEN_FOR_EXPERTS += ("dots1", "exaone_moe")
 _COMMON = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -86,9 +88,11 @@ def held_by_adapter(
     layers = [module for module in linears(config, hf_config) if not module.of_one_expert]
     layers += stacked_experts(config, hf_config)
     adapted = [module for module in layers if any(f"{path}/lora_a" in paths for path in module.paths)]
-    if hf_config["model_type"] in _TAKEN_FOR_EXPERTS and any(".shared_expert." in module.name for module in adapted):
+    taken = [module for module in adapted if module.experts is None and _last(module.name) in MLP.values()]
+    if taken and hf_config["model_type"] in _TAKEN_FOR_EXPERTS:
+        others = sorted({f"{path.rpartition('/')[0]}/*" for module in taken for path in module.paths})
         raise UserError(
-            f"PEFT takes the shared expert's linears of {hf_config['model_type']} for its experts: leave 'layers/mlp/shared/*' out of the targets, or export the whole model"
+            f"PEFT takes the linears of {hf_config['model_type']} that every token goes through for its experts: leave {', '.join(others)} out of the targets, or export the whole model"
         )
     refused = getattr(family_for(hf_config), "NOT_ADAPTED", ())
     if found := next((module for module in adapted if module.name.endswith(refused)), None):
@@ -226,7 +230,7 @@ def _target(module: Module) -> tuple[str, bool]:
     if module.experts is not None:
         return ".".join(parts[-3:] if "mlp" in parts else parts[-2:]), True
     # Patterns of ranks compare the ends of names, and the chosen experts' have the same.
-    return ".".join(parts[-2:] if "shared_expert" in parts else parts[-1:]), False
+    return ".".join(parts[-2:] if parts[-2].startswith("shared_expert") else parts[-1:]), False
 
 
 def _lora_fields(lora: LoRAConfig, hf_config: dict, settings: dict[tuple[str, bool], AdapterConfig]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ PREFIXES = {
 }
 # Whose transformers' model caps its logits as its text model does.
 _CAPPED = ("gemma4", "gemma4_unified")
+# Text models that transformers lists among those that see, and not among those of text.
+_LISTED_AS_SEEING = ("mistral4",)
 # Text models that are a family's own, but for positions of images. Those of text are the same on all three axes, so that
 # their rotation is the plain one.
 SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -91,7 +93,8 @@ def beginnings_beside(family: ModuleType, config: DecoderConfig) -> tuple[str, .
 
 def auto_class(raw: dict) -> str:
     """transformers' class that loads a model of this config.json."""
-    return "AutoModelForImageTextToText" if raw.get("model_type") in PREFIXES else "AutoModelForCausalLM"
+    sees = raw.get("model_type") in (*PREFIXES, *_LISTED_AS_SEEING)
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
 
 def text_fields(raw: dict) -> dict:

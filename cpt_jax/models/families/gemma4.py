@@ -3,12 +3,11 @@ may be their keys; values are normalised too, norms' scales are whole, and each 
 small ones (E2B, E4B) each layer has an input of its own, and the last ones take keys and values of those before; 26B-A4B
 has experts beside each feed-forward."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
-from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families import gemma2
 from cpt_jax.models.families.schema import (
@@ -60,6 +59,7 @@ def config_from_hf(raw: dict) -> DecoderConfig:
             renormalise=True,
             balance_coefficient=0.0,
             intermediate_size=hf.moe_intermediate_size,
+            beside=True,
         )
     whole = _of_type(raw, hf, "full_attention")
     sizes = GlobalAttention(
@@ -105,9 +105,13 @@ def _of_type(raw: dict, hf: Any, layer_type: str) -> Any:
         ) from error
 
 
-def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
     """What a config.json says of its layers besides `layer_types`."""
-    sizes = {str(number): kind.mixer for number, kind in enumerate(kinds) if isinstance(kind.mixer, GlobalAttention)}
+    sizes = {
+        str(number): kind.mixer
+        for number, kind in enumerate(config.kind_of_layer)
+        if isinstance(kind.mixer, GlobalAttention)
+    }
     fields = {n: {"head_dim": of.head_dim, "num_key_value_heads": of.num_kv_heads} for n, of in sizes.items()}
     return {"per_layer_config": fields}
 

@@ -1,10 +1,9 @@
 """Granite 4.0-H: in most layers Mamba 2 in the place of attention, which mostly turns nothing by positions; Granite's four
 multipliers; beside a feed-forward that every token goes through a few experts, chosen by a router, or none."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.granite import multipliers
 from cpt_jax.models.families.schema import (
@@ -74,9 +73,9 @@ def _experts(hf: Any) -> ExpertsConfig:
     )
 
 
-def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
     """`layer_types` as its makers write them."""
-    return {"layer_types": ["attention" if kind.attends else "mamba" for kind in kinds]}
+    return {"layer_types": ["attention" if kind.attends else "mamba" for kind in config.kind_of_layer]}
 
 
 def weight_names(config: DecoderConfig) -> Names:

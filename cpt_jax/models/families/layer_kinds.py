@@ -7,6 +7,7 @@ from typing import Any
 from cpt_jax.core.errors import UserError
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind, Mixer
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, Rope, Scaling, Yarn
 from cpt_jax.models.side_by_side import SideBySideConfig
 
@@ -68,14 +69,18 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, context: int) -> Rope:
         raise UserError(f"config.json's RoPE of type {kind!r} has a field that is no number: {error}") from error
 
 
-def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float:
-    def magnitude(weight: float = 1.0) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN scales what a rotation stretched by `factor` flattens."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
+
+def _yarn_attention(parameters: Mapping[str, Any], factor: float) -> float:
     if (given := parameters.get("attention_factor")) is not None:
         return float(given)
     whole, part = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return magnitude(whole) / magnitude(part) if whole and part else magnitude()
+    if whole and part:
+        return yarn_magnitude(factor, whole) / yarn_magnitude(factor, part)
+    return yarn_magnitude(factor)
 
 
 def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: int) -> float:
@@ -84,7 +89,9 @@ def _longrope_attention(parameters: Mapping[str, Any], factor: float, original: 
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: Mapping[str, Mixer]) -> dict[str, Any]:
+def kinds_of(
+    read: Any, head_dim: int, rotated: Sequence[bool] | None, partly_rotated: bool, mixers: Mapping[str, Mixer]
+) -> dict[str, Any]:
     """`layer_kinds` and `layer_pattern` of a config as transformers reads it.
 
     What its class has no field for (a Llama's window, left over from the model that it was made of), its model does not
@@ -92,6 +99,7 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     Args:
       rotated: which layers turn queries and keys (None: all).
+      partly_rotated: a part of each head may be turned, whatever the class's defaults.
       mixers: by the layers' type, what mixes tokens where that is not attention.
 
     Raises:
@@ -103,8 +111,8 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
     )
     context, parameters = read.max_position_embeddings, getattr(read, "rope_parameters", None) or {}
     for each in (parameters, *(value for value in parameters.values() if isinstance(value, Mapping))):
-        part, proportional = each.get("partial_rotary_factor"), each.get("rope_type") == "proportional"
-        if part not in (None, 1) and not proportional and "partial_rotary_factor" not in known.rope_parameters:
+        part, known_to = each.get("partial_rotary_factor"), partly_rotated or each.get("rope_type") == "proportional"
+        if part not in (None, 1) and not known_to and "partial_rotary_factor" not in known.rope_parameters:
             raise UserError(
                 f"config.json has partial_rotary_factor={part}, which is not supported for model_type {read.model_type}"
             )
@@ -115,8 +123,8 @@ def kinds_of(read: Any, head_dim: int, rotated: Sequence[bool] | None, mixers: M
 
     def kind_of(layer: int) -> LayerKind:
         kind = None if types is None else types[layer]
-        mixer = None if kind is None else mixers.get(kind)
-        if mixer is not None and not isinstance(mixer, GlobalAttention | SideBySideConfig):
+        mixer = mixers.get("full_attention" if kind is None else kind)
+        if mixer is not None and not isinstance(mixer, GlobalAttention | LatentAttentionConfig | SideBySideConfig):
             return LayerKind(rope=None, mixer=mixer)
         dim = mixer.head_dim if isinstance(mixer, GlobalAttention) else head_dim
         turns = rotated is None or rotated[layer]

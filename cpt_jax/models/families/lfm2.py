@@ -4,7 +4,8 @@ names of their own."""
 from collections.abc import Mapping
 from typing import Any
 
-from cpt_jax.models.config import DecoderConfig
+from cpt_jax.models.config import DecoderConfig, Mixer
+from cpt_jax.models.families.routed import feed_forward_names
 from cpt_jax.models.families.schema import (
     Names,
     Place,
@@ -13,11 +14,11 @@ from cpt_jax.models.families.schema import (
     config_of,
     fused,
     linear,
-    mlp_names,
     norm_names,
     outer_names,
     read,
     renamed,
+    stack_of,
 )
 from cpt_jax.models.short_conv import ShortConvConfig
 
@@ -32,12 +33,16 @@ def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, {})
     return config_of(
         hf,
-        mixers={"conv": ShortConvConfig(kernel_size=hf.conv_L_cache, bias=bool(hf.conv_bias))},
+        mixers=mixers(hf),
         intermediate_size=_inner_width(hf),
         norm_epsilon=float(hf.norm_eps),
         activation="silu",
         qk_norm="head",
     )
+
+
+def mixers(hf: Any) -> dict[str, Mixer]:
+    return {"conv": ShortConvConfig(kernel_size=hf.conv_L_cache, bias=bool(hf.conv_bias))}
 
 
 def _inner_width(hf: Any) -> int:
@@ -58,18 +63,18 @@ def weight_names(config: DecoderConfig) -> Names:
 
 
 def names_of(config: DecoderConfig, norms: Mapping[str, str]) -> Names:
-    """What LFM2 and LFM3 have in common."""
+    """What LFM2, with experts or without, and LFM3 have in common."""
     names = outer_names(config)
     for layer, kind in enumerate(config.kind_of_layer):
         mixer = attention_names if kind.attends else short_conv_names
-        names |= mixer(config, layer) | mlp_names(config, layer, MLP) | norm_names(config, layer, norms)
+        names |= mixer(config, layer) | feed_forward_names(config, layer, MLP) | norm_names(config, layer, norms)
     return renamed(names, _RENAMED)
 
 
 def short_conv_names(config: DecoderConfig, layer: int) -> Names:
     """Those of a layer with a convolution."""
-    prefix, path, width = f"model.layers.{layer}.conv", "layers/short_conv", config.hidden_size
-    number = config.layers_with("short_conv").index(layer)
+    prefix, width = f"model.layers.{layer}.conv", config.hidden_size
+    path, number = stack_of(config, layer, "short_conv")
     sizes = config.kind_of_layer[layer].mixer
     assert isinstance(sizes, ShortConvConfig)
     parts = {f"{path}/{name}": Rows(3 * width, i * width, (i + 1) * width) for i, name in enumerate("kqv")}

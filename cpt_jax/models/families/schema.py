@@ -11,6 +11,7 @@ from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import SHARING, DecoderConfig, Mixer
 from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.families.layer_kinds import kinds_of
+from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.side_by_side import SideBySideConfig
 
 # Without these a config.json is not whole; what else is missing has transformers' default.
@@ -103,12 +104,18 @@ def _not_supported(raw: dict, field: str) -> UserError:
 
 
 def config_of(
-    read: Any, *, rotated: Sequence[bool] | None = None, mixers: Mapping[str, Mixer] | None = None, **differences: Any
+    read: Any,
+    *,
+    rotated: Sequence[bool] | None = None,
+    partly_rotated: bool = False,
+    mixers: Mapping[str, Mixer] | None = None,
+    **differences: Any,
 ) -> DecoderConfig:
     """Our configuration of a config as transformers reads it, with what is different in this family.
 
     Args:
       rotated: which layers turn queries and keys by their positions (default: all).
+      partly_rotated: a part of each head may be turned, though its class says nothing of that by default.
       mixers: by the layers' type, what mixes tokens where that is not attention.
     """
     heads, width = read.num_attention_heads, read.hidden_size
@@ -124,7 +131,7 @@ def config_of(
         "tie_word_embeddings": bool(read.tie_word_embeddings),
         "max_position_embeddings": read.max_position_embeddings,
     }
-    common |= kinds_of(read, head_dim, rotated, mixers or {})
+    common |= kinds_of(read, head_dim, rotated, partly_rotated, mixers or {})
     if "norm_epsilon" not in differences:
         common["norm_epsilon"] = float(read.rms_norm_eps)
     if "activation" not in differences:
@@ -177,15 +184,18 @@ def outer_names(config: DecoderConfig) -> Names:
 
 def stack_of(config: DecoderConfig, layer: int, part: str) -> tuple[str, int]:
     """(the path of a part of a layer, the layer's number in the stack that it is)."""
-    path = f"{SHARING}/{part}" if layer >= config.num_layers - config.sharing_layers else part
+    section = config.section_of(layer)
+    path = f"{section}/{part}" if section else part
     return f"layers/{path}", config.layers_with(path).index(layer)
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
     """Projections, and the norms of queries and keys; that of queries may hold a gate behind each head's, or each head
     has a gate."""
-    kind, sharing = config.kind_of_layer[layer], layer >= config.num_layers - config.sharing_layers
-    prefix, (head, _) = f"model.layers.{layer}.self_attn", config.heads_of(kind)
+    if isinstance(config.kind_of_layer[layer].mixer, LatentAttentionConfig):
+        return _latent_names(config, layer)
+    kind, sharing = config.kind_of_layer[layer], config.section_of(layer) == SHARING
+    prefix, head = f"model.layers.{layer}.self_attn", config.heads_of(kind).keys
     path, number = stack_of(config, layer, kind.mixer_name)
     if isinstance(kind.mixer, SideBySideConfig):
         path += "/attention"
@@ -202,6 +212,21 @@ def attention_names(config: DecoderConfig, layer: int) -> Names:
     if config.qk_norm is not None:
         normed = "q" if sharing else "qk"
         names |= {f"{prefix}.{name}_norm.weight": (Place(f"{path}/{name}_norm/scale", (number,)),) for name in normed}
+    return names
+
+
+def _latent_names(config: DecoderConfig, layer: int) -> Names:
+    prefix, names = f"model.layers.{layer}.self_attn", {}
+    path, number = stack_of(config, layer, LatentAttentionConfig.name)
+    mixer = config.kind_of_layer[layer].mixer
+    assert isinstance(mixer, LatentAttentionConfig)
+    matrices = {"kv_a": "kv_a_proj_with_mqa", "kv_b": "kv_b_proj", "o": "o_proj"}
+    matrices |= {"q": "q_proj"} if mixer.query_rank is None else {"q_a": "q_a_proj", "q_b": "q_b_proj"}
+    for ours, hf in matrices.items():
+        bias = config.attention_out_bias if ours == "o" else config.qkv_bias and ours.endswith("_a")
+        names |= linear(f"{prefix}.{hf}", f"{path}/{ours}", number, bias)
+        if ours.endswith("_a"):
+            names[f"{prefix}.{ours}_layernorm.weight"] = (Place(f"{path}/{ours}_norm/scale", (number,)),)
     return names
 
 
@@ -254,21 +279,28 @@ def renamed(names: Names, changes: Mapping[str, str]) -> Names:
     return names
 
 
-def experts_names(config: DecoderConfig, layer: int, block: str, matrices: Mapping[str, str]) -> Names:
-    """The router and the experts of a layer, under the name of their block; `matrices`: ours -> Hugging Face's."""
-    assert config.experts is not None
-    prefix = f"model.layers.{layer}.{block}"
-    names: Names = {f"{prefix}.gate.weight": (Place("layers/mlp/router", (layer,), True),)}
-    names |= each_expert(config, layer, f"{prefix}.experts", "layers/mlp", matrices)
-    if config.experts.shared_intermediate_size is not None:
-        names |= linear(f"{prefix}.shared_expert_gate", "layers/mlp/shared_gate", layer, False)
+def experts_names(
+    config: DecoderConfig, layer: int, block: str, matrices: Mapping[str, str], shared: str = "shared_expert"
+) -> Names:
+    """The router and the experts of a layer, under the name of their block, and that of the `shared` one; `matrices`:
+    ours -> Hugging Face's."""
+    experts = config.experts
+    assert experts is not None
+    prefix, (path, number) = f"model.layers.{layer}.{block}", stack_of(config, layer, config.experts_name or "")
+    names: Names = {f"{prefix}.gate.weight": (Place(f"{path}/router", (number,), True),)}
+    if experts.router.correction_bias:
+        names[f"{prefix}.gate.e_score_correction_bias"] = (Place(f"{path}/correction_bias", (number,)),)
+    names |= each_expert(config, number, f"{prefix}.experts", path, matrices)
+    if experts.shared_intermediate_size is not None:
+        if experts.shared_gate:
+            names |= linear(f"{prefix}.{shared}_gate", f"{path}/shared_gate", number, False)
         for ours, hf in matrices.items():
-            names |= linear(f"{prefix}.shared_expert.{hf}", f"layers/mlp/shared/{ours}", layer, config.mlp_bias)
+            names |= linear(f"{prefix}.{shared}.{hf}", f"{path}/shared/{ours}", number, config.mlp_bias)
     return names
 
 
 def each_expert(config: DecoderConfig, layer: int, prefix: str, path: str, matrices: Mapping[str, str]) -> Names:
-    """The experts of a layer, one by one."""
+    """The experts of a layer, by its number in their stack, one by one."""
     assert config.experts is not None
     names: Names = {}
     for expert in range(config.experts.count):

@@ -1,10 +1,9 @@
 """SmolLM3: Llama whose every fourth layer does not rotate queries and keys, with a sliding window if asked for."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from cpt_jax.core.errors import UserError
-from cpt_jax.models.config import DecoderConfig, LayerKind
+from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
 MODEL_TYPES = ("smollm3",)
@@ -30,9 +29,9 @@ def _rotated(hf: Any) -> list[bool]:
     return [bool(each) for each in hf.no_rope_layers]
 
 
-def layer_fields(kinds: Sequence[LayerKind]) -> dict[str, Any]:
+def layer_fields(config: DecoderConfig) -> dict[str, Any]:
     """What a config.json says of its layers besides `layer_types`."""
-    return {"no_rope_layers": [int(kind.rope is not None) for kind in kinds]}
+    return {"no_rope_layers": [int(kind.rope is not None) for kind in config.kind_of_layer]}
 
 
 def weight_names(config: DecoderConfig) -> Names:

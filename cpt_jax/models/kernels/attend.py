@@ -36,7 +36,7 @@ class _Call(NamedTuple):
 def attend(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G K h"],
-    v: Float[Array, "B G K h"],
+    v: Float[Array, "B G K v"],
     visible: Visible,
     *,
     windows: Windows,
@@ -46,7 +46,7 @@ def attend(
     kernel: AttentionChoice = "auto",
     documents: int | None = None,
     runs: bool = False,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """softmax(q k) v, inputs rounded to `dtype`, result float32; query head i reads key head i * G // H.
 
     Args:
@@ -63,7 +63,7 @@ def attend(
         backend=backend(),
         capability=compute_capability(),
         length=length,
-        head_dim=q.shape[3],
+        head_dim=max(q.shape[3], v.shape[3]),
         windows=windows,
         softcap=softcap,
         dtype=jnp.dtype(dtype),

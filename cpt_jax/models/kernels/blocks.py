@@ -33,13 +33,13 @@ class _Options(NamedTuple):
 def blocks(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G S h"],
-    v: Float[Array, "B G S h"],
+    v: Float[Array, "B G S v"],
     visible: Visible,
     windows: Sequence[int | None],
     softcap: float | None,
     dtype: jnp.dtype,
     sinks: Float[Array, "B H"] | None = None,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """As `reference`. The row is filled up to whole blocks with queries that see what nobody reads; where the queries
     are a part of it, they are whole blocks."""
     batch, heads, length, head_dim = q.shape
@@ -55,7 +55,7 @@ def blocks(
     if sinks is not None:
         sinks = sinks.reshape(*q.shape[:3], 1, 1)
     mixed = cast(Array, _attend(q, k, v, sinks, first, begin, _Options(block, softcap, dtype)))
-    return mixed.reshape(batch, heads, length + filled, head_dim)[:, :, :length]
+    return mixed.reshape(batch, heads, length + filled, v.shape[-1])[:, :, :length]
 
 
 def block_size() -> int:
@@ -120,7 +120,7 @@ def _forward(
             part = _product("bgrsk,bgkh->bgrsh", weights.astype(options.dtype), _keys(v, j, options), options)
             return mixed * shrunk + part, now_largest, total * shrunk + weights.sum(-1, keepdims=True)
 
-        zeros = jnp.zeros(q.shape, sum_type(options.dtype))
+        zeros = jnp.zeros((*q.shape[:-1], v.shape[-1]), sum_type(options.dtype))
         if sinks is None:
             start = (zeros, jnp.full_like(zeros[..., :1], jnp.finfo(zeros.dtype).min), zeros[..., :1])
         else:
@@ -133,7 +133,7 @@ def _forward(
     return mixed, (queries, k, v, sinks, firsts, begin, mixed, sums)
 
 
-def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r S h"]):
+def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r S v"]):
     queries, k, v, sinks, firsts, begin, mixed, sums = residuals
     # sum(p * dp) of each query, from its output.
     deltas = _split((cotangent * mixed).sum(-1, keepdims=True), 3, options.block)
@@ -162,9 +162,9 @@ def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r 
         dq, *carry = jax.lax.fori_loop(first.min() // options.block, i + 1, key_block, (dq, *carry))
         return tuple(carry), dq
 
-    zeros = jnp.zeros(k.shape, sum_type(options.dtype))
+    zeros = tuple(jnp.zeros(each.shape, sum_type(options.dtype)) for each in (k, v))
     inputs = (begin + jnp.arange(len(queries)), queries, firsts, cotangents, sums, deltas)
-    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), inputs)
+    (dk, dv), dq = jax.lax.scan(query_block, zeros, inputs)
     return _joined(dq), dk, dv, dsinks, None, None
 
 

@@ -36,7 +36,7 @@ GENERATIONS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
     """What a kernel is asked to do: rows of `length` tokens on a backend, cut into `context` parts, layers with these
-    windows. `capability` is an NVIDIA GPU's (`hardware.compute_capability`)."""
+    windows. `capability` is an NVIDIA GPU's (`hardware.compute_capability`); `head_dim` the wider of keys' and values'."""
 
     backend: str
     capability: float | None

@@ -18,16 +18,21 @@ DOCUMENTS = (16, 64)
 def cudnn(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G S h"],
-    v: Float[Array, "B G S h"],
+    v: Float[Array, "B G S v"],
     visible: Visible,
     window: int | None,
     documents: int | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """Packed documents are given to cuDNN as such (Hopper and later): at most `documents` a row; where that is not
     known, the device looks how many there are. With a window, on older GPUs, and where a row has more than the last
-    of `DOCUMENTS`, a mask [B, 1, S, S] of `dtype` is added to the scores."""
-    q, k, v = (each.astype(dtype).transpose(0, 2, 1, 3) for each in (q, k, v))
+    of `DOCUMENTS`, a mask [B, 1, S, S] of `dtype` is added to the scores. Heads are filled up with zeros to one width: it
+    takes values of another from Hopper and cuDNN 9.10 on."""
+    values, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    q, k, v = (
+        jnp.pad(each.astype(dtype), ((0, 0), (0, 0), (0, 0), (0, width - each.shape[-1]))).transpose(0, 2, 1, 3)
+        for each in (q, k, v)
+    )
     if visible.begins is None:
         within = None if window is None else (window - 1, 0)
         mixed = jax.nn.dot_product_attention(
@@ -35,7 +40,7 @@ def cudnn(
         )
     else:
         mixed = _documents(q, k, v, visible._replace(kind=0), window, documents)
-    return mixed.transpose(0, 2, 1, 3).astype(sum_type(dtype))
+    return mixed[..., :values].transpose(0, 2, 1, 3).astype(sum_type(dtype))
 
 
 def _documents(q, k, v, visible: Visible, window: int | None, documents: int | None) -> Float[Array, "B S H h"]:
@@ -81,12 +86,12 @@ def _packed(lengths, first, q, k, v) -> Float[Array, "B S H h"]:
 def tokamax(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G S h"],
-    v: Float[Array, "B G S h"],
+    v: Float[Array, "B G S v"],
     visible: Visible,
     windows: tuple[int | None, ...],
     softcap: float | None,
     dtype: jnp.dtype,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """Takes documents, windows and soft caps: each query is given its first key."""
     # What `tokamax.ops.gpu` names, which wants jax-triton besides.
     from tokamax._src.ops.attention.base import Mask  # type: ignore[import-not-found]

@@ -15,13 +15,13 @@ from cpt_jax.models.products import contract, precision_of, sum_type
 def reference(
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G K h"],
-    v: Float[Array, "B G K h"],
+    v: Float[Array, "B G K v"],
     visible: Visible,
     windows: Sequence[int | None],
     softcap: float | None,
     dtype: jnp.dtype,
     sinks: Float[Array, "B H"] | None = None,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """softmax(q k) v over the keys that are visible; the one way that reads a cache."""
     batch, heads, length, head_dim = q.shape
     # The heads of a group are rows of one product: no copies of its keys and values are made.
@@ -34,7 +34,7 @@ def reference(
     if sinks is not None:
         sinks = sinks.reshape(*q.shape[:3], 1, 1)
     mixed = cast(Array, _mixed(scores, v, sinks, dtype))
-    return mixed.reshape(batch, heads, length, head_dim)
+    return mixed.reshape(batch, heads, length, v.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -49,11 +49,11 @@ def splash(
     kernel: splash_kernel.SplashAttentionKernel,
     q: Float[Array, "B H S h"],
     k: Float[Array, "B G K h"],
-    v: Float[Array, "B G K h"],
+    v: Float[Array, "B G K v"],
     documents: tuple[Int[Array, "B S"], Int[Array, "B K"]] | None,
     dtype: jnp.dtype,
     sinks: Float[Array, "B H"] | None = None,
-) -> Float[Array, "B H S h"]:
+) -> Float[Array, "B H S v"]:
     """By one device's share of a kernel. Documents, of queries and of keys, are compared within each block."""
     q, k, v = (each.astype(dtype) for each in (q, k, v))
     # Their gradient is of the result's type, whatever theirs is.
