@@ -27,6 +27,7 @@ from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.choice import Kernel, Work, choose, refusal
 from cpt_jax.models.kernels.visible import Visible
+from cpt_jax.sharding.hardware import compute_capability
 
 KERNELS: tuple[Kernel, ...] = ("xla", "blocks", "cudnn", "tokamax", "splash")
 # No row of these has more.
@@ -89,6 +90,7 @@ def compared(length: int, packed: bool, arguments: argparse.Namespace) -> list[d
     for compute in arguments.compute:
         work = Work(
             backend=jax.default_backend(),
+            capability=compute_capability(),
             length=length,
             head_dim=arguments.head_dim,
             windows=(arguments.window,),

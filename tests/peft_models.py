@@ -22,14 +22,14 @@ ROWS = list(range(64 - NEW_ROWS, 64))
 QUERIES = ["q_proj", "v_proj"]
 
 
-def theirs(directory, adapter=None) -> np.ndarray:
+def theirs(directory, adapter=None, **options) -> np.ndarray:
     """transformers' logits, with an adapter as PEFT applies it."""
     import peft
     import torch
     import transformers
 
     auto = getattr(transformers, auto_class(read_config(directory)))
-    model = auto.from_pretrained(directory, attn_implementation="eager")
+    model = auto.from_pretrained(directory, attn_implementation="eager", **options)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cpt_jax.checkpoint.mxfp4 import Mxfp4, with_unpacked
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE
 from cpt_jax.core.errors import UserError
@@ -72,10 +73,10 @@ def weight_files(directory: Path) -> list[str]:
     raise UserError(f"{directory} has no weights (no {SINGLE}): give a whole model directory")
 
 
-def tensors_of(directory: Path) -> dict[str, SafetensorsFile]:
-    """The file of each tensor of a model directory."""
+def tensors_of(directory: Path) -> dict[str, SafetensorsFile | Mxfp4]:
+    """The file of each tensor of a model directory; what is packed in MXFP4 is one tensor."""
     files = [SafetensorsFile(path) for path in weight_files(directory)]
-    return {name: file for file in files for name in file.tensors}
+    return with_unpacked({name: file for file in files for name in file.tensors})
 
 
 def names_in(family: Any, tensors: Collection[str], config: DecoderConfig) -> tuple[Names, Collection[str]]:
@@ -104,8 +105,9 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     config = family.config_from_hf(hf_config)
     held = tensors_of(directory)
     names, beside = names_in(family, held, config)
-    files: dict[str, SafetensorsFile] = {}
-    heads: dict[str, SafetensorsFile] = {}
+    names = {name: _as_held(places, held.get(name)) for name, places in names.items()}
+    files: dict[str, SafetensorsFile | Mxfp4] = {}
+    heads: dict[str, SafetensorsFile | Mxfp4] = {}
     for name, file in held.items():
         if name in names:
             files[name] = file
@@ -134,6 +136,13 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     return config, unflatten({path: _leaf(shapes[path].shape, sources[path]) for path in shapes}), hf_config
 
 
+def _as_held(places: tuple[Place, ...], file: SafetensorsFile | Mxfp4 | None) -> tuple[Place, ...]:
+    """Where a tensor belongs: what is packed, is [outputs, inputs], and not as the model has it in memory."""
+    if not isinstance(file, Mxfp4):
+        return places
+    return tuple(dataclasses.replace(place, transposed=True, rows=place.columns, columns=None) for place in places)
+
+
 def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a HF directory, tables whole and without padding."""
     whole = dataclasses.replace(config, vocab_size=config.total_rows, new_rows=0, row_multiple=1)
@@ -148,6 +157,9 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
         members = len({place.member for place in places})
         rows = sum(shape(place)[0] for place in places) // members
         stack = () if places[0].member is None else (members,)
+        if places[0].columns is not None:
+            first, columns = shape(places[0])
+            return (*stack, first, columns * len(places) // members)
         return (*stack, rows, *shape(places[0])[1:])
 
     return {name: whole_shape(places) for name, places in names.items()}
@@ -162,7 +174,7 @@ def widest(types: Iterable[np.dtype]) -> np.dtype:
 class _Source:
     """One matrix (or vector) of ours in a file."""
 
-    def __init__(self, file: SafetensorsFile, name: str, place: Place) -> None:
+    def __init__(self, file: SafetensorsFile | Mxfp4, name: str, place: Place) -> None:
         self.file, self.name, self.place = file, name, place
 
     @property
@@ -173,22 +185,30 @@ class _Source:
         """These slices of it; of the file, only the rows they lie in are read."""
         wanted = slices[::-1] if self.place.transposed else slices
         rows, rest, part = wanted[0], wanted[1:], self.place.rows
-        if part is None:
+        if (of := self.place.columns) is not None:
+            array = self.file.read(self.name, rows, self.place.member)
+            array = array.reshape(len(array), -1, of.block)[..., of.first : of.last].reshape(len(array), -1)
+        elif part is None:
             array = self.file.read(self.name, rows, self.place.member)
         else:
             size = part.last - part.first
             blocks = slice(rows.start // size, -(-rows.stop // size))
             wanted_rows = slice(blocks.start * part.block, blocks.stop * part.block)
-            array = self.file.read(self.name, wanted_rows, self.place.member)
-            array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
-            array = array.reshape(-1, *array.shape[2:])[
-                rows.start - blocks.start * size : rows.stop - blocks.start * size
-            ]
+
+            def picked(array: np.ndarray) -> np.ndarray:
+                array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
+                return array.reshape(-1, *array.shape[2:])
+
+            if isinstance(self.file, Mxfp4):
+                array = self.file.read(self.name, wanted_rows, self.place.member, picked)
+            else:
+                array = picked(self.file.read(self.name, wanted_rows, self.place.member))
+            array = array[rows.start - blocks.start * size : rows.stop - blocks.start * size]
         array = array[(slice(None), *rest)]
         return transposed(array) if self.place.transposed else array
 
 
-def _check_tied(directory: Path, embedding: _Source, heads: Mapping[str, SafetensorsFile]) -> None:
+def _check_tied(directory: Path, embedding: _Source, heads: Mapping[str, SafetensorsFile | Mxfp4]) -> None:
     """Raises a UserError where a head that is to be tied is stored, and is not the embedding (transformers 5 keeps both
     then, and 4 the embedding alone)."""
     shape = embedding.file.tensors[embedding.name].shape

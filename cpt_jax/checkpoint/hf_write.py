@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.checkpoint.hf import CHUNK_VALUES, names_in, tensor_shapes, tensors_of
+from cpt_jax.checkpoint.mxfp4 import Mxfp4
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
 from cpt_jax.core.storage import atomic_directory, write_bytes_atomic
@@ -54,12 +55,15 @@ def hf_tensor(places: tuple[Place, ...], flat: dict[str, Any], config: DecoderCo
         return transposed(array) if place.transposed else array
 
     matrices = [matrix(place) for place in places]
-    if places[0].rows is None:
+    columns = places[0].columns is not None
+    parts = [place.columns if columns else place.rows for place in places]
+    if parts[0] is None:
         return matrices[0]
-    # Block by block, the rows of one part behind those of the other.
-    sizes = [place.rows.last - place.rows.first for place in places if place.rows is not None]
-    blocks = [each.reshape(-1, size, *each.shape[1:]) for each, size in zip(matrices, sizes, strict=True)]
-    return np.concatenate(blocks, axis=1).reshape(-1, *matrices[0].shape[1:])
+    # Block by block, the rows (or columns) of one part behind those of the other.
+    shape, sizes = matrices[0].shape, [part.last - part.first for part in parts if part is not None]
+    before, after = (shape[:-1], ()) if columns else ((), shape[1:])
+    blocks = [each.reshape(*before, -1, size, *after) for each, size in zip(matrices, sizes, strict=True)]
+    return np.concatenate(blocks, axis=len(before) + 1).reshape(*before, -1, *after)
 
 
 def _rows(place: Place, flat: dict[str, Any], config: DecoderConfig, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -94,7 +98,7 @@ class _Copied:
     """A tensor that is none of the text model's, as another directory has it."""
 
     name: str
-    file: SafetensorsFile
+    file: SafetensorsFile | Mxfp4
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,6 +153,8 @@ def save(
             rows["vocab_size_per_layer_input"] = config.total_rows
         saved_config = with_text_fields(hf_config, rows) | {"dtype": dtype.name}
         saved_config.pop("torch_dtype", None)
+        # What was read from few bits is written in `dtype`.
+        saved_config.pop("quantization_config", None)
         # Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no word for them.
         write_bytes_atomic(
             out / "config.json", (json.dumps(saved_config, ensure_ascii=False, indent=2) + "\n").encode()

@@ -29,7 +29,7 @@ class Precision:
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
         vectors = ("scale", "bias", "magnitude", "kernel_norm", "layer_scalar", "a_log", "step_bias", "skip")
-        vectors += ("router_scale", "expert_scale", "correction_bias")
+        vectors += ("sinks", "router_scale", "router_bias", "expert_scale", "correction_bias")
         return jnp.dtype(jnp.float32) if path.rpartition("/")[2] in vectors else self.dtype
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from cpt_jax.models.kernels.attend import attend
 from cpt_jax.models.kernels.visible import Visible
-from cpt_jax.models.linear import Linear, LoRAConfig, applied
+from cpt_jax.models.linear import Linear, LoRAConfig, Weight, applied
 from cpt_jax.models.norms import RMSNorm, unit_rms
 from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation, rotate
@@ -78,6 +78,7 @@ class Attention(nnx.Module):
         self.o = Linear(
             f"{path}/o", ("heads", "embed"), (queries, config.hidden_size), lora, rngs, config.attention_out_bias
         )
+        self.sinks = Weight(jnp.zeros((self.heads,)), logical_axes=("heads",)) if config.attention_sinks else None
         self.gated = config.attention_gate is not None
         if self.gated:
             self.gate = linear("gate", queries if config.attention_gate == "channel" else self.heads)
@@ -148,6 +149,7 @@ class Attention(nnx.Module):
             windows=self.windows,
             softcap=self.softcap,
             dtype=dtype,
+            sinks=None if self.sinks is None else self.sinks[...],
             kernel="xla" if cached else self.kernel,
             documents=self.documents,
             runs=self.runs,

@@ -93,7 +93,8 @@ class DecoderConfig:
     input, with `shared_norm` behind the same norm. `norm_bias`: of
     "layer" norms. `qk_norm`: queries and keys are normalised head by head, or as whole projections, or head by head once they are rotated. `interleaved_rotation`: neighbouring
     numbers of a head are rotated against each other, not its halves. `attention_scale`
-    (default: head_dim ** -0.5) multiplies queries. Soft caps are c * tanh(x / c), of attention scores and of logits.
+    (default: head_dim ** -0.5) multiplies queries; `attention_sinks`: each head has a score of nothing, which takes its share of
+    the softmax. Soft caps are c * tanh(x / c), of attention scores and of logits.
     Without `feed_forward` a layer is what its kind says, alone. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
     `residual_scale` what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
@@ -142,6 +143,7 @@ class DecoderConfig:
     attention_out_bias: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     feed_forward: bool = True
     gated: bool = True
     mlp_bias: bool = False

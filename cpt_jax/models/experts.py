@@ -37,7 +37,8 @@ class ExpertsConfig:
     sigmoid (Qwen2-MoE: Yang et al. 2024, arXiv 2407.10671); None: there is none. `intermediate_size`: the width of each
     expert (None: the decoder's). `beside`: they stand beside a feed-forward (Gemma 4), with scales of the router's input
     and of each expert, not in its place. `latent_size`: each expert reads and writes so many numbers of a token, which two
-    linears make of the hidden state and back (Nemotron 3 Super); None: the hidden state itself."""
+    linears make of the hidden state and back (Nemotron 3 Super); None: the hidden state itself. `bias`: router and experts
+    have biases. `swiglu`: what takes the place of activation(gate) * up."""
 
     count: int
     per_token: int
@@ -49,6 +50,8 @@ class ExpertsConfig:
     beside: bool = False
     latent_size: int | None = None
     router: RouterConfig = RouterConfig()
+    bias: bool = False
+    swiglu: "ClampedSwiGLU | None" = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -58,6 +61,19 @@ class ExpertsConfig:
         if self.latent_size is not None and (self.beside or self.latent_size < 1):
             raise UserError(f"moe_latent_size is {self.latent_size}: give at least 1, in the place of a feed-forward")
         self.router.check(self.count, self.per_token)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """gate * sigmoid(alpha * gate) * (up + 1), gates cut off above `limit` and ups beyond it on both sides (gpt-oss:
+    OpenAI 2025, arXiv 2508.10925)."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Float[Array, "N i"], up: Float[Array, "N i"]) -> Float[Array, "N i"]:
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
 
 
 class Balance(NamedTuple):
@@ -82,10 +98,13 @@ def load_balancing_loss(balance: Balance, counted: Float[Array, ""]) -> Float[Ar
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix an expert [E, i, o], with its optional adapters."""
+    """One matrix an expert [E, i, o], with its optional bias [E, o] and adapters."""
 
-    def __init__(self, path: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs) -> None:
+    def __init__(
+        self, path: str, axes: tuple[str, ...], shape: tuple[int, ...], lora: LoRAConfig | None, rngs, bias: bool
+    ) -> None:
         self.kernel = Weight(initial_kernel(rngs, shape), logical_axes=axes)
+        self.bias = Weight(jnp.zeros((shape[0], shape[2])), logical_axes=(axes[0], axes[2])) if bias else None
         self.adapter = lora.adapter(path) if lora is not None else None
         if self.adapter is not None:
             for field in ("dora", "dropout"):
@@ -97,7 +116,11 @@ class ExpertLinear(nnx.Module):
 
     def weights(self) -> dict[str, Any]:
         """Its arrays by name."""
-        names = ("kernel", "lora_a", "lora_b") if self.adapter is not None else ("kernel",)
+        names = (
+            "kernel",
+            *(("bias",) if self.bias is not None else ()),
+            *(("lora_a", "lora_b") if self.adapter is not None else ()),
+        )
         return {name: getattr(self, name).get_value() for name in names}
 
     def specs(self, weights: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +136,8 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The router and its experts, each of them down(activation(gate(x)) * up(x)), or without a gate
-    down(activation(up(x))); the shared one may be times sigmoid(shared_gate(x)). Beside a feed-forward the router reads
+    """The router and its experts, each of them down(activation(gate(x)) * up(x)), or with another product, or without a
+    gate down(activation(up(x))); the shared one may be times sigmoid(shared_gate(x)). Beside a feed-forward the router reads
     x / rms(x) * router_scale / sqrt(D), and the chosen weights are multiplied by their experts' `expert_scale`."""
 
     def __init__(self, config, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
@@ -124,12 +147,17 @@ class Experts(nnx.Module):
         self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
+        self.router_bias = Weight(jnp.zeros((count,)), logical_axes=("router",)) if experts.bias else None
+
+        def linear(name: str, axes: tuple[str, ...], *sizes: int) -> ExpertLinear:
+            return ExpertLinear(f"{path}/{name}", ("experts", *axes), (count, *sizes), lora, rngs, experts.bias)
+
         self.gated = config.gated
         read = experts.latent_size or width
         if self.gated:
-            self.gate = ExpertLinear(f"{path}/gate", ("experts", "embed", "mlp"), (count, read, inner), lora, rngs)
-        self.up = ExpertLinear(f"{path}/up", ("experts", "embed", "mlp"), (count, read, inner), lora, rngs)
-        self.down = ExpertLinear(f"{path}/down", ("experts", "mlp", "embed"), (count, inner, read), lora, rngs)
+            self.gate = linear("gate", ("embed", "mlp"), read, inner)
+        self.up = linear("up", ("embed", "mlp"), read, inner)
+        self.down = linear("down", ("mlp", "embed"), inner, read)
         if experts.latent_size is not None:
             into, back = (f"{path}/latent_in", ("embed", "router")), (f"{path}/latent_out", ("router", "embed"))
             self.latent_in = Linear(*into, (width, read), lora, rngs, config.mlp_bias)
@@ -155,7 +183,10 @@ class Experts(nnx.Module):
         tokens, settings, router = x.reshape(-1, x.shape[-1]), self.settings, self.settings.router
         read = recomputed(self._scaled)(tokens) if settings.beside else tokens
         # The router is small, and a wrong choice is not: it computes in the residual's own type.
-        scores = router.scores_of(matmul(read, self.router[...], tokens.dtype))
+        logits = matmul(read, self.router[...], tokens.dtype)
+        if self.router_bias is not None:
+            logits += self.router_bias[...].astype(logits.dtype)[None]
+        scores = router.scores_of(logits)
         bias = self.correction_bias[...] if router.correction_bias else None
         shares, chosen = router.choice(scores, bias, settings.per_token, settings.renormalise)
         if settings.beside:
@@ -169,8 +200,13 @@ class Experts(nnx.Module):
         balance = Balance((times * weight).sum(0), (router.probabilities(scores) * weight).sum(0))
         linears = {"up": self.up, "down": self.down} | ({"gate": self.gate} if self.gated else {})
         weights = {name: linear.weights() for name, linear in linears.items()}
+        # Of what devices with a part of the wide axis give, the sum is taken: down's bias is added once, behind it.
+        last = weights["down"].pop("bias", None)
         scales = {name: linear.adapter.scale for name, linear in linears.items() if linear.adapter is not None}
-        compute = functools.partial(_computed, scales=scales, activation=self.activation, dtype=dtype)
+        # Of the cut-off one, computed again, two numbers are kept, not eight.
+        usual, own = functools.partial(_product, self.activation), settings.swiglu
+        product = usual if own is None else recomputed(own)
+        compute = functools.partial(_computed, scales=scales, product=product, dtype=dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             mixed = compute(tokens, chosen, shares, weights, first=0)
@@ -185,6 +221,9 @@ class Experts(nnx.Module):
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
             )(in_rows[0], in_rows[1], in_rows[2], weights)
+        if last is not None:
+            each = jax.nn.one_hot(chosen, settings.count, dtype=shares.dtype)
+            mixed = mixed.reshape(tokens.shape) + matmul((each * shares[..., None]).sum(1), last, shares.dtype)
         mixed = mixed.reshape(*x.shape[:2], -1)
         if settings.latent_size is not None:
             mixed = self.latent_out(mixed, dtype)
@@ -222,6 +261,12 @@ def _varying(array: Array, spec: PartitionSpec) -> Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
+def _product(activation, *inner: Array) -> Array:
+    """activation(gate) * up, or activation(up)."""
+    first, *rest = inner
+    return activation(first) * rest[0] if rest else activation(first)
+
+
 def _computed(
     tokens: Float[Array, "N D"],
     chosen: Int[Array, "N k"],
@@ -230,7 +275,7 @@ def _computed(
     *,
     first: Int[Array, ""] | int,
     scales: dict[str, float],
-    activation,
+    product: Callable[..., Array],
     dtype: jnp.dtype,
 ) -> Float[Array, "N D"]:
     """The share that experts `first`, `first` + 1, ... (as many as `weights` hold) have in each token's output."""
@@ -245,14 +290,14 @@ def _computed(
     def linear(name: str, x: Float[Array, "N i"]) -> Float[Array, "N o"]:
         matrices = weights[name]
         y = grouped_matmul(x, matrices["kernel"], sizes, dtype)
+        if "bias" in matrices:
+            # Of rows of other devices' experts, which are given some bias too, down's product makes zero.
+            y += jnp.take(matrices["bias"], group[order], axis=0, mode="clip").astype(y.dtype)
         if "lora_a" in matrices:
             low = grouped_matmul(x, matrices["lora_a"], sizes, dtype) * scales[name]
             y += grouped_matmul(low, matrices["lora_b"], sizes, dtype)
         return y
 
-    inner = (
-        activation(linear("gate", rows)) * linear("up", rows) if "gate" in weights else activation(linear("up", rows))
-    )
-    outputs = linear("down", inner)
+    outputs = linear("down", product(*(linear(name, rows) for name in ("gate", "up") if name in weights)))
     outputs *= shares.reshape(-1)[order][:, None]
     return jnp.zeros(tokens.shape, outputs.dtype).at[order // chosen.shape[1]].add(outputs)

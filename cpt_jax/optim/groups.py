@@ -6,17 +6,8 @@ from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS
 
 Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
 
-_VECTORS = (
-    "scale",
-    "bias",
-    "magnitude",
-    "a_log",
-    "step_bias",
-    "skip",
-    "router_scale",
-    "expert_scale",
-    "correction_bias",
-)
+_VECTORS = ("scale", "bias", "magnitude", "a_log", "step_bias", "skip", "sinks")
+_VECTORS += ("router_scale", "router_bias", "expert_scale", "correction_bias")
 
 
 def group_of(path: str) -> Group:

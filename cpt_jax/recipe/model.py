@@ -129,6 +129,7 @@ class Model:
             softcap=config.attention_softcap,
             dtype=dtype,
             context=context,
+            sinks=config.attention_sinks,
         )
         return dataclasses.replace(
             self, config=dataclasses.replace(config, attention=kernel_for(asked, work), documents=documents)

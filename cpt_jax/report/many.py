@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_jax.checkpoint.mxfp4 import with_unpacked
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError
@@ -168,7 +169,8 @@ def _parameters(directory: str) -> int | None:
     """What the headers of a model's files have, without their weights."""
     pattern = f"{directory}/*.safetensors"
     files = glob_addresses(pattern) if is_address(pattern) else sorted(Path(directory).glob("*.safetensors"))
-    return sum(math.prod(t.shape) for file in files for t in SafetensorsFile(file).tensors.values()) or None
+    held = {name: file for file in map(SafetensorsFile, files) for name in file.tensors}
+    return sum(math.prod(file.tensors[name].shape) for name, file in with_unpacked(held).items()) or None
 
 
 def _trained_tokens(run: Path, config: dict) -> list[int]:

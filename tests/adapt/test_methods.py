@@ -163,6 +163,7 @@ def test_methods_come_back_from_json():
         ("llama", "tied, odd head dimension"),
         ("gemma2", "as released"),
         ("phi3", "window"),
+        ("gpt_oss", "as released"),
         ("smollm3", "by interval, biases, yarn"),
         ("qwen3_5_text", "not periodic, one value head a key head"),
         ("qwen3_next", "not periodic, one value head a key head, not renormalised"),

@@ -88,6 +88,7 @@ TRAINED_BY_PEFT = {
         "as released",
         dict(target_modules="all-linear", trainable_token_indices={"embed_in": ROWS, "lm_head": ROWS}),
     ),
+    "gpt_oss": ("gpt_oss", "as released", dict(target_modules=QUERIES, target_parameters=EXPERTS)),
     "qwen3_moe": ("qwen3_moe", "renormalised", dict(target_modules=QUERIES, target_parameters=EXPERTS)),
     "qwen3_moe, gates": ("qwen3_moe", "not renormalised, tied", dict(target_modules=[], target_parameters=EXPERTS[:1])),
     "qwen2_moe": ("qwen2_moe", "as released", dict(target_modules="all-linear")),

@@ -38,6 +38,7 @@ GEMMA_4_SMALL = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=6, vocab_size
 GEMMA_4_SMALL |= dict(num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True)
 GEMMA_4_SMALL |= dict(layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2)
 GEMMA_4_SMALL |= dict(final_logit_softcapping=4.0)
+GPT_OSS = dict(num_local_experts=6, num_experts_per_tok=2, head_dim=8, sliding_window=6)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -301,6 +302,20 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(
             attention_bias=False, rotary_pct=1.0, hidden_act="gelu_fast", rope_scaling=dict(type="linear", factor=2.0)
         ),
+    },
+    "gpt_oss": {
+        # Of the fields beside, transformers looks at none.
+        "as released": UNTIED
+        | GPT_OSS
+        | dict(rope_scaling=YARN | dict(truncate=False), rope_theta=150_000.0, swiglu_limit=7.0)
+        | dict(router_aux_loss_coef=0.9, output_router_logits=False, initial_context_length=16, experts_per_token=2),
+        "cut off, tied, no window, another activation": TIED
+        | GPT_OSS
+        | dict(swiglu_limit=0.4, swiglu_alpha=1.1, layer_types=["full_attention"] * 3, hidden_act="gelu")
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), num_experts_per_tok=1),
+        "no biases of attention, one key head": UNTIED
+        | GPT_OSS
+        | dict(attention_bias=False, num_key_value_heads=1, num_local_experts=3, intermediate_size=20),
     },
     "qwen2_moe": {
         "as released": UNTIED

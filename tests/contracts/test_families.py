@@ -73,7 +73,8 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
         renamed = {".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight"}
         for old, new in (renamed | {"router.weight": "router.layer.weight"}).items():
             found = {name.replace(old, new): value for name, value in found.items()}
-    for name in [name for name in found if ".experts." in name]:
+    stacked = model.config.model_type == "gpt_oss"
+    for name in [name for name in found if ".experts." in name and not stacked]:
         prefix, _, part = name.rpartition(".")
         whole = found.pop(name)
         for expert, matrix in enumerate(whole):
@@ -200,6 +201,11 @@ def packed_and_padded(ours: Ours) -> None:
 
 # What a config of a family may not ask for, and what is said.
 REFUSED = [
+    (
+        "gpt_oss",
+        dict(quantization_config=dict(quant_method="gptq", bits=4)),
+        "quantization_config={'quant_method': 'gptq', 'bits': 4}, which is not supported for model_type gpt_oss",
+    ),
     ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0, which is not supported for model_type olmoe"),
     (
         "qwen2_moe",
@@ -296,6 +302,14 @@ def test_what_a_family_does_not_support_is_refused_by_name(model_type, changes, 
         family_for(raw).config_from_hf(raw)
 
 
+def test_the_balance_of_gpt_oss_counts_where_transformers_counts_it():
+    raw = config_json("gpt_oss", "as released")
+    for asked, expected in ((False, 0.0), (True, 0.9)):
+        experts = family_for(raw).config_from_hf(raw | dict(output_router_logits=asked)).experts
+        assert experts is not None
+        assert experts.balance_coefficient == expected
+
+
 def test_infinities_are_read_as_transformers_writes_them():
     raw = config_json("granitemoehybrid", "biases of projections")
     written = raw | dict(time_step_limit=[0.0, {"__float__": "Infinity"}])
@@ -311,7 +325,9 @@ def test_activations_are_those_of_transformers():
         np.testing.assert_allclose(activation(jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "qwen3_next", "granitemoehybrid", "gpt_oss"]
+)
 def test_the_load_balancing_loss_is_that_of_transformers(model_type, tmp_path):
     import torch
 

@@ -21,6 +21,7 @@ from cpt_jax.models.kernels.gpu import document_table
 from cpt_jax.models.kernels.reference import reference
 from cpt_jax.models.kernels.visible import Visible, document_begins, document_lengths
 from cpt_jax.models.rope import Rope
+from cpt_jax.recipe import model as model_module
 from cpt_jax.recipe.model import Model
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
@@ -44,25 +45,26 @@ def inputs(heads: int, groups: int, values: int = HEAD, length: int = LENGTH):
     return [jax.random.normal(key, (3, count, length, width)) for key, (count, width) in zip(keys, sizes, strict=True)]
 
 
-def result_and_gradients(function, q, k, v, w, visible: Visible):
-    def summed(q, k, v):
-        mixed = function(q, k, v, visible)
+def result_and_gradients(function, q, k, v, w, visible: Visible, *sinks):
+    def summed(q, k, v, *sinks):
+        mixed = function(q, k, v, visible, *sinks)
         return (mixed * w).sum(), mixed
 
-    (_, mixed), gradients = jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    numbers = tuple(range(3 + len(sinks)))
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(summed, argnums=numbers, has_aux=True))(q, k, v, *sinks)
     return mixed, *gradients
 
 
-def splash(window, softcap, dtype, q, k, v, visible):
+def splash(window, softcap, dtype, q, k, v, visible, *sinks):
     kernel = tpu.splash_kernel_of(q.shape[1], q.shape[2], window, softcap, interpret=True)
-    return tpu.splash(kernel, q, k, v, None if visible.begins is None else (visible.begins,) * 2, dtype)
+    return tpu.splash(kernel, q, k, v, None if visible.begins is None else (visible.begins,) * 2, dtype, *sinks)
 
 
 KERNELS = {
-    "blocks": lambda window, softcap, dtype: lambda *args: blocks(*args, (window,), softcap, dtype),
+    "blocks": lambda window, softcap, dtype: lambda *args: blocks(*args[:4], (window,), softcap, dtype, *args[4:]),
     "splash": lambda window, softcap, dtype: functools.partial(splash, window, softcap, dtype),
 }
-# (kernel, heads, window, soft cap, packed rows)
+# (kernel, heads, window, soft cap, packed rows), and whether heads have sinks.
 CASES = [
     ("blocks", "grouped", None, None, True),
     ("blocks", "grouped", 200, 2.0, False),
@@ -75,20 +77,29 @@ CASES = [
     ("splash", "grouped", 50, 2.0, True),
     ("splash", "one key head", 200, None, True),
 ]
+CASES = [(*case, False) for case in CASES] + [
+    ("blocks", "grouped", 50, None, True, True),
+    ("blocks", "one key head", None, 2.0, False, True),
+    ("splash", "grouped", 50, None, True, True),
+    ("splash", "each its own", None, None, False, True),
+]
 
 
-@pytest.mark.parametrize(("name", "heads", "window", "softcap", "packed"), CASES)
-def test_a_kernel_gives_the_reference_and_its_gradients(name, heads, window, softcap, packed):
+@pytest.mark.parametrize(("name", "heads", "window", "softcap", "packed", "sinks"), CASES)
+def test_a_kernel_gives_the_reference_and_its_gradients(name, heads, window, softcap, packed, sinks):
     visible = Visible(document_begins(jnp.asarray(ROWS)) if packed else None)
-    arrays = inputs(*HEADS[heads])
-    as_formula = lambda dtype: lambda *args: reference(*args, (window,), softcap, dtype)  # noqa: E731
-    exact = result_and_gradients(as_formula(FLOAT32), *arrays, visible)
-    found = result_and_gradients(KERNELS[name](window, softcap, FLOAT32), *arrays, visible)
+    arrays = [*inputs(*HEADS[heads]), visible]
+    if sinks:
+        # From what takes next to nothing to what leaves little, by row and head.
+        arrays.append(jnp.linspace(-2.0, 6.0, 3 * HEADS[heads][0]).reshape(3, -1))
+    as_formula = lambda dtype: lambda *args: reference(*args[:4], (window,), softcap, dtype, *args[4:])  # noqa: E731
+    exact = result_and_gradients(as_formula(FLOAT32), *arrays)
+    found = result_and_gradients(KERNELS[name](window, softcap, FLOAT32), *arrays)
     for mine, expected in zip(found, exact, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     # In bfloat16 it is not further from float32 than the reference is, which rounds elsewhere.
-    rounded = result_and_gradients(as_formula(BFLOAT16), *arrays, visible)
-    found = result_and_gradients(KERNELS[name](window, softcap, BFLOAT16), *arrays, visible)
+    rounded = result_and_gradients(as_formula(BFLOAT16), *arrays)
+    found = result_and_gradients(KERNELS[name](window, softcap, BFLOAT16), *arrays)
     for mine, usual, expected in zip(found, rounded, exact, strict=True):
         assert mine.dtype == FLOAT32
         assert jnp.linalg.norm(mine - expected) < 1.5 * jnp.linalg.norm(usual - expected)
@@ -102,15 +113,18 @@ def test_mapped_over_runs_a_kernel_gives_each_run_what_it_gives_it_alone(meshed)
     begins = jnp.stack([document_begins(jnp.asarray(rows)) for rows in (ROWS, ROWS[::-1])])
     kinds = Visible(begins, jnp.int32(1), jnp.int32(0))
 
-    def of_run(q, k, v, visible, runs):
-        call = functools.partial(attend, windows=(None, 50), softcap=2.0, dtype=FLOAT32, kernel="blocks", runs=runs)
-        return result_and_gradients(call, q, k, v, w, visible)
+    def of_run(q, k, v, visible, sinks, runs):
+        options = dict(windows=(None, 50), softcap=2.0, dtype=FLOAT32, kernel="blocks", runs=runs)
+        call = lambda q, k, v, visible, sinks: attend(q, k, v, visible, sinks=sinks, **options)  # noqa: E731
+        return result_and_gradients(call, q, k, v, w, visible, sinks)
 
-    alone = [of_run(q, k, v, kinds._replace(begins=own), False) for q, k, own in zip(*runs, begins, strict=True)]
+    sinks = jnp.linspace(-2.0, 3.0, 8).reshape(2, 4)
+    each = zip(*runs, begins, sinks, strict=True)
+    alone = [of_run(q, k, v, kinds._replace(begins=own), sinks, False) for q, k, own, sinks in each]
     with jax.set_mesh(make_mesh(shape=MeshShape(tensor=2)) if meshed else make_mesh(jax.devices()[:1])):
-        mapped = jax.vmap(functools.partial(of_run, runs=True), in_axes=(0, 0, None, Visible(0, None, None)))
-        text = str(jax.make_jaxpr(mapped)(*runs, v, kinds))
-        together = mapped(*runs, v, kinds)
+        mapped = jax.vmap(functools.partial(of_run, runs=True), in_axes=(0, 0, None, Visible(0, None, None), 0))
+        text = str(jax.make_jaxpr(mapped)(*runs, v, kinds, sinks))
+        together = mapped(*runs, v, kinds, sinks)
     # One call with the rows of both, of which each device has its heads.
     groups = 1 if meshed else 2
     assert f"f32[6,{groups},2,256,16]" in text
@@ -188,6 +202,7 @@ def windowed(**changes):
     rope = Rope(theta=10_000.0, dim=8)
     kinds = (LayerKind(rope=rope), LayerKind(rope=rope, window=50), LayerKind(rope=rope, window=5000))
     sizes = dict(num_layers=3, layer_kinds=kinds, layer_pattern=(1, 2, 0), attention_softcap=3.0)
+    sizes["attention_sinks"] = True
     return tiny_config(**(sizes | changes))
 
 
@@ -258,6 +273,9 @@ def work(**changes) -> Work:
         (dict(head_dim=68), "xla"),
         (dict(context=2), "xla"),
         (dict(softcap=50.0), "xla"),
+        (dict(sinks=True), "xla"),
+        (dict(sinks=True, length=2048), "blocks"),
+        (dict(backend="tpu", sinks=True), "splash"),
         (dict(softcap=50.0, length=2048), "blocks"),
         (dict(dtype=FLOAT32), "xla"),
         # A T4, an A100, a GPU of AMD's.
@@ -290,6 +308,15 @@ def test_a_run_takes_its_kernel_once():
         model.attending("splash", 1024, BFLOAT16)
 
 
+def test_a_run_of_a_model_with_sinks_takes_no_kernel_without(monkeypatch):
+    monkeypatch.setattr(model_module.hardware, "backend", lambda: "gpu")
+    monkeypatch.setattr(model_module.hardware, "compute_capability", lambda: 9.0)
+    for sinks, kernel in ((False, "cudnn"), (True, "xla")):
+        config = tiny_config(attention_sinks=sinks)
+        model = Model(config=config, weights={}, hf_config={})
+        assert model.attending("auto", 1024, BFLOAT16).config.attention == kernel
+
+
 def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
     q, k, v, _ = inputs(4, 2)
     for kernel in {kernel for kernels in PREFERRED.values() for kernel in kernels} - {"blocks"}:
@@ -302,4 +329,5 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_one_line():
     assert refusal("cudnn", work(capability=None)) == expected.replace("GPU of compute capability 7.5", "gpu")
     assert refusal("tokamax", work(softcap=50.0)) == 'needs tokamax: pip install "tokamax>=0.0.17"'
     assert refusal("cudnn", work(softcap=50.0)) == "has no soft cap, the model's is 50.0"
+    assert refusal("cudnn", work(sinks=True)) == "has no attention sinks, the model does"
     assert refusal("splash", work(backend="tpu", length=1000)) == "wants rows of a multiple of 128 tokens, not 1000"

@@ -105,6 +105,8 @@ topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 shapes = [MeshShape(fsdp=2, tensor=2), MeshShape(context=2, tensor=2)]
 jax.default_backend = lambda: "tpu"
 cases = [((8, 2), 64, (None,), None), ((9, 3), 64, (None,), None), ((8, 4), 128, (512, None), 50.0), ((4, 2), 256, (None,), None)]
+# gpt-oss's heads, which have sinks.
+cases.append(((64, 8), 64, (128, None), None))
 for shape, ((heads, groups), head_dim, windows, softcap) in [*((shapes[0], case) for case in cases), (shapes[1], cases[2])]:
     mesh = make_mesh(topology.devices, shape)
     def array(dtype, **named):
@@ -112,8 +114,9 @@ for shape, ((heads, groups), head_dim, windows, softcap) in [*((shapes[0], case)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes, shape, mesh)))
     q, k = (array(jnp.float32, batch=4, heads=number, sequence=2048, hidden=head_dim) for number in (heads, groups))
     begins, kind = array(jnp.int32, batch=4, sequence=2048), array(jnp.int32)
+    sinks = jnp.ones(heads) if heads == 64 else None
     def summed(kernel, q, k, v, begins, kind, runs=False):
-        options = dict(windows=windows, softcap=softcap, dtype=jnp.bfloat16, kernel=kernel, runs=runs)
+        options = dict(windows=windows, softcap=softcap, dtype=jnp.bfloat16, kernel=kernel, runs=runs, sinks=sinks)
         return (attend(q, k, v, Visible(begins, kind), **options) ** 2).sum()
     with jax.set_mesh(mesh):
         sizes = {}

@@ -11,7 +11,7 @@ from inputs import random_weights, tiny_config
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, apply_with_balance
-from cpt_jax.models.experts import Balance, ExpertsConfig, load_balancing_loss
+from cpt_jax.models.experts import Balance, ClampedSwiGLU, ExpertsConfig, load_balancing_loss
 from cpt_jax.models.linear import LoRAConfig, merge_lora
 from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
@@ -20,6 +20,7 @@ from cpt_jax.training.loss import make_loss
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1)
 SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=24)
+BIASED = dataclasses.replace(EXPERTS, bias=True, swiglu=ClampedSwiGLU(alpha=1.702, limit=0.5))
 LORA = LoRAConfig(rank=4, alpha=8, targets=("layers/*",))
 
 
@@ -38,18 +39,20 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "experts"),
     [
-        dict(expert=4, fsdp=2),
-        dict(expert=2, fsdp=2, tensor=2),
-        dict(fsdp=4, replica=2),
-        dict(expert=2, tensor=4, fsdp=1),
-        dict(expert=2, context=2, fsdp=2),
+        (dict(expert=4, fsdp=2), SHARED),
+        (dict(expert=2, fsdp=2, tensor=2), SHARED),
+        (dict(fsdp=4, replica=2), SHARED),
+        (dict(expert=2, tensor=4, fsdp=1), SHARED),
+        (dict(expert=2, context=2, fsdp=2), SHARED),
+        (dict(expert=2, tensor=4, fsdp=1), BIASED),
+        (dict(expert=2, context=2, fsdp=2), BIASED),
     ],
     ids=str,
 )
-def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
-    config = tiny_config(experts=SHARED)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes, experts):
+    config = tiny_config(experts=experts)
     network = abstract_decoder(config, LORA)
     weights = random_weights(config, lora=LORA)
     loss = make_loss(network, jnp.dtype("float32"), lambda path: True, ("text",))
@@ -61,8 +64,9 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
     placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
     held = placed["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
     assert held.shape[1] == 4 // mesh.shape["expert"]
-    shared = placed["layers"]["mlp"]["shared"]["up"]["kernel"].addressable_shards[0].data
-    assert shared.shape[1:] == (config.hidden_size // mesh.shape["fsdp"], 24 // mesh.shape["tensor"])
+    if experts is SHARED:
+        shared = placed["layers"]["mlp"]["shared"]["up"]["kernel"].addressable_shards[0].data
+        assert shared.shape[1:] == (config.hidden_size // mesh.shape["fsdp"], 24 // mesh.shape["tensor"])
     with jax.set_mesh(mesh):
         found, gradients = jax.jit(gradient)(placed, batch())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -112,8 +116,9 @@ def test_the_balance_has_a_gradient_that_takes_the_router_to_an_even_load():
     assert after < before
 
 
-def test_adapters_of_experts_merge():
-    config = tiny_config(experts=SHARED)
+@pytest.mark.parametrize("experts", [SHARED, BIASED], ids=["shared", "biased"])
+def test_adapters_of_experts_merge(experts):
+    config = tiny_config(experts=experts)
     weights = random_weights(config, lora=LORA)
     tokens = jnp.asarray(batch()["inputs"])
     arguments = (tokens, jnp.broadcast_to(jnp.arange(16)[None], tokens.shape), jnp.ones_like(tokens))

@@ -211,8 +211,14 @@ def test_added_blocks_are_copies_that_change_nothing_yet():
     assert joined["layers/delta_net/q/kernel"].shape[0] == 3
 
 
-@pytest.mark.parametrize("path", ["delta_net/a_log", "mamba2/a_log", "mamba2/step_bias", "mamba2/skip"])
-def test_rates_of_decay_are_vectors_that_stay_float32(path):
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("delta_net/a_log", "mamba2/a_log", "mamba2/step_bias", "mamba2/skip"),
+        *("attention/sinks", "mlp/router_bias"),
+    ],
+)
+def test_rates_of_decay_and_scores_are_vectors_that_stay_float32(path):
     """exp(a_log) in bfloat16 would be another rate; an optimizer that looks at matrices looks at each layer's alone."""
     assert Precision(compute="bfloat16").dtype_of(f"layers/{path}") == jnp.float32
     assert stacked_axes(f"layers/{path}", 2) == 1

@@ -19,7 +19,7 @@ from cpt_jax.core.tree import combine, flatten, partition
 from cpt_jax.models.attention import GlobalAttention
 from cpt_jax.models.config import LayerKind
 from cpt_jax.models.decoder import abstract_decoder
-from cpt_jax.models.experts import ExpertsConfig
+from cpt_jax.models.experts import ClampedSwiGLU, ExpertsConfig
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.remat import Remat
@@ -36,6 +36,7 @@ from cpt_jax.training.training import Training, place_weights
 ROWS, LENGTH = 2, 256
 EXPERTS = ExpertsConfig(count=8, per_token=2, renormalise=True, balance_coefficient=0.0)
 SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=320)
+BIASED = dataclasses.replace(EXPERTS, bias=True, swiglu=ClampedSwiGLU(alpha=1.702, limit=7.0))
 # q, k, v, o, gate, up, down.
 ADAPTED = 7
 SIZES = dict(hidden_size=96, intermediate_size=256, num_layers=6, num_heads=6, num_kv_heads=2, head_dim=16)
@@ -128,6 +129,8 @@ KINDS = {
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
     "every mixer": (HYBRID, Full()),
     "every mixer, with adapters": (HYBRID, LoRA(rank=4, alpha=8)),
+    "experts with biases, cut off": (dict(experts=BIASED, attention_sinks=True), Full()),
+    "experts with biases, cut off, and adapters": (dict(experts=BIASED), LoRA(rank=4, alpha=8)),
     "a shared expert": (dict(experts=SHARED), Full()),
     "a shared expert without a gate": (dict(experts=dataclasses.replace(SHARED, shared_gate=False)), Full()),
     "experts beside a feed-forward": (BESIDE, Full()),

@@ -124,10 +124,10 @@ def stacked_experts(config: DecoderConfig, hf_config: dict) -> list[Module]:
     family = family_for(hf_config)
     found, outer, path = [], getattr(family, "prefix", "model."), f"layers/{config.experts_name}"
     name = getattr(family, "EXPERTS", "mlp.experts" if config.experts_name == "mlp" else "experts")
+    gates, ups = getattr(family, "PARTS", (Rows(2 * inner, 0, inner), Rows(2 * inner, inner, 2 * inner)))
     for number, layer in enumerate(config.layers_with(config.experts_name or "")):
         index, prefix = (number,), f"{outer}layers.{layer}.{name}"
-        gate = Place(f"{path}/gate", index, True, Rows(2 * inner, 0, inner))
-        up = Place(f"{path}/up", index, True, Rows(2 * inner, inner, 2 * inner))
+        gate, up = Place(f"{path}/gate", index, True, gates), Place(f"{path}/up", index, True, ups)
         down = Place(f"{path}/down", index, True)
         first = Module(name=f"{prefix}.gate_up_proj", parts=(gate, up), inputs=width, outputs=2 * inner, experts=count)
         if not config.gated:

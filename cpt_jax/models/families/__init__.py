@@ -24,6 +24,7 @@ from cpt_jax.models.families import (
     glm4_moe,
     glm4_moe_lite,
     gpt_neox,
+    gpt_oss,
     granite,
     granitemoehybrid,
     hunyuan_v1_dense,
@@ -77,6 +78,7 @@ _FILES = (
     glm4_moe,
     glm4_moe_lite,
     gpt_neox,
+    gpt_oss,
     granite,
     granitemoehybrid,
     hunyuan_v1_dense,
@@ -110,8 +112,8 @@ _FILES = (
 )
 # By config.json's model_type. A family has `config_from_hf(raw)` and `weight_names(config)`, by the names of files;
 # MODULES and EXPERTS, where transformers' modules and its experts' are called otherwise; NOT_ADAPTED, which modules PEFT
-# refuses; BESIDE (or `unread(config)`), how tensors begin that go along as they are; and STACKED, where its experts always
-# lie in stacks.
+# refuses; BESIDE (or `unread(config)`), how tensors begin that go along as they are; STACKED, where its experts always
+# lie in stacks; and PARTS, which of a stack's outputs are gates and which ups, where these do not lie behind those.
 FAMILIES: dict[str, ModuleType] = {model_type: file for file in _FILES for model_type in file.MODEL_TYPES}
 
 

@@ -34,13 +34,15 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where (these rows of) a HF tensor belong: our path, the index along its stacked axes (layer, expert), and
-    whether it is stored transposed. `member`: the number of the matrix, where the tensor is a stack of them."""
+    whether it is stored transposed. `member`: the number of the matrix, where the tensor is a stack of them. `columns`:
+    as `rows`, of the last axis."""
 
     path: str
     index: tuple[int, ...] = ()
     transposed: bool = False
     rows: Rows | None = None
     member: int | None = None
+    columns: Rows | None = None
 
 
 # HF tensor name -> its places; more than one where the tensor holds several of our matrices.

@@ -42,6 +42,7 @@ def attend(
     windows: Windows,
     softcap: float | None,
     dtype: jnp.dtype,
+    sinks: Float[Array, "H"] | None = None,
     kernel: AttentionChoice = "auto",
     documents: int | None = None,
     runs: bool = False,
@@ -51,6 +52,8 @@ def attend(
     Args:
       windows: of the kinds of layers (see `Visible`).
       softcap: scores become softcap * tanh(scores / softcap).
+      sinks: each head's score of a key that nobody sees and whose value is zero (gpt-oss; Xiao et al. 2023, arXiv
+        2309.17453): a head may attend to nothing.
       kernel: see `kernel_for`, also for what it raises.
       documents: no row has more; a kernel may give wrong results for rows that do.
       runs: the call may be mapped over runs with `jax.vmap`, which only the reference bears without it.
@@ -65,25 +68,28 @@ def attend(
         softcap=softcap,
         dtype=jnp.dtype(dtype),
         context=1 if mesh.empty else mesh.shape[CONTEXT],
+        sinks=sinks is not None,
     )
+    # By rows, as the others are, which meshes cut and runs are mapped over.
+    each = None if sinks is None else jnp.broadcast_to(sinks.astype(sum_type(work.dtype))[None], q.shape[:2])
     name = kernel_for(kernel, work)
     if name == "xla":
-        return checkpoint_name(reference(q, k, v, visible, windows, softcap, work.dtype), SAVED)
+        return checkpoint_name(reference(q, k, v, visible, windows, softcap, work.dtype, each), SAVED)
     call = _Call(name, within_rows(windows, length), softcap, documents, work.dtype)
     if mesh.empty or mesh.size == 1:
         attention = functools.partial(_on_one_device, call)
     else:
         attention = functools.partial(_on_each_device, call, mesh)
     if runs:
-        return checkpoint_name(rows_of_runs(attention)(q, k, v, visible), SAVED)
-    return attention(q, k, v, visible)
+        return checkpoint_name(rows_of_runs(attention)(q, k, v, each, visible), SAVED)
+    return attention(q, k, v, each, visible)
 
 
-def _on_one_device(call: _Call, q, k, v, visible: Visible) -> Array:
-    return _part(call, _splash_kernels(call, q.shape[1], q.shape[2]), q, k, v, visible)
+def _on_one_device(call: _Call, q, k, v, sinks, visible: Visible) -> Array:
+    return _part(call, _splash_kernels(call, q.shape[1], q.shape[2]), q, k, v, sinks, visible)
 
 
-def _on_each_device(call: _Call, mesh: AbstractMesh, q, k, v, visible: Visible) -> Array:
+def _on_each_device(call: _Call, mesh: AbstractMesh, q, k, v, sinks, visible: Visible) -> Array:
     """By each device on its rows and heads: the compiler cannot cut a Pallas kernel, and blocks are skipped by what a
     device has. All heads are on every device where the key heads do not divide. A device that has a part of each row's
     queries gathers all of its keys."""
@@ -97,14 +103,15 @@ def _on_each_device(call: _Call, mesh: AbstractMesh, q, k, v, visible: Visible) 
     specs = Visible(None if visible.begins is None else rows, whole, whole)  # type: ignore[arg-type]
     visible = visible._replace(kind=jnp.asarray(visible.kind), index=jnp.asarray(visible.index))
 
-    def part(kernels, q, k, v, visible):
+    def part(kernels, q, k, v, sinks, visible):
         if parts > 1:
             visible = visible._replace(index=visible.index + jax.lax.axis_index(CONTEXT) * q.shape[2])
             k, v = (_gathered(each, call.dtype) for each in (k, v))
-        return _part(call, kernels, q, k, v, visible)
+        return _part(call, kernels, q, k, v, sinks, visible)
 
-    cut = jax.shard_map(part, in_specs=(kernel_specs, heads, heads, heads, specs), out_specs=heads, check_vma=False)
-    return cut(kernels, q, k, v, visible)
+    in_specs = (kernel_specs, heads, heads, heads, PartitionSpec(*heads[:2]), specs)
+    cut = jax.shard_map(part, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return cut(kernels, q, k, v, sinks, visible)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -131,10 +138,10 @@ def _splash_kernels(call: _Call, heads: int, length: int, context: int = 1) -> t
     )
 
 
-def _part(call: _Call, kernels: tuple[Any, ...], q, k, v, visible: Visible) -> Array:
+def _part(call: _Call, kernels: tuple[Any, ...], q, k, v, sinks, visible: Visible) -> Array:
     """One device's part."""
     if call.kernel == "blocks":
-        return blocks(q, k, v, visible, call.windows, call.softcap, call.dtype)
+        return blocks(q, k, v, visible, call.windows, call.softcap, call.dtype, sinks)
     if call.kernel == "splash":
         from cpt_jax.models.kernels.tpu import splash
 
@@ -144,7 +151,9 @@ def _part(call: _Call, kernels: tuple[Any, ...], q, k, v, visible: Visible) -> A
             if k.shape[2] > q.shape[2]:
                 keys = jax.lax.all_gather(keys, CONTEXT, axis=1, tiled=True)
             documents = visible.begins, keys
-        runs = [functools.partial(splash, kernel, documents=documents, dtype=call.dtype) for kernel in kernels]
+        runs = [
+            functools.partial(splash, kernel, documents=documents, dtype=call.dtype, sinks=sinks) for kernel in kernels
+        ]
         return _of_window(runs, call.windows, visible, q, k, v)
     from cpt_jax.models.kernels import gpu
 

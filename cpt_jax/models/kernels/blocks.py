@@ -38,6 +38,7 @@ def blocks(
     windows: Sequence[int | None],
     softcap: float | None,
     dtype: jnp.dtype,
+    sinks: Float[Array, "B H"] | None = None,
 ) -> Float[Array, "B H S v"]:
     """As `reference`. The row is filled up to whole blocks with queries that see what nobody reads; where the queries
     are a part of it, they are whole blocks."""
@@ -51,7 +52,9 @@ def blocks(
         first = jnp.concatenate([first, own], axis=1)
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], length + filled, head_dim)
     begin = jnp.asarray(visible.index, jnp.int32) // block
-    mixed = cast(Array, _attend(q, k, v, first, begin, _Options(block, softcap, dtype)))
+    if sinks is not None:
+        sinks = sinks.reshape(*q.shape[:3], 1, 1)
+    mixed = cast(Array, _attend(q, k, v, sinks, first, begin, _Options(block, softcap, dtype)))
     return mixed.reshape(batch, heads, length + filled, v.shape[-1])[:, :, :length]
 
 
@@ -87,14 +90,20 @@ def _scores(q: Array, k: Array, first: Int[Array, "B block"], i: Array, j: Array
     return scores, seen[:, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, first, begin, options):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, sinks, first, begin, options):
     """`begin`: the number of the first block of queries."""
-    return _forward(q, k, v, first, begin, options)[0]
+    return _forward(q, k, v, sinks, first, begin, options)[0]
 
 
 def _forward(
-    q: Float[Array, "B G r S h"], k: Float[Array, "B G K h"], v, first: Int[Array, "B S"], begin, options: _Options
+    q: Float[Array, "B G r S h"],
+    k: Float[Array, "B G K h"],
+    v,
+    sinks: Float[Array, "B G r 1 1"] | None,
+    first: Int[Array, "B S"],
+    begin,
+    options: _Options,
 ):
     q, k, v = (each.astype(options.dtype) for each in (q, k, v))
     queries, firsts = _split(q, 3, options.block), _split(first, 1, options.block)
@@ -112,19 +121,24 @@ def _forward(
             return mixed * shrunk + part, now_largest, total * shrunk + weights.sum(-1, keepdims=True)
 
         zeros = jnp.zeros((*q.shape[:-1], v.shape[-1]), sum_type(options.dtype))
-        start = (zeros, jnp.full_like(zeros[..., :1], jnp.finfo(zeros.dtype).min), zeros[..., :1])
+        if sinks is None:
+            start = (zeros, jnp.full_like(zeros[..., :1], jnp.finfo(zeros.dtype).min), zeros[..., :1])
+        else:
+            start = (zeros, jnp.broadcast_to(sinks, zeros[..., :1].shape), jnp.ones_like(zeros[..., :1]))
         mixed, largest, total = jax.lax.fori_loop(first.min() // options.block, i + 1, key_block, start)
         return None, (mixed / total, largest + jnp.log(total))
 
     _, (mixed, sums) = jax.lax.scan(query_block, None, (begin + jnp.arange(len(queries)), queries, firsts))
     mixed, sums = checkpoint_name(_joined(mixed), SAVED), checkpoint_name(sums, SAVED)
-    return mixed, (queries, k, v, firsts, begin, mixed, sums)
+    return mixed, (queries, k, v, sinks, firsts, begin, mixed, sums)
 
 
 def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r S v"]):
-    queries, k, v, firsts, begin, mixed, sums = residuals
+    queries, k, v, sinks, firsts, begin, mixed, sums = residuals
     # sum(p * dp) of each query, from its output.
     deltas = _split((cotangent * mixed).sum(-1, keepdims=True), 3, options.block)
+    # Of a sink p is what the keys leave, and dp is 0. Blocks of queries are the first axis.
+    dsinks = None if sinks is None else -(jnp.exp(sinks[None] - sums) * deltas).sum(0).sum(-2, keepdims=True)
     cotangents = _split(cotangent.astype(options.dtype), 3, options.block)
 
     def query_block(carry, inputs):
@@ -151,7 +165,7 @@ def _backward(options: _Options, residuals: Any, cotangent: Float[Array, "B G r 
     zeros = tuple(jnp.zeros(each.shape, sum_type(options.dtype)) for each in (k, v))
     inputs = (begin + jnp.arange(len(queries)), queries, firsts, cotangents, sums, deltas)
     (dk, dv), dq = jax.lax.scan(query_block, zeros, inputs)
-    return _joined(dq), dk, dv, None, None
+    return _joined(dq), dk, dv, dsinks, None, None
 
 
 def _added(whole: Float[Array, "B G S h"], j: Array, part: Float[Array, "B G block h"], options: _Options) -> Array:

@@ -46,6 +46,7 @@ class Work:
     softcap: float | None
     dtype: jnp.dtype
     context: int = 1
+    sinks: bool = False
 
 
 def within_rows(windows: tuple[int | None, ...], length: int) -> tuple[int | None, ...]:
@@ -71,6 +72,8 @@ def _needs(kernel: Kernel, work: Work) -> Iterator[tuple[bool, str]]:
             fits,
             f"wants rows in {work.context} parts, each of a multiple of {block_size()} tokens, not {work.length}",
         )
+    if kernel in ("cudnn", "tokamax"):
+        yield not work.sinks, "has no attention sinks, the model does"
     if kernel in ("cudnn", "tokamax", "splash"):
         yield work.dtype == jnp.bfloat16, f"computes in bfloat16, not in {work.dtype.name}"
     if kernel == "cudnn":

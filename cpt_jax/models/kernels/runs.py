@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from cpt_jax.models.kernels.visible import Visible
 
-Attention = Callable[[Array, Array, Array, Visible], Array]
+Attention = Callable[[Array, Array, Array, Array | None, Visible], Array]
 
 
 def rows_of_runs(attention: Attention) -> Attention:
@@ -20,8 +20,8 @@ def rows_of_runs(attention: Attention) -> Attention:
     """
     forward = _mapped(attention)
 
-    def gradients(q, k, v, visible, cotangent):
-        return jax.vjp(lambda q, k, v: attention(q, k, v, visible), q, k, v)[1](cotangent)
+    def gradients(q, k, v, sinks, visible, cotangent):
+        return jax.vjp(lambda q, k, v, sinks: attention(q, k, v, sinks, visible), q, k, v, sinks)[1](cotangent)
 
     backward = _mapped(gradients)
     whole = jax.custom_vjp(forward)

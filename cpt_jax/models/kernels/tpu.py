@@ -52,9 +52,12 @@ def splash(
     v: Float[Array, "B G K v"],
     documents: tuple[Int[Array, "B S"], Int[Array, "B K"]] | None,
     dtype: jnp.dtype,
+    sinks: Float[Array, "B H"] | None = None,
 ) -> Float[Array, "B H S v"]:
     """By one device's share of a kernel. Documents, of queries and of keys, are compared within each block."""
     q, k, v = (each.astype(dtype) for each in (q, k, v))
+    # Their gradient is of the result's type, whatever theirs is.
+    sinks = None if sinks is None else sinks.astype(dtype)
     ids = None if documents is None else splash_kernel.SegmentIds(*documents)
-    mixed = cast(Array, jax.vmap(kernel)(q, k, v, ids))
+    mixed = cast(Array, jax.vmap(kernel)(q, k, v, ids, sinks))
     return mixed.astype(sum_type(dtype))
