@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax.checkpoint.mxfp4 import Mxfp4, with_unpacked
+from cpt_jax.checkpoint.mxfp4 import Mxfp4
+from cpt_jax.checkpoint.packed import Packed, TensorFile, with_unpacked
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE
 from cpt_jax.core.errors import UserError
@@ -73,8 +74,8 @@ def weight_files(directory: Path) -> list[str]:
     raise UserError(f"{directory} has no weights (no {SINGLE}): give a whole model directory")
 
 
-def tensors_of(directory: Path) -> dict[str, SafetensorsFile | Mxfp4]:
-    """The file of each tensor of a model directory; what is packed in MXFP4 is one tensor."""
+def tensors_of(directory: Path) -> dict[str, TensorFile]:
+    """The file of each tensor of a model directory; what is packed is one tensor."""
     files = [SafetensorsFile(path) for path in weight_files(directory)]
     return with_unpacked({name: file for file in files for name in file.tensors})
 
@@ -106,8 +107,8 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     held = tensors_of(directory)
     names, beside = names_in(family, held, config)
     names = {name: _as_held(places, held.get(name)) for name, places in names.items()}
-    files: dict[str, SafetensorsFile | Mxfp4] = {}
-    heads: dict[str, SafetensorsFile | Mxfp4] = {}
+    files: dict[str, TensorFile] = {}
+    heads: dict[str, TensorFile] = {}
     for name, file in held.items():
         if name in names:
             files[name] = file
@@ -136,8 +137,8 @@ def load(directory: Path) -> tuple[DecoderConfig, Tree, dict]:
     return config, unflatten({path: _leaf(shapes[path].shape, sources[path]) for path in shapes}), hf_config
 
 
-def _as_held(places: tuple[Place, ...], file: SafetensorsFile | Mxfp4 | None) -> tuple[Place, ...]:
-    """Where a tensor belongs: what is packed, is [outputs, inputs], and not as the model has it in memory."""
+def _as_held(places: tuple[Place, ...], file: TensorFile | None) -> tuple[Place, ...]:
+    """Where a tensor belongs: in MXFP4 it is [outputs, inputs], and not as the model has it in memory."""
     if not isinstance(file, Mxfp4):
         return places
     return tuple(dataclasses.replace(place, transposed=True, rows=place.columns, columns=None) for place in places)
@@ -174,7 +175,7 @@ def widest(types: Iterable[np.dtype]) -> np.dtype:
 class _Source:
     """One matrix (or vector) of ours in a file."""
 
-    def __init__(self, file: SafetensorsFile | Mxfp4, name: str, place: Place) -> None:
+    def __init__(self, file: TensorFile, name: str, place: Place) -> None:
         self.file, self.name, self.place = file, name, place
 
     @property
@@ -199,7 +200,7 @@ class _Source:
                 array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
                 return array.reshape(-1, *array.shape[2:])
 
-            if isinstance(self.file, Mxfp4):
+            if isinstance(self.file, Packed):
                 array = self.file.read(self.name, wanted_rows, self.place.member, picked)
             else:
                 array = picked(self.file.read(self.name, wanted_rows, self.place.member))
@@ -208,7 +209,7 @@ class _Source:
         return transposed(array) if self.place.transposed else array
 
 
-def _check_tied(directory: Path, embedding: _Source, heads: Mapping[str, SafetensorsFile | Mxfp4]) -> None:
+def _check_tied(directory: Path, embedding: _Source, heads: Mapping[str, TensorFile]) -> None:
     """Raises a UserError where a head that is to be tied is stored, and is not the embedding (transformers 5 keeps both
     then, and 4 the embedding alone)."""
     shape = embedding.file.tensors[embedding.name].shape

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.checkpoint.hf import CHUNK_VALUES, names_in, tensor_shapes, tensors_of
-from cpt_jax.checkpoint.mxfp4 import Mxfp4
-from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.packed import TensorFile
 from cpt_jax.checkpoint.safetensors_write import Tensor, write_weights
 from cpt_jax.core.storage import atomic_directory, write_bytes_atomic
 from cpt_jax.core.transpose import transposed
@@ -98,7 +97,7 @@ class _Copied:
     """A tensor that is none of the text model's, as another directory has it."""
 
     name: str
-    file: SafetensorsFile | Mxfp4
+    file: TensorFile
 
     @property
     def shape(self) -> tuple[int, ...]:

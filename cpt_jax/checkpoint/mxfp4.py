@@ -61,11 +61,3 @@ class Mxfp4:
         values = _PAIRS.take(blocks).view(np.float32)
         values *= _FACTORS.take(picked(self._scales.read(name + SCALES, rows, member)))[..., None]
         return values.reshape(*blocks.shape[:-2], -1).astype(ml_dtypes.bfloat16)
-
-
-def with_unpacked(held: Mapping[str, SafetensorsFile]) -> dict[str, SafetensorsFile | Mxfp4]:
-    """The files of tensors by name, what is packed as one tensor."""
-    packed = [name.removesuffix(BLOCKS) for name in held if name.endswith(BLOCKS)]
-    found = {name: Mxfp4(name, held) for name in packed}
-    parts = {name + part for name in packed for part in (BLOCKS, SCALES)}
-    return {name: file for name, file in held.items() if name not in parts} | found

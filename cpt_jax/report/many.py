@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_jax.checkpoint.mxfp4 import with_unpacked
+from cpt_jax.checkpoint.packed import with_unpacked
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.core.config import KIND
 from cpt_jax.core.errors import UserError

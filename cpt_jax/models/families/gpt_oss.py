@@ -1,7 +1,6 @@
 """gpt-oss: heads with sinks, windows in every other layer, and experts with biases, whose gates and ups are cut off and
 lie column by column in turn."""
 
-from cpt_jax.core.errors import UserError
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.experts import ClampedSwiGLU, ExpertsConfig
 from cpt_jax.models.families.schema import (
@@ -22,12 +21,7 @@ PARTS = (Rows(2, 0, 1), Rows(2, 1, 2))
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
-    # Of what files may be quantised by, `checkpoint.mxfp4` reads the released models' own.
-    if (quantised := raw.get("quantization_config")) is not None and quantised.get("quant_method") != "mxfp4":
-        raise UserError(
-            f"config.json has quantization_config={quantised!r}, which is not supported for model_type gpt_oss: its own, mxfp4, and bfloat16 are"
-        )
-    hf = read({name: value for name, value in raw.items() if name != "quantization_config"}, {})
+    hf = read(raw, {}, quantised="mxfp4")
     experts = ExpertsConfig(
         count=hf.num_local_experts,
         per_token=hf.num_experts_per_tok,

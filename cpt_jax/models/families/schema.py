@@ -18,6 +18,7 @@ from cpt_jax.models.side_by_side import SideBySideConfig
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # The norms and the feed-forward of most families: ours -> Hugging Face's.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+QUANTISED = "quantization_config"
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -49,11 +50,12 @@ class Place:
 Names = dict[str, tuple[Place, ...]]
 
 
-def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
+def read(raw: dict, unsupported: Mapping[str, Sequence[Any]], quantised: str = "fp8") -> Any:
     """A config.json with defaults filled in, older ways of writing brought into one.
 
     Args:
       unsupported: fields, with the values that ask for nothing.
+      quantised: the method by which files may be (see `checkpoint.packed`).
 
     Raises:
       UserError: a field is missing or malformed, or asks for what is not supported.
@@ -64,28 +66,41 @@ def read(raw: dict, unsupported: Mapping[str, Sequence[Any]]) -> Any:
     for field, harmless in unsupported.items():
         if field in raw and raw[field] not in harmless:
             raise _not_supported(raw, field)
-    return read_whole(raw)
+    return read_whole(raw, quantised)
 
 
-def read_whole(raw: dict) -> Any:
+def read_whole(raw: dict, quantised: str = "fp8") -> Any:
     """transformers' own reading of a config.json.
 
     Raises:
-      UserError: a field is malformed, or the weights are quantised.
+      UserError: a field is malformed, or the weights are quantised in another way than `quantised`.
     """
     from transformers import CONFIG_MAPPING
 
-    if raw.get("quantization_config") is not None:
-        raise _not_supported(raw, "quantization_config")
+    if (packed := raw.get(QUANTISED)) is not None and not _is_read(packed, quantised):
+        raise _not_supported(raw, QUANTISED)
     try:
         # It writes into what it is given.
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(_with_infinities(copy.deepcopy(raw)))
+        given = copy.deepcopy({name: value for name, value in raw.items() if name != QUANTISED})
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(_with_infinities(given))
     # Of wrong types transformers' classes raise huggingface_hub's StrictDataclassError, an Exception alone.
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
             f"config.json is no {raw['model_type']} config that transformers understands: {said}"
         ) from error
+
+
+def _is_read(given: Any, method: str) -> bool:
+    """Whether `checkpoint.packed` reads weights that are quantised so."""
+    if not isinstance(given, dict) or given.get("quant_method") != method:
+        return False
+    usual = {
+        "fmt": ("e4m3", "float8_e4m3fn"),
+        "weight_block_size": (None, [128, 128]),
+        "expert_dtype": ("fp8",),
+    }
+    return method != "fp8" or all(given[field] in values for field, values in usual.items() if field in given)
 
 
 def _with_infinities(value: Any) -> Any:
