@@ -146,6 +146,8 @@ class Experts(nnx.Module):
         path, self.epsilon = f"layers/{config.experts_name}", config.norm_epsilon
         self.settings = experts
         self.activation = ACTIVATIONS[config.activation]
+        # As in `FeedForward`.
+        self.apart = config.layer_loop == "unroll" and config.remat is None
         self.router = Weight(initial_kernel(rngs, (width, count)), logical_axes=("embed", "router"))
         self.router_bias = Weight(jnp.zeros((count,)), logical_axes=("router",)) if experts.bias else None
 
@@ -203,9 +205,8 @@ class Experts(nnx.Module):
         # Of what devices with a part of the wide axis give, the sum is taken: down's bias is added once, behind it.
         last = weights["down"].pop("bias", None)
         scales = {name: linear.adapter.scale for name, linear in linears.items() if linear.adapter is not None}
-        # Of the cut-off one, computed again, two numbers are kept, not eight.
-        usual, own = functools.partial(_product, self.activation), settings.swiglu
-        product = usual if own is None else recomputed(own)
+        # Computed again, two numbers are kept of it, not five, or eight of the cut-off one.
+        product = recomputed(settings.swiglu or functools.partial(_product, self.activation), apart=self.apart)
         compute = functools.partial(_computed, scales=scales, product=product, dtype=dtype)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:

@@ -193,13 +193,10 @@ def _layer_bytes(network: Network, mixed: _Mixed, layer: _Layer, item: int) -> f
         # The gate, and what the norm behind it is given.
         kept += item * config.layer_input_size + 4 * config.hidden_size
     if config.experts is not None and layer.routes(config):
-        # Nothing of experts is computed again: of each that a token goes through the inputs of gate and up, both of them
-        # with three steps of the activation and the product (of one with limits they alone), that rounded, and the result
-        # (without a gate ReLU's sign and value, that rounded); and the input of the router, and of the shared one.
-        steps, read = 20 if config.experts.swiglu is None else 8, config.experts.latent_size or config.hidden_size
-        of_expert = (steps + item) * config.expert_size + (4 + 2 * item) * read
-        if not config.gated:
-            of_expert = (5 + item) * config.expert_size + (4 + item) * read
+        # Of each expert that a token goes through the inputs of gate and up, both of them, the product, rounded, and the
+        # result; and the input of the router, and of the shared one.
+        read, inner = config.experts.latent_size or config.hidden_size, 2 if config.gated else 1
+        of_expert = (4 * inner + item) * config.expert_size + (4 + inner * item) * read
         inputs = 1 if config.experts.shared_intermediate_size is None else 2
         kept += config.experts.per_token * of_expert + 4 * inputs * config.hidden_size
         if config.experts.latent_size is not None:
