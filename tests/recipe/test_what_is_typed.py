@@ -15,7 +15,7 @@ from cpt_jax.cli.parser import parser
 from cpt_jax.core.errors import UserError
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
-from cpt_jax.recipe.defaults import adapt_recipe, explain
+from cpt_jax.recipe.defaults import _optimizer, adapt_recipe, explain
 from cpt_jax.recipe.find import find_recipe, model_named
 from cpt_jax.recipe.generate_command import read_prompts
 from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
@@ -162,3 +162,10 @@ def test_an_accelerator_is_given_steps_that_it_has_room_for(tiny_model, tmp_path
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  memory")]
     assert len(said) == (memory is not None)
     assert all(("likely too much" in line) == (memory == 10**6) for line in said)
+
+
+@pytest.mark.parametrize(("size", "rate"), [(1.35e8, 2e-3), (2.7e8, 5e-4), (1.2e9, 5e-4), (8e9, 2e-4)])
+def test_adapters_of_larger_models_take_smaller_steps(size, rate):
+    assert _optimizer("adamw", "lora", int(size)).learning_rate == rate
+    assert _optimizer("lion", "dora", int(size)).learning_rate == pytest.approx(rate / 5)
+    assert _optimizer("adamw", "full", int(size)).learning_rate == 5e-5
