@@ -90,33 +90,28 @@ def alone(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "devices", "mesh", "command"),
-    [(2, 4, "fsdp=4,tensor=2", "run"), (4, 2, "replica=2,fsdp=2,context=2", "train")],
-    ids=["2 processes of 4 devices", "4 processes of 2 devices"],
-)
-def test_several_processes_are_as_one(place, alone, processes, devices, mesh, command, monkeypatch, capsys):
-    name = f"by-{processes}"
-    done = run(place, name, processes, devices, mesh, command)
-    losses, evaluations = figures(place, name)
+def test_four_processes_are_as_one(place, monkeypatch, capsys):
+    """Of two devices each: the halves of rows, and copies, are on several, each matrix is cut within one."""
+    run(place, "alone", 1, 1, "fsdp=1", "train")
+    done = run(place, "by-4", 4, 2, "replica=2,context=2,tensor=2", "train")
+    (losses, evaluations), (expected, evaluated) = figures(place, "by-4"), figures(place, "alone")
     assert len(losses) == sum(STEPS)
-    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(evaluations, alone[1], rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluations, evaluated, rtol=1e-5)
     # One of them speaks.
     assert "bits per byte" in done[0].stdout
     assert all("bits per byte" not in each.stdout for each in done[1:])
     assert all("steps" not in each.stderr for each in done[1:])
     assert all("donated" not in each.stderr for each in done)
-    if command == "train":
-        # Another command, by one process, goes on with what they left.
-        assert not (place / name / "export").exists()
-        go(monkeypatch, place)
-        longer = ["--stages.1.tokens", STEPS[1] * 512]
-        status, _, errors = call(capsys, "run", "recipes:tiny", "--workdir", name, "--mesh", "fsdp=8", *longer)
-        assert status == 0, errors
-        assert "steps" not in errors
-    assert (place / name / "export" / "model.safetensors").exists()
-    assert (place / name / "report.html").exists()
+    # Another command, by one process, goes on with what they left.
+    assert not (place / "by-4" / "export").exists()
+    go(monkeypatch, place)
+    longer = ["--stages.1.tokens", STEPS[1] * 512]
+    status, _, errors = call(capsys, "run", "recipes:tiny", "--workdir", "by-4", "--mesh", "fsdp=8", *longer)
+    assert status == 0, errors
+    assert "steps" not in errors
+    assert (place / "by-4" / "export" / "model.safetensors").exists()
+    assert (place / "by-4" / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -42,8 +42,6 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     ("sizes", "experts"),
     [
         (dict(expert=4, fsdp=2), SHARED),
-        (dict(expert=2, fsdp=2, tensor=2), SHARED),
-        (dict(fsdp=4, replica=2), SHARED),
         (dict(expert=2, tensor=4, fsdp=1), SHARED),
         (dict(expert=2, context=2, fsdp=2), SHARED),
         (dict(expert=2, tensor=4, fsdp=1), BIASED),

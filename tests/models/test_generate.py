@@ -85,10 +85,7 @@ FAMILIES = [
     ("mistral4", "as released"),
     ("lfm2_moe", "as released"),
     ("nemotron_h", "experts in a smaller space"),
-    ("ernie4_5_moe", "as released"),
     ("minimax_m2", "as released"),
-    ("dots1", "windows, groups, biases"),
-    ("exaone_moe", "as released"),
     ("hunyuan_v1_dense", "as released"),
     ("glm4_moe", "groups, norms of heads, two dense"),
 ]
