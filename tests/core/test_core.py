@@ -60,6 +60,8 @@ def test_what_is_computed_again_is_a_word():
             Remat.parse(word), products=True
         )
         assert override(changed, ("stages.0.remat", "none")) == recipe()
+    whole = override(recipe(), ("stages.0.remat", '{"kind": "Remat", "products": true}'))
+    assert whole.stages[0].remat == Remat(products=True)
 
 
 @pytest.mark.parametrize("nothing", ["null", "none", "None"])
