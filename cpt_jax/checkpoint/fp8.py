@@ -6,12 +6,11 @@ multiplied by.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.safetensors_file import Described, SafetensorsFile
 from cpt_jax.core.errors import UserError
 
 SCALE = "_scale_inv"
@@ -20,11 +19,6 @@ BLOCK = 128
 # Of activations, beside a matrix: what is computed in another type has none.
 OF_ACTIVATIONS = "activation_scale"
 _VALUES = np.arange(256, dtype=np.uint8).view(TYPE).astype(np.float32)
-
-
-class _Described(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class Fp8:
@@ -48,7 +42,7 @@ class Fp8:
             raise UserError(
                 f"{numbers.path}: {name + SCALE} has shape {list(found)}, blocks of {BLOCK} x {BLOCK} of {list(self._shape)} are {list(blocks)}: fetch the model again"
             )
-        self.tensors = {name: _Described(self._shape, np.dtype(ml_dtypes.bfloat16))}
+        self.tensors = {name: Described(self._shape, np.dtype(ml_dtypes.bfloat16))}
 
     def read(
         self,

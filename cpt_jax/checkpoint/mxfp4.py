@@ -6,12 +6,11 @@ multiplied by, plus 127. Products have two digits: bfloat16 holds them exactly.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
+from cpt_jax.checkpoint.safetensors_file import Described, SafetensorsFile
 from cpt_jax.core.errors import UserError
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -21,11 +20,6 @@ _VALUES = np.array([*_POSITIVE, *(-value for value in _POSITIVE)], np.float32)
 _PAIRS = np.stack([_VALUES[np.arange(256) & 15], _VALUES[np.arange(256) >> 4]], axis=-1).view(np.uint64)[:, 0]
 # 255 is no number.
 _FACTORS = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
-
-
-class _Described(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class Mxfp4:
@@ -47,7 +41,7 @@ class Mxfp4:
             raise UserError(
                 f"{blocks.path}: {name + SCALES} has shape {list(of_scales)}, its blocks {[*shape, count, width]}: fetch the model again"
             )
-        self.tensors = {name: _Described((*shape, count * width * 2), np.dtype(ml_dtypes.bfloat16))}
+        self.tensors = {name: Described((*shape, count * width * 2), np.dtype(ml_dtypes.bfloat16))}
 
     def read(
         self,

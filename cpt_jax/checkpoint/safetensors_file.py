@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,13 @@ DTYPES = {
 }
 # The format's own limit.
 _LARGEST_HEADER = 100_000_000
+
+
+class Described(NamedTuple):
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class SafetensorsFile:
