@@ -111,7 +111,7 @@ LONE_EXPERTS |= dict(layer_pattern=(0, 1) * 3, feed_forward=False, activation="r
 KINDS = {
     "experts alone, without gates": (LONE_EXPERTS, Full()),
     "experts alone, in a smaller space": (
-        LONE_EXPERTS | dict(experts=dataclasses.replace(LONE_EXPERTS["experts"], latent_size=64)),
+        LONE_EXPERTS | dict(experts=dataclasses.replace(LONE_EXPERTS["experts"], latent_size=16)),
         Full(),
     ),
     "experts alone, with adapters": (LONE_EXPERTS, LoRA(rank=4, alpha=8)),
