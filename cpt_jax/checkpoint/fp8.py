@@ -5,7 +5,7 @@ all (DeepSeek-V3: arXiv 2412.19437, section 3.3.2).
 multiplied by.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -29,38 +29,30 @@ class Fp8:
     """
 
     def __init__(self, name: str, held: Mapping[str, SafetensorsFile]) -> None:
-        numbers, self._shape = held[name], held[name].tensors[name].shape
+        numbers, shape = held[name], held[name].tensors[name].shape
         if (scales := held.get(name + SCALE)) is None:
             raise UserError(
                 f"{numbers.path} holds {name} in FP8, and there is no {name + SCALE}: fetch the model again"
             )
-        self._name, self._numbers, self._scales = name, numbers, scales
+        self._numbers, self._scales = numbers, scales
         found = scales.tensors[name + SCALE].shape
-        self._whole = not found
-        blocks = (*self._shape[:-2], *(-(-size // BLOCK) for size in self._shape[-2:]))
+        blocks = (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
         if found and found != blocks:
             raise UserError(
-                f"{numbers.path}: {name + SCALE} has shape {list(found)}, blocks of {BLOCK} x {BLOCK} of {list(self._shape)} are {list(blocks)}: fetch the model again"
+                f"{numbers.path}: {name + SCALE} has shape {list(found)}, blocks of {BLOCK} x {BLOCK} of {list(shape)} are {list(blocks)}: fetch the model again"
             )
-        self.tensors = {name: Described(self._shape, np.dtype(ml_dtypes.bfloat16))}
+        self.tensors = {name: Described(shape, np.dtype(ml_dtypes.bfloat16))}
 
-    def read(
-        self,
-        name: str,
-        rows: slice | None = None,
-        member: int | None = None,
-        picked: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-    ) -> np.ndarray:
-        """As `SafetensorsFile.read`; of the rows those that are `picked`."""
+    def read(self, name: str, rows: slice | None = None, member: int | None = None) -> np.ndarray:
+        """As `SafetensorsFile.read`."""
         numbers = _VALUES.take(self._numbers.read(name, rows, member).view(np.uint8))
-        if self._whole:
-            scales = self._scales.read(name + SCALE).astype(np.float32)
-            return picked((numbers * scales).astype(ml_dtypes.bfloat16))
+        if not self._scales.tensors[name + SCALE].shape:
+            return (numbers * self._scales.read(name + SCALE).astype(np.float32)).astype(ml_dtypes.bfloat16)
         # The rows are those of the matrix, or, of a whole stack, its members.
-        stack = len(self._shape) > 2 and member is None
+        stack = len(self.tensors[name].shape) > 2 and member is None
         of_blocks = rows if stack or rows is None else slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
         scales = self._scales.read(name + SCALE, of_blocks, member).astype(np.float32)
         first = 0 if stack or rows is None else rows.start % BLOCK
         scales = scales.repeat(BLOCK, axis=-2)[..., first : first + numbers.shape[-2], :]
         numbers *= scales.repeat(BLOCK, axis=-1)[..., : numbers.shape[-1]]
-        return picked(numbers.astype(ml_dtypes.bfloat16))
+        return numbers.astype(ml_dtypes.bfloat16)

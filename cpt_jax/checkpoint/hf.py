@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.checkpoint.mxfp4 import Mxfp4
-from cpt_jax.checkpoint.packed import Packed, TensorFile, with_unpacked
+from cpt_jax.checkpoint.packed import TensorFile, with_unpacked
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 from cpt_jax.checkpoint.safetensors_write import INDEX, SINGLE
 from cpt_jax.core.errors import UserError
@@ -200,7 +200,7 @@ class _Source:
                 array = array.reshape(-1, part.block, *array.shape[1:])[:, part.first : part.last]
                 return array.reshape(-1, *array.shape[2:])
 
-            if isinstance(self.file, Packed):
+            if isinstance(self.file, Mxfp4):
                 array = self.file.read(self.name, wanted_rows, self.place.member, picked)
             else:
                 array = picked(self.file.read(self.name, wanted_rows, self.place.member))

@@ -30,7 +30,7 @@ class Mxfp4:
     """
 
     def __init__(self, name: str, held: Mapping[str, SafetensorsFile]) -> None:
-        self._name, blocks = name, held[name + BLOCKS]
+        blocks = held[name + BLOCKS]
         if (scales := held.get(name + SCALES)) is None:
             raise UserError(
                 f"{blocks.path} holds {name + BLOCKS}, and there is no {name + SCALES}: fetch the model again"
@@ -50,7 +50,7 @@ class Mxfp4:
         member: int | None = None,
         picked: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
     ) -> np.ndarray:
-        """As `SafetensorsFile.read`; of the rows those that are `picked`."""
+        """As `SafetensorsFile.read`; of the rows those that are `picked`, and no others unpacked."""
         blocks = picked(self._blocks.read(name + BLOCKS, rows, member))
         values = _PAIRS.take(blocks).view(np.float32)
         values *= _FACTORS.take(picked(self._scales.read(name + SCALES, rows, member)))[..., None]

@@ -7,8 +7,7 @@ from cpt_jax.checkpoint.fp8 import Fp8
 from cpt_jax.checkpoint.mxfp4 import Mxfp4
 from cpt_jax.checkpoint.safetensors_file import SafetensorsFile
 
-Packed = Mxfp4 | Fp8
-TensorFile = SafetensorsFile | Packed
+TensorFile = SafetensorsFile | Mxfp4 | Fp8
 
 
 def with_unpacked(held: Mapping[str, SafetensorsFile]) -> dict[str, TensorFile]:

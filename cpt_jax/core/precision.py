@@ -5,6 +5,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+# Weights that are no matrices, by the last part of their paths.
+VECTORS = ("scale", "bias", "magnitude", "kernel_norm", "layer_scalar", "a_log", "step_bias", "skip", "sinks")
+VECTORS += ("router_scale", "router_bias", "expert_scale", "correction_bias")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -28,9 +32,7 @@ class Precision:
 
     def dtype_of(self, path: str) -> Any:
         """The type of a frozen leaf, by its path."""
-        vectors = ("scale", "bias", "magnitude", "kernel_norm", "layer_scalar", "a_log", "step_bias", "skip")
-        vectors += ("sinks", "router_scale", "router_bias", "expert_scale", "correction_bias")
-        return jnp.dtype(jnp.float32) if path.rpartition("/")[2] in vectors else self.dtype
+        return jnp.dtype(jnp.float32) if path.rpartition("/")[2] in VECTORS else self.dtype
 
 
 FLOAT32 = Precision(compute="float32")

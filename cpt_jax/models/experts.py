@@ -30,6 +30,19 @@ from cpt_jax.sharding.rules import RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """gate * sigmoid(alpha * gate) * (up + 1), gates cut off above `limit` and ups beyond it on both sides (gpt-oss:
+    OpenAI 2025, arXiv 2508.10925)."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Float[Array, "N i"], up: Float[Array, "N i"]) -> Float[Array, "N i"]:
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
     """`per_token` of `count` experts serve a token, chosen and weighted as the `router` says; `renormalise` makes the
     chosen weights sum to 1. `balance_coefficient` weighs the load-balancing loss in training. `shared_intermediate_size`: the
@@ -51,7 +64,7 @@ class ExpertsConfig:
     latent_size: int | None = None
     router: RouterConfig = RouterConfig()
     bias: bool = False
-    swiglu: "ClampedSwiGLU | None" = None
+    swiglu: ClampedSwiGLU | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -61,19 +74,6 @@ class ExpertsConfig:
         if self.latent_size is not None and (self.beside or self.latent_size < 1):
             raise UserError(f"moe_latent_size is {self.latent_size}: give at least 1, in the place of a feed-forward")
         self.router.check(self.count, self.per_token)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClampedSwiGLU:
-    """gate * sigmoid(alpha * gate) * (up + 1), gates cut off above `limit` and ups beyond it on both sides (gpt-oss:
-    OpenAI 2025, arXiv 2508.10925)."""
-
-    alpha: float
-    limit: float
-
-    def __call__(self, gate: Float[Array, "N i"], up: Float[Array, "N i"]) -> Float[Array, "N i"]:
-        gate = jnp.minimum(gate, self.limit)
-        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
 
 
 class Balance(NamedTuple):

@@ -2,12 +2,10 @@
 
 from typing import Literal
 
+from cpt_jax.core.precision import VECTORS
 from cpt_jax.models.vocab_table import BASE_ROWS, NEW_ROWS
 
 Group = Literal["matrices", "lora_a", "lora_b", "old_rows", "new_rows", "others"]
-
-_VECTORS = ("scale", "bias", "magnitude", "a_log", "step_bias", "skip", "sinks")
-_VECTORS += ("router_scale", "router_bias", "expert_scale", "correction_bias")
 
 
 def group_of(path: str) -> Group:
@@ -27,4 +25,4 @@ def group_of(path: str) -> Group:
 
 def stacked_axes(path: str, rank: int) -> int:
     """How many of a leaf's first axes count layers (and experts), and are no part of its matrix or vector."""
-    return rank - (1 if path.rpartition("/")[2] in _VECTORS else 2)
+    return rank - (1 if path.rpartition("/")[2] in VECTORS else 2)
