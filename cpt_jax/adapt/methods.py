@@ -125,8 +125,8 @@ class ByPath:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full:
-    """Every weight, but for what released models keep as a constant (Gemma 4's factors of layers) or balance experts
-    with (a router's correction bias)."""
+    """Every weight, but for what released models keep as a constant (Gemma 4's factors of layers, two numbers of Apertus's
+    activation) or balance experts with (a router's correction bias)."""
 
     def lora_config(self) -> LoRAConfig | None:
         return None

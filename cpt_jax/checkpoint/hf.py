@@ -155,6 +155,8 @@ def tensor_shapes(config: DecoderConfig, names: Names) -> dict[str, tuple[int, .
         return inner[::-1] if place.transposed else inner
 
     def whole_shape(places: tuple[Place, ...]) -> tuple[int, ...]:
+        if not shape(places[0]):
+            return ()
         members = len({place.member for place in places})
         rows = sum(shape(place)[0] for place in places) // members
         stack = () if places[0].member is None else (members,)
@@ -184,6 +186,8 @@ class _Source:
 
     def read(self, slices: Slices) -> np.ndarray:
         """These slices of it; of the file, only the rows they lie in are read."""
+        if not slices:
+            return self.file.read(self.name)
         wanted = slices[::-1] if self.place.transposed else slices
         rows, rest, part = wanted[0], wanted[1:], self.place.rows
         if (of := self.place.columns) is not None:
@@ -228,10 +232,11 @@ def _leaf(shape: tuple[int, ...], sources: dict[tuple[int, ...], _Source]) -> La
     """A leaf from its matrices, by their index along its stacked axes."""
     first, kept = next(iter(sources.values())), widest(source.dtype for source in sources.values())
     depth = len(first.place.index)
+    rows = len(shape) - 1 if first.place.transposed else depth
 
     def read(slices: Slices, dtype: np.dtype) -> np.ndarray:
         if not depth:
             return first.read(slices).astype(dtype, copy=False)
         return stacked(slices, depth, dtype, lambda index, inner: sources[index].read(inner))
 
-    return LazyArray(shape, kept, read, len(shape) - 1 if first.place.transposed else depth)
+    return LazyArray(shape, kept, read, rows if rows < len(shape) else None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 # Weights that are no matrices, by the last part of their paths.
 VECTORS = ("scale", "bias", "magnitude", "kernel_norm", "layer_scalar", "a_log", "step_bias", "skip", "sinks")
-VECTORS += ("router_scale", "router_bias", "expert_scale", "correction_bias")
+VECTORS += ("router_scale", "router_bias", "expert_scale", "correction_bias", "alpha_p", "alpha_n", "beta", "eps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from cpt_jax.models.experts import ExpertsConfig
 from cpt_jax.models.kernels.choice import AttentionChoice
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layer_groups import LayerGroups
-from cpt_jax.models.linear import ACTIVATIONS
+from cpt_jax.models.linear import ACTIVATIONS, XIELU
 from cpt_jax.models.lone_feed_forward import LoneExpertsConfig, LoneFeedForwardConfig
 from cpt_jax.models.mamba2 import Mamba2Config
 from cpt_jax.models.remat import Remat
@@ -95,7 +95,7 @@ class DecoderConfig:
     numbers of a head are rotated against each other, not its halves. `attention_scale`
     (default: head_dim ** -0.5) multiplies queries; `attention_sinks`: each head has a score of nothing, which takes its share of
     the softmax. Soft caps are c * tanh(x / c), of attention scores and of logits.
-    Without `feed_forward` a layer is what its kind says, alone. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
+    Without `feed_forward` a layer is what its kind says, alone. The `activation` "xielu" has weights of its own. `gate_scale` multiplies what the feed-forward's gate gives before its activation, `down_scale` its result,
     `residual_scale` what attention and feed-forward add to their input, `logit_scale` what the final norm
     gives, and so the logits, before their cap.
 
@@ -167,7 +167,7 @@ class DecoderConfig:
         for groups in (self.heads_of(kind).groups for kind in self.layer_kinds):
             if self.num_heads % groups:
                 raise UserError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {groups}")
-        if self.activation not in ACTIVATIONS:
+        if self.activation not in ACTIVATIONS and (self.activation != XIELU or self.gated or self.experts is not None):
             raise UserError(
                 f"activation {self.activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
             )

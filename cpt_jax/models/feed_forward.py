@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cpt_jax.models.linear import ACTIVATIONS, Linear, LoRAConfig, applied
+from cpt_jax.models.linear import ACTIVATIONS, XIELU, Linear, LoRAConfig, applied
 from cpt_jax.models.products import sum_type
 from cpt_jax.models.remat import named, recomputed
+from cpt_jax.models.xielu import LearntActivation
 
 
 class FeedForward(nnx.Module):
@@ -25,7 +26,8 @@ class FeedForward(nnx.Module):
         intermediate_size: int | None = None,
     ) -> None:
         width, inner, bias = config.hidden_size, intermediate_size or config.intermediate_size, config.mlp_bias
-        self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
+        self.gated, self.activation = config.gated, ACTIVATIONS.get(config.activation)
+        self.xielu = LearntActivation() if config.activation == XIELU else None
         self.gate_scale, self.down_scale = config.gate_scale, config.down_scale
         # A layer that is recomputed as a whole is compiled apart already.
         self.apart = config.layer_loop == "unroll" and config.remat is None
@@ -44,12 +46,13 @@ class FeedForward(nnx.Module):
         inner = [named(y, name) for y, name in zip(inner, ("mlp_up", "mlp_gate"), strict=False)]
 
         def outer(up: Array, gate: Array | None = None) -> Array:
-            wide = sum_type(dtype)
+            wide, activation = sum_type(dtype), self.xielu or self.activation
+            assert activation is not None
             if gate is None:
-                product = self.activation(up.astype(wide))
+                product = activation(up.astype(wide))
             else:
                 gate = gate.astype(wide) if self.gate_scale is None else gate.astype(wide) * self.gate_scale
-                product = self.activation(gate) * up
+                product = activation(gate) * up
             fed = self.down(product, dtype)
             return fed if self.down_scale is None else fed * self.down_scale
 

@@ -52,7 +52,7 @@ ADAPTER_LEAVES = ("/lora_a", "/lora_b", "/magnitude")
 KERNEL_NORM = "/kernel_norm"
 # What is never trained, though it is a weight.
 LAYER_SCALAR, CORRECTION_BIAS = "/layer_scalar", "/correction_bias"
-CONSTANTS = (LAYER_SCALAR, CORRECTION_BIAS)
+CONSTANTS = (LAYER_SCALAR, CORRECTION_BIAS, "/xielu/beta", "/xielu/eps")
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 # By the names that config.json gives them; several are one function (transformers, activations.py).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -65,6 +65,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+# And that which has weights (`xielu`), of feed-forwards without a gate.
+XIELU = "xielu"
 Scaling = Literal["alpha/rank", "alpha/sqrt(rank)"]
 
 

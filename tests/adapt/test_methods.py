@@ -118,6 +118,20 @@ def test_constants_of_layers_never_train():
         assert not any(map(method.trains, paths))
 
 
+def test_of_an_activation_that_learns_two_numbers_train():
+    model = model_of(tiny_config(num_layers=4, gated=False, activation="xielu"))
+    alphas = {"alpha_p", "alpha_n"}
+    for method, expected in (
+        (Full(), alphas),
+        (ByPath(patterns=("layers/mlp/xielu/*",), layers=(1, 3)), alphas),
+        (Expand(blocks=2), alphas),
+        (LoRA(norms=True), set()),
+    ):
+        paths = [path for path in flatten(model.adapted(method, 0).weights) if "/xielu/" in path]
+        assert {path.rpartition("/")[2] for path in paths} == alphas | {"beta", "eps"}
+        assert {path.rpartition("/")[2] for path in paths if method.trains(path)} == expected
+
+
 def test_an_added_block_is_a_copy_behind_its_original_that_adds_nothing_yet():
     base = model_of(tiny_config(num_layers=4))
     given, grown = flatten(base.weights), flatten(base.adapted(Expand(blocks=2), 0).weights)
@@ -163,6 +177,7 @@ def test_methods_come_back_from_json():
         ("llama", "tied, odd head dimension"),
         ("gemma2", "as released"),
         ("phi3", "window"),
+        ("apertus", "as released"),
         ("gpt_oss", "as released"),
         ("smollm3", "by interval, biases, yarn"),
         ("qwen3_5_text", "not periodic, one value head a key head"),

@@ -77,6 +77,17 @@ def test_a_correction_bias_is_written_in_float32(tmp_path):
     assert written["model.layers.1.mlp.gate.weight"].dtype == ml_dtypes.bfloat16
 
 
+def test_single_numbers_of_layers_have_no_rows(tmp_path):
+    """By its rows a leaf is read by several processes."""
+    raw = config_json("apertus", "as released")
+    config = family_for(raw).config_from_hf(raw)
+    save(tmp_path, config, random_weights(config), raw, tmp_path)
+    leaves = flatten(load(tmp_path)[1])
+    assert leaves["layers/mlp/xielu/beta"].row_axis is None
+    assert leaves["layers/mlp/xielu/alpha_p"].row_axis == 1
+    assert leaves["layers/mlp/up/kernel"].row_axis == 2
+
+
 def edit_config(directory: Path, **changes) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

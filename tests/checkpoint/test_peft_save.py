@@ -33,6 +33,7 @@ FAMILIES = {
     "phi3, parts of fused layers": ("phi3", "partial, tied", ("q", "v", "up")),
     "gpt_neox": ("gpt_neox", "as released", LINEARS),
     "gpt_neox, keys alone": ("gpt_neox", "tied, no biases, linear", ("k", "o")),
+    "apertus": ("apertus", "as released", LINEARS),
     "gpt_oss": ("gpt_oss", "as released", LINEARS),
     "gpt_oss, ups alone": ("gpt_oss", "cut off, tied, no window, another activation", ("up", "o")),
     "qwen3_moe": ("qwen3_moe", "renormalised", LINEARS),

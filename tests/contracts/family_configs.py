@@ -162,6 +162,11 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], attention_bias=True)
         | dict(attention_k_eq_v=True, sliding_window=5),
     },
+    "apertus": {
+        "as released": UNTIED | dict(rope_scaling=LLAMA3, rope_theta=12e6),
+        "tied, biases, one key head": TIED | dict(attention_bias=True, num_key_value_heads=1),
+        "another activation": TIED | dict(hidden_act="relu2", rope_scaling=YARN),
+    },
     "olmo2": {
         "untied": UNTIED,
         "tied, no grouping": TIED | dict(num_key_value_heads=4, rope_theta=500_000.0),

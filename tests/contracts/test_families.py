@@ -28,7 +28,7 @@ from cpt_jax.models.remat import Remat
 
 LENGTH = 40
 # In transformers too they are no parameters, or have no gradient.
-CONSTANTS = ("layer_scalar", "e_score_correction_bias", "expert_bias")
+CONSTANTS = ("layer_scalar", "e_score_correction_bias", "expert_bias", "act_fn.beta", "act_fn.eps")
 CASES = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
 
 
@@ -54,8 +54,8 @@ def reference_model(raw: dict, directory):
     with torch.no_grad():
         constants = [buffer for name, buffer in model.named_buffers() if name.endswith(CONSTANTS)]
         for parameter in (*model.parameters(), *constants):
-            spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            start = parameter if parameter.ndim == 1 else torch.zeros(())
+            spread = 0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+            start = parameter if parameter.ndim < 2 else torch.zeros(())
             parameter.copy_(start + spread * torch.randn(parameter.shape))
     model.save_pretrained(directory)
     # The config.json as its makers write it, not as transformers 5 does.

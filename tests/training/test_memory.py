@@ -125,6 +125,7 @@ KINDS = {
     "latents with adapters": (dict(layer_kinds=(LATENT_QUERIES,)), LoRA(rank=4, alpha=8)),
     "latents of keys and values alone": (dict(layer_kinds=(LATENT_KEYS,)), LoRA(rank=4, alpha=8)),
     "parallel, without a gate": (dict(parallel_residual=True, gated=False), Full()),
+    "an activation that learns": (dict(gated=False, activation="xielu"), Full()),
     "experts": (dict(experts=EXPERTS), Full()),
     "experts with adapters": (dict(experts=EXPERTS), LoRA(rank=4, alpha=8)),
     "every mixer": (HYBRID, Full()),

@@ -4,6 +4,7 @@ from types import ModuleType
 
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.models.families import (
+    apertus,
     arcee,
     cohere,
     cohere2,
@@ -59,6 +60,7 @@ from cpt_jax.models.families import (
 from cpt_jax.models.families.composite import Composite
 
 _FILES = (
+    apertus,
     arcee,
     cohere,
     cohere2,
