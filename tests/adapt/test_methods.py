@@ -178,6 +178,7 @@ def test_methods_come_back_from_json():
         ("gemma2", "as released"),
         ("phi3", "window"),
         ("apertus", "as released"),
+        ("hunyuan_v1_moe", "as released"),
         ("gpt_oss", "as released"),
         ("smollm3", "by interval, biases, yarn"),
         ("qwen3_5_text", "not periodic, one value head a key head"),

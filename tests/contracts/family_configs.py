@@ -162,6 +162,64 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(layer_types=["sliding_attention", "full_attention", "full_attention"], attention_bias=True)
         | dict(attention_k_eq_v=True, sliding_window=5),
     },
+    "internlm3": {
+        "as released": UNTIED
+        | dict(head_dim=8, rope_scaling=dict(rope_type="dynamic", factor=6.0), qkv_bias=False, bias=False),
+        "tied, biases": TIED | dict(head_dim=10, qkv_bias=True, bias=True),
+        "one key head, as transformers writes it": UNTIED
+        | dict(num_key_value_heads=1, head_dim=8, attention_bias=True, mlp_bias=True, rope_scaling=YARN),
+    },
+    "cwm": {
+        "as released": UNTIED | dict(head_dim=16, num_hidden_layers=4, sliding_window=6, rope_scaling=LLAMA3),
+        "tied, biases, other windows": TIED
+        | dict(head_dim=8, mlp_bias=True, layer_types=ALTERNATING, sliding_window=9)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+        "all see all": UNTIED | dict(head_dim=8, layer_types=["full_attention"] * 3, num_key_value_heads=1),
+    },
+    "helium": {
+        "as released": UNTIED | dict(head_dim=8, num_key_value_heads=4, rms_norm_eps=1e-8),
+        "tied, biases": TIED | dict(head_dim=8, attention_bias=True, mlp_bias=True),
+        "one key head, linear": TIED
+        | dict(head_dim=8, num_key_value_heads=1, rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "stablelm": {
+        "as released, 2": UNTIED | LAYER_NORM | dict(num_key_value_heads=4, use_qkv_bias=True),
+        "side by side, most of each head": TIED
+        | dict(layer_norm_eps=1e-3, use_parallel_residual=True, partial_rotary_factor=0.75),
+        "whole heads, yarn": UNTIED | LAYER_NORM | dict(partial_rotary_factor=1.0, rope_scaling=YARN),
+    },
+    "granitemoe": {
+        "as released": TIED | EXPERTS | MULTIPLIERS | dict(num_local_experts=6),
+        "untied, biases": UNTIED | EXPERTS | dict(num_local_experts=3, attention_bias=True, num_experts_per_tok=1),
+        "yarn": TIED | EXPERTS | dict(num_local_experts=4, rope_scaling=YARN, num_key_value_heads=1),
+    },
+    "granitemoeshared": {
+        "as released": TIED | EXPERTS | MULTIPLIERS | dict(num_local_experts=6, shared_intermediate_size=20),
+        "untied, biases": UNTIED
+        | EXPERTS
+        | dict(num_local_experts=3, attention_bias=True, num_experts_per_tok=1, shared_intermediate_size=64),
+        "no shared feed-forward": UNTIED | EXPERTS | dict(num_local_experts=4),
+    },
+    "hunyuan_v1_moe": {
+        "as released": UNTIED
+        | dict(num_experts=6, moe_topk=[3, 3, 3], head_dim=16)
+        | dict(rope_scaling=dict(type="dynamic", alpha=1000.0, factor=1.0)),
+        "tied, biases, one of three": TIED | dict(num_experts=3, moe_topk=1, attention_bias=True, head_dim=8),
+        "linear": UNTIED
+        | dict(num_experts=4, moe_topk=2, num_key_value_heads=1, head_dim=10)
+        | dict(rope_scaling=dict(type="linear", factor=2.0)),
+    },
+    "solar_open": {
+        "as released": UNTIED
+        | ROUTED
+        | dict(n_routed_experts=6, head_dim=16, rope_scaling=YARN, first_k_dense_replace=0, partial_rotary_factor=1.0),
+        "groups, biases, two shared": TIED
+        | ROUTED
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=2, attention_bias=True, head_dim=8),
+        "linear, not renormalised": UNTIED
+        | ROUTED
+        | dict(n_routed_experts=4, head_dim=8, norm_topk_prob=False, rope_scaling=dict(type="linear", factor=2.0)),
+    },
     "apertus": {
         "as released": UNTIED | dict(rope_scaling=LLAMA3, rope_theta=12e6),
         "tied, biases, one key head": TIED | dict(attention_bias=True, num_key_value_heads=1),

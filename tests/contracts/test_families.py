@@ -69,7 +69,7 @@ def gradients_by_tensor(model) -> dict[str, np.ndarray]:
     found = {name: each.grad.numpy() for name, each in model.named_parameters() if not name.endswith(CONSTANTS)}
     if model.config.model_type == "nemotron_h":
         found = {name.replace("model.", "backbone."): value for name, value in found.items()}
-    if model.config.model_type == "granitemoehybrid":
+    if model.config.model_type.startswith("granitemoe"):
         renamed = {".experts.gate_up_proj": ".input_linear.weight", ".experts.down_proj": ".output_linear.weight"}
         for old, new in (renamed | {"router.weight": "router.layer.weight"}).items():
             found = {name.replace(old, new): value for name, value in found.items()}
@@ -241,6 +241,8 @@ REFUSED = [
     ),
     ("glm4_moe", dict(topk_group=2), "topk_group 2 is not between 1 and n_group 1"),
     ("glm4_moe", dict(first_k_dense_replace=3), "the first 3 of 3 layers have no experts: the others must"),
+    ("stablelm", dict(qk_layernorm=True), "qk_layernorm=True, which is not supported for model_type stablelm"),
+    ("hunyuan_v1_moe", dict(moe_topk=[2, 2, 3]), "moe_topk=.2, 2, 3.: layers with different numbers of experts"),
     ("cohere", dict(use_qk_norm=True), "use_qk_norm=True, which is not supported for model_type cohere"),
     (
         "gemma4_text",
@@ -308,6 +310,12 @@ def test_the_balance_of_gpt_oss_counts_where_transformers_counts_it():
         experts = family_for(raw).config_from_hf(raw | dict(output_router_logits=asked)).experts
         assert experts is not None
         assert experts.balance_coefficient == expected
+
+
+def test_solar_open_need_not_say_a_width_that_nothing_has():
+    raw = config_json("solar_open", "as released")
+    without = {name: value for name, value in raw.items() if name != "intermediate_size"}
+    assert family_for(raw).config_from_hf(without) == family_for(raw).config_from_hf(raw)
 
 
 def test_infinities_are_read_as_transformers_writes_them():

@@ -61,7 +61,6 @@ FAMILIES = [
     ("llama", "dynamic"),
     ("gemma3_text", "as released"),
     ("gpt_neox", "as released"),
-    ("apertus", "as released"),
     ("gpt_oss", "as released"),
     ("qwen3_moe", "renormalised"),
     ("qwen2_moe", "window, head dimension, activation"),

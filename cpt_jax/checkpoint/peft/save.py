@@ -43,7 +43,7 @@ _Part = tuple[dict[str, Any], dict[str, np.ndarray]]
 # (utils/transformers_weight_conversion.py): linears that every token goes through are named by their weights, which it
 # adapts as it does other parameters.
 _TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
-_TAKEN_FOR_EXPERTS += ("dots1", "exaone_moe")
+_TAKEN_FOR_EXPERTS += ("dots1", "exaone_moe", "hunyuan_v1_moe", "solar_open")
 _COMMON = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

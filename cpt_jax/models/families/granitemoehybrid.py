@@ -32,7 +32,7 @@ UNSUPPORTED = {"hidden_act": ("silu", "swish"), "position_embedding_type": (None
 
 def config_from_hf(raw: dict) -> DecoderConfig:
     hf = read(raw, UNSUPPORTED)
-    experts = _experts(hf) if hf.num_local_experts else None
+    experts = experts_of(hf, hf.shared_intermediate_size) if hf.num_local_experts else None
     return config_of(
         hf,
         rotated=[hf.position_embedding_type == "rope"] * hf.num_hidden_layers,
@@ -61,14 +61,14 @@ def mamba2(hf: Any, **differences: Any) -> Mamba2Config:
     return Mamba2Config(**common | differences)
 
 
-def _experts(hf: Any) -> ExpertsConfig:
-    """A softmax over the chosen logits alone is the whole one, renormalised."""
+def experts_of(hf: Any, shared: int | None) -> ExpertsConfig:
+    """With one of width `shared` for every token. A softmax over the chosen logits alone is the whole one, renormalised."""
     return ExpertsConfig(
         count=hf.num_local_experts,
         per_token=hf.num_experts_per_tok,
         renormalise=True,
         balance_coefficient=float(hf.router_aux_loss_coef),
-        shared_intermediate_size=hf.shared_intermediate_size,
+        shared_intermediate_size=shared,
         shared_gate=False,
     )
 
@@ -107,17 +107,20 @@ def mamba2_names(config: DecoderConfig, layer: int) -> Names:
 def _feed_forward_names(config: DecoderConfig, layer: int) -> Names:
     prefix, experts = f"model.layers.{layer}", config.experts
     path, inner = "layers/mlp", config.intermediate_size
-    if experts is not None and experts.shared_intermediate_size is not None:
+    if experts is not None:
         path, inner = "layers/mlp/shared", experts.shared_intermediate_size
+    if inner is None:
+        return _experts_names(config, layer)
     parts = consecutive({f"{path}/gate": inner, f"{path}/up": inner})
     names = fused(f"{prefix}.shared_mlp.input_linear", parts, layer, False)
     names |= linear(f"{prefix}.shared_mlp.output_linear", f"{path}/down", layer, False)
-    return names if experts is None else names | _experts_names(config, layer, experts.count)
+    return names if experts is None else names | _experts_names(config, layer)
 
 
-def _experts_names(config: DecoderConfig, layer: int, count: int) -> Names:
+def _experts_names(config: DecoderConfig, layer: int) -> Names:
     """The router, and the experts as two stacks."""
-    prefix, inner = f"model.layers.{layer}.block_sparse_moe", config.intermediate_size
+    assert config.experts is not None
+    prefix, inner, count = f"model.layers.{layer}.block_sparse_moe", config.intermediate_size, config.experts.count
     first, second = Rows(2 * inner, 0, inner), Rows(2 * inner, inner, 2 * inner)
 
     def place(name: str, expert: int, rows: Rows | None = None) -> Place:

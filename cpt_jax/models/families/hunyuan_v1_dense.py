@@ -7,13 +7,17 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, renamed, standard_names
 
 MODEL_TYPES = ("hunyuan_v1_dense",)
-_RENAMED = {"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"}
+RENAMED = {"self_attn.q_norm": "self_attn.query_layernorm", "self_attn.k_norm": "self_attn.key_layernorm"}
 
 
 def config_from_hf(raw: dict) -> DecoderConfig:
-    hf = read(raw, {})
+    return config_of_read(read(raw, {}))
+
+
+def config_of_read(hf: Any, **differences: Any) -> DecoderConfig:
+    """Of a config as transformers reads it, with what is different in this family."""
     hf.rope_parameters = _stretched(hf.rope_parameters, hf.head_dim or hf.hidden_size // hf.num_attention_heads)
-    return config_of(hf, qk_norm="rotated", **attention_biases(hf))
+    return config_of(hf, qk_norm="rotated", **attention_biases(hf), **differences)
 
 
 def _stretched(parameters: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -24,4 +28,4 @@ def _stretched(parameters: dict[str, Any], dim: int) -> dict[str, Any]:
 
 
 def weight_names(config: DecoderConfig) -> Names:
-    return renamed(standard_names(config, NORMS), _RENAMED)
+    return renamed(standard_names(config, NORMS), RENAMED)

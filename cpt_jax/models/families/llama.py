@@ -1,9 +1,9 @@
-"""Llama 2 and 3, SmolLM, TinyLlama, ...: the architecture that the others are described against."""
+"""Llama 2 and 3, SmolLM, TinyLlama, InternLM3, ...: the architecture that the others are described against."""
 
 from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families.schema import NORMS, Names, attention_biases, config_of, read, standard_names
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = ("llama", "internlm3")
 UNSUPPORTED = {"layer_types": (None,)}
 
 
