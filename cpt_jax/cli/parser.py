@@ -247,6 +247,11 @@ def parser() -> argparse.ArgumentParser:
         help='questions to answer, {"question": ..., "choices": [...], "answer": 0} each',
     )
     sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
+    sub.add_argument(
+        "--by-position",
+        action="store_true",
+        help="in rows as long as each model reads, also by where in its document a byte is",
+    )
     text_field_of(sub)
     chat_of(sub)
     chat_template_of(sub)

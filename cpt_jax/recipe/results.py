@@ -1,6 +1,5 @@
 """What comes of a run: evaluations, the export, samples, the report."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -70,9 +69,7 @@ class Results(RunContext):
                     precision=settings.precision,
                     on_progress=shown.advance,
                 )
-                entries.append(
-                    {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
-                )
+                entries.append({"stage": stage_name, "weights": weights, "domain": domain, **result.figures()})
         return entries
 
     def _packed(
