@@ -29,6 +29,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "replay",
         "watch",
         "new_tokens",
+        "context",
         "method",
         "optimizer",
         "anchor",

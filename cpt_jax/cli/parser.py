@@ -118,6 +118,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)"
     )
+    sub.add_argument(
+        "--context",
+        type=whole_number,
+        metavar="N",
+        help="tokens that the model is to read, more than the base does (YaRN)",
+    )
     sub.add_argument("--method", choices=("lora", "dora", "full", "embeddings", "expand"), default="lora")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")

@@ -88,6 +88,11 @@ def _summary(recipe: Recipe, export: Export) -> str:
     ]
     if recipe.vocabulary is not None:
         lines.append("Its vocabulary is larger than the base's; every id of the base keeps its meaning.")
+    if recipe.context is not None:
+        how = type(recipe.context.rope).__name__
+        lines.append(
+            f"It reads {recipe.context.length:,} tokens, more than the base does (positions stretched by {how})."
+        )
     weights = "the moving average (EMA) of the trained weights" if export.weights == "ema" else "the last weights"
     mixed = f", with {export.interpolate_base:g} of the base in every old weight" if export.interpolate_base else ""
     lines.append(f"These are {weights}{mixed}.")

@@ -51,7 +51,7 @@ def final_label(config: dict) -> str:
     if config.get("export", {}).get("interpolate_base"):
         return "export"
     stages = config.get("stages") or []
-    last = stages[-1]["name"] if stages else "extended" if config.get("vocabulary") else "base"
+    last = stages[-1]["name"] if stages else "extended" if config.get("vocabulary") or config.get("context") else "base"
     return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
 
 
