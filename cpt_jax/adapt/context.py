@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.checkpoint.hf_write import write_config
 from cpt_jax.core.errors import UserError
@@ -42,7 +44,9 @@ class Theta:
 
     def parameters(self, theta: float, old: int, new: int) -> dict[str, Any]:
         turns = [math.log(length / (2 * math.pi)) for length in (old, new)]
-        chosen = theta ** (turns[1] / turns[0]) if self.theta is None else self.theta
+        # A whole number, in float32: GGUF holds no other.
+        least = float(np.float32(math.ceil(theta ** (turns[1] / turns[0]))))
+        chosen = least if self.theta is None else self.theta
         if not theta <= chosen < math.inf:
             raise UserError(f"context.rope.theta is {chosen:g}, the base's {theta:g}: give more")
         return {"rope_theta": chosen}
