@@ -319,7 +319,7 @@ def adapt_recipe(
     }
     if context is not None:
         reasons["context"] = (
-            f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: YaRN, and rows of that length, which say something of it where documents are longer than {reads:,}"
+            f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: YaRN, and rows of that length, which teach it where documents have more than {reads:,}"
         )
     recipe = apply_overrides(recipe, overrides)
     if fit is not None:
