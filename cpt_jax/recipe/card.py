@@ -7,7 +7,7 @@ from typing import Any
 from cpt_jax.checkpoint.hub import hub_parts, is_hub_id, name_of_base
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
-from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
+from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage, saved_form
 
 ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured only"}
 
@@ -61,7 +61,7 @@ def model_card(
         "## Data\n\n" + _data(recipe.domains, tokens),
         "## Training\n\n" + _training(recipe.stages),
         "<details><summary>The whole recipe</summary>\n\n```json\n"
-        + json.dumps(_without_places(to_json(recipe)), ensure_ascii=False, indent=1)
+        + json.dumps(_without_places(saved_form(recipe)), ensure_ascii=False, indent=1)
         + "\n```\n\n</details>",
     ]
     return "\n\n".join(sections) + "\n"
