@@ -62,6 +62,7 @@ class Linear:
 
 
 Positions = Yarn | Theta | Linear
+POSITIONS: dict[str, type[Positions]] = {"yarn": Yarn, "theta": Theta, "linear": Linear}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "watch",
         "new_tokens",
         "context",
+        "rope",
         "method",
         "optimizer",
         "anchor",

@@ -39,6 +39,8 @@ ROWS = (
 
 # Optimizers (`optim.optimizer.OPTIMIZERS`), named here for the same reason.
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+# Ways to stretch positions (`adapt.POSITIONS`).
+ROPES = ("yarn", "theta", "linear")
 # How a GGUF file holds matrices (`checkpoint.gguf_write.KINDS`).
 GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 
@@ -122,8 +124,9 @@ def parser() -> argparse.ArgumentParser:
         "--context",
         type=whole_number,
         metavar="N",
-        help="tokens that the model is to read, more than the base does (YaRN)",
+        help="tokens that the model is to read, more than the base does",
     )
+    sub.add_argument("--rope", choices=ROPES, default="yarn", help="with --context: how positions are stretched")
     sub.add_argument("--method", choices=("lora", "dora", "full", "embeddings", "expand"), default="lora")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cpt_jax.adapt import Context, Embeddings, Expand, Full, LoRA, Method, usual_blocks
+from cpt_jax.adapt import POSITIONS, Context, Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
@@ -197,6 +197,7 @@ def adapt_recipe(
     watch: Sequence[tuple[str, str]],
     new_tokens: int | None,
     context: int | None,
+    rope: str,
     method: str,
     optimizer: str,
     anchor: float | None,
@@ -240,7 +241,10 @@ def adapt_recipe(
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
-    reads, longer = network.config.context_length, None if context is None else Context(length=context)
+    reads, longer = (
+        network.config.context_length,
+        None if context is None else Context(length=context, rope=POSITIONS[rope]()),
+    )
     if longer is not None:
         longer.over(hf_config)
         domains = tuple(_with_long_texts(domain, longer.length) for domain in domains)
@@ -319,7 +323,7 @@ def adapt_recipe(
     }
     if context is not None:
         reasons["context"] = (
-            f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: YaRN, and rows of that length, which teach it where documents have more than {reads:,}"
+            f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: {rope}, and rows of that length, which teach it where documents have more than {reads:,}"
         )
     recipe = apply_overrides(recipe, overrides)
     if fit is not None:
