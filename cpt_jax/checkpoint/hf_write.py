@@ -154,12 +154,15 @@ def save(
         saved_config.pop("torch_dtype", None)
         # What was read from few bits is written in `dtype`.
         saved_config.pop("quantization_config", None)
-        # Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no word for them.
-        write_bytes_atomic(
-            out / "config.json", (json.dumps(saved_config, ensure_ascii=False, indent=2) + "\n").encode()
-        )
+        write_config(out, saved_config)
         places = [Path(tokenizer_directory) / name for name in TOKENIZER_FILES]
         places += [Path(origin or tokenizer_directory) / name for name in OTHER_FILES]
         for source in places:
             if source.exists():
                 shutil.copyfile(source, out / source.name)
+
+
+def write_config(directory: Path, hf_config: dict) -> None:
+    """Writes config.json. Infinities (limits of Mamba's steps) stay as the base's makers wrote them, though JSON has no
+    word for them."""
+    write_bytes_atomic(directory / "config.json", (json.dumps(hf_config, ensure_ascii=False, indent=2) + "\n").encode())

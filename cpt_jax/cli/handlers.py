@@ -29,6 +29,8 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         "replay",
         "watch",
         "new_tokens",
+        "context",
+        "rope",
         "method",
         "optimizer",
         "anchor",
@@ -195,7 +197,7 @@ def model_extend(arguments: argparse.Namespace, _: list[str]) -> None:
 def evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from cpt_jax.recipe.evaluate_command import evaluate_model
 
-    names = ("model", "against", "data", "choices", "text_field", "chat", "chat_template", "max_bytes")
+    names = ("model", "against", "data", "choices", "text_field", "chat", "chat_template", "max_bytes", "by_position")
     evaluate_model(json_path=arguments.json, **_named(arguments, *names))
 
 

@@ -39,6 +39,8 @@ ROWS = (
 
 # Optimizers (`optim.optimizer.OPTIMIZERS`), named here for the same reason.
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+# Ways to stretch positions (`adapt.POSITIONS`).
+ROPES = ("yarn", "theta", "linear")
 # How a GGUF file holds matrices (`checkpoint.gguf_write.KINDS`).
 GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 
@@ -118,6 +120,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--new-tokens", type=int, help="pieces added to the tokenizer (0: none; default: by how it splits the text)"
     )
+    sub.add_argument(
+        "--context",
+        type=whole_number,
+        metavar="N",
+        help="tokens that the model is to read, more than the base does",
+    )
+    sub.add_argument("--rope", choices=ROPES, default="yarn", help="with --context: how positions are stretched")
     sub.add_argument("--method", choices=("lora", "dora", "full", "embeddings", "expand"), default="lora")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")
@@ -247,6 +256,11 @@ def parser() -> argparse.ArgumentParser:
         help='questions to answer, {"question": ..., "choices": [...], "answer": 0} each',
     )
     sub.add_argument("--max-bytes", type=int, default=100_000, help="text read per domain (default 100,000 bytes)")
+    sub.add_argument(
+        "--by-position",
+        action="store_true",
+        help="in rows as long as each model reads, also by where in its document a byte is",
+    )
     text_field_of(sub)
     chat_of(sub)
     chat_template_of(sub)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,20 @@ from cpt_jax.sharding.placement import spread
 from cpt_jax.sharding.rules import RULES, parts
 from cpt_jax.vocab.tokenizer import Tokenizer
 
+# A document's bytes by where they are in it: the first 1,024, as many again, twice as many, ...
+FIRST_STRETCH, STRETCHES = 1024, 32
+_STARTS = np.asarray([0, *(FIRST_STRETCH << number for number in range(STRETCHES - 1))])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Loss on the bytes from `start` to `end` of documents, each token counted where it begins."""
+
+    start: int
+    end: int
+    bits_per_byte: float
+    bytes: int
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
@@ -35,29 +50,38 @@ class Result:
     nats_per_token: float
     tokens: int
     bytes: int
+    by_position: tuple[Stretch, ...] | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON: what was measured."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """A stretch of a document: `inputs` predict `targets`, each of which counts (1) or does not (0)."""
+    """A stretch of a document: `inputs` predict `targets`, each of which counts (1) or does not (0); `stretches`: where
+    in the document these are, by number."""
 
     inputs: list[int]
     targets: list[int]
     weights: np.ndarray
+    stretches: np.ndarray | None = None
 
 
-def _windows(framed: list[int], counted: np.ndarray, length: int) -> list[_Window]:
+def _windows(framed: list[int], counted: np.ndarray, length: int, stretches: np.ndarray | None = None) -> list[_Window]:
     """One window for a document of up to `length` predictions; a longer one goes on in windows that see half a window
     of what came before.
 
     Args:
-      framed: tokens [n + 1], each of which predicts the next; counted: which of these n predictions count.
+      framed: tokens [n + 1], each of which predicts the next; counted: which of these n predictions count; stretches: of
+        each of these, where it is.
     """
     windows = []
     for end, new in windows_over(len(counted), length):
         first = max(0, end - length)
         weights = np.concatenate([np.zeros(end - first - new), counted[end - new : end]])
-        windows.append(_Window(framed[first:end], framed[first + 1 : end + 1], weights))
+        places = None if stretches is None else stretches[first:end]
+        windows.append(_Window(framed[first:end], framed[first + 1 : end + 1], weights, places))
     return [window for window in windows if window.weights.any()]
 
 
@@ -76,7 +100,8 @@ def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
         rows[index].append(window)
         if free > size:
             bisect.insort(room, (free - size, index))
-    names = ("inputs", "targets", "positions", "segment_ids", "weights")
+    names = ["inputs", "targets", "positions", "segment_ids", "weights"]
+    names += ["stretches"] if any(window.stretches is not None for window in windows) else []
     arrays = {name: np.zeros((len(rows), length), np.float32 if name == "weights" else np.int32) for name in names}
     for number, row in enumerate(rows):
         first = 0
@@ -88,6 +113,8 @@ def _rows(windows: Sequence[_Window], length: int) -> dict[str, np.ndarray]:
             arrays["positions"][number, place] = np.arange(size)
             arrays["segment_ids"][number, place] = segment
             arrays["weights"][number, place] = window.weights
+            if window.stretches is not None:
+                arrays["stretches"][number, place] = window.stretches
             first += size
     return arrays
 
@@ -97,11 +124,12 @@ def _nats_function(network: Network, compute: str) -> Callable:
     table = head_path(network.config)
 
     @jax.jit
-    def nats(weights: Tree, rows: dict[str, jax.Array]) -> jax.Array:
+    def nats(weights: Tree, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        """(the sum, and the sums of the stretches)."""
         hidden = apply(network, weights, rows["inputs"], rows["positions"], rows["segment_ids"], compute_dtype=compute)
         tables = tuple(weights[table][part] for part in network.config.table_rows)
         none_train = tuple(TableUse(rows, False) for rows in network.config.table_rows.values())
-        return token_losses(
+        losses = token_losses(
             hidden,
             tables,
             rows["targets"],
@@ -109,36 +137,60 @@ def _nats_function(network: Network, compute: str) -> Callable:
             jnp.dtype(compute),
             none_train,
             network.config.logit_softcap,
-        ).total
+        )
+        if "stretches" not in rows:
+            return losses.total, None
+        sums = jnp.zeros(STRETCHES).at[rows["stretches"]].add(rows["weights"] * losses.nats)
+        whole = not jax.sharding.get_abstract_mesh().empty
+        return losses.total, jax.lax.with_sharding_constraint(sums, PartitionSpec()) if whole else sums
 
     return nats
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedDocuments:
-    """Documents under one tokenizer, ready to be evaluated: rows [n, sequence_length] and what they count."""
+    """Documents under one tokenizer, ready to be evaluated: rows [n, sequence_length] and what they count; `stretches`:
+    the bytes of each, where they are told apart."""
 
     rows: dict[str, np.ndarray]
     tokens: int
     bytes: int
+    stretches: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows["inputs"])
 
 
-def pack_documents(tokenizer: Tokenizer, documents: Sequence[str], sequence_length: int) -> PackedDocuments:
+def pack_documents(
+    tokenizer: Tokenizer, documents: Sequence[str], sequence_length: int, by_position: bool = False
+) -> PackedDocuments:
     """Packs documents (at least one) whole; one longer than `sequence_length` tokens is read in windows that overlap
     by half."""
-    encoded = tokenizer.encode_documents(list(documents))
+    sizes = [len(document.encode()) for document in documents]
+    if by_position:
+        placed = tokenizer.encode_placed(list(documents))
+        encoded = [encoding.ids for encoding in placed]
+        stretches = [
+            _stretches(document, encoding.offsets) for document, encoding in zip(documents, placed, strict=True)
+        ]
+    else:
+        encoded, stretches = tokenizer.encode_documents(list(documents)), [None] * len(documents)
     start = tokenizer.start_id
     windows = [
-        window for tokens in encoded for window in _windows([start, *tokens], np.ones(len(tokens)), sequence_length)
+        window
+        for tokens, places in zip(encoded, stretches, strict=True)
+        for window in _windows([start, *tokens], np.ones(len(tokens)), sequence_length, places)
     ]
-    return PackedDocuments(
-        _rows(windows, sequence_length),
-        sum(len(ids) for ids in encoded),
-        sum(len(document.encode()) for document in documents),
-    )
+    rows, tokens = _rows(windows, sequence_length), sum(len(ids) for ids in encoded)
+    held = np.clip(np.asarray(sizes)[:, None] - _STARTS, 0, np.diff(_STARTS, append=1 << 62)).sum(0)
+    return PackedDocuments(rows, tokens, sum(sizes), held if by_position else None)
+
+
+def _stretches(document: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Of each token the number of the stretch in which it begins."""
+    before = np.cumsum([0, *(len(character.encode()) for character in document)])
+    firsts = np.minimum([first for first, _ in offsets], len(document) - 1).astype(int)
+    return np.searchsorted(_STARTS, before[firsts], side="right") - 1
 
 
 def pack_conversations(encoder: ChatEncoder, documents: Sequence[Document], sequence_length: int) -> PackedDocuments:
@@ -174,7 +226,7 @@ def bits_per_byte(
       on_progress: called with the number of rows done since the last call.
     """
     function = _nats_function(network, precision.compute)
-    total, put = 0.0, lambda array: array
+    total, sums, put = 0.0, np.zeros(STRETCHES), lambda array: array
     if mesh is not None:
         batch_size = -(-batch_size // parts(mesh, "batch")) * parts(mesh, "batch")
         where = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -185,11 +237,24 @@ def bits_per_byte(
             missing = batch_size - len(batch["inputs"])
             # One shape for all: the last batch is filled up with empty rows.
             batch = {name: put(np.pad(array, ((0, missing), (0, 0)))) for name, array in batch.items()}
-            total += float(function(weights, batch))
+            found, found_by_position = function(weights, batch)
+            total += float(found)
+            if found_by_position is not None:
+                sums += np.asarray(found_by_position)
             on_progress(batch_size - missing)
     return Result(
         bits_per_byte=total / documents.bytes / math.log(2),
         nats_per_token=total / documents.tokens,
         tokens=documents.tokens,
         bytes=documents.bytes,
+        by_position=None if documents.stretches is None else _by_position(sums, documents.stretches),
+    )
+
+
+def _by_position(nats: np.ndarray, sizes: np.ndarray) -> tuple[Stretch, ...]:
+    ends = [*_STARTS[1:], int(_STARTS[-1]) * 2]
+    return tuple(
+        Stretch(start=int(start), end=int(end), bits_per_byte=float(total / size / math.log(2)), bytes=int(size))
+        for start, end, total, size in zip(_STARTS, ends, nats, sizes, strict=True)
+        if size
     )

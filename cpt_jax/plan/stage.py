@@ -67,6 +67,8 @@ class PlannedStage:
 
 def planned_stages(recipe: Recipe, hf_config: dict) -> list[PlannedStage]:
     """The stages of a recipe, each with the model that the earlier ones leave."""
+    if recipe.context is not None:
+        hf_config = recipe.context.over(hf_config)
     config = family_for(hf_config).config_from_hf(hf_config)
     new_rows = 0 if recipe.vocabulary is None else recipe.vocabulary.extension.new_tokens
     config = dataclasses.replace(config, new_rows=new_rows, row_multiple=recipe.pad_vocabulary_to)

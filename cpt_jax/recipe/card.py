@@ -7,7 +7,7 @@ from typing import Any
 from cpt_jax.checkpoint.hub import hub_parts, is_hub_id, name_of_base
 from cpt_jax.core.config import to_json
 from cpt_jax.data.mixture import described
-from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage
+from cpt_jax.recipe.recipe import Domain, Export, Recipe, Stage, saved_form
 
 ROLES = {"new": "learnt", "replay": "replayed, to be kept", "watch": "measured only"}
 
@@ -61,7 +61,7 @@ def model_card(
         "## Data\n\n" + _data(recipe.domains, tokens),
         "## Training\n\n" + _training(recipe.stages),
         "<details><summary>The whole recipe</summary>\n\n```json\n"
-        + json.dumps(_without_places(to_json(recipe)), ensure_ascii=False, indent=1)
+        + json.dumps(_without_places(saved_form(recipe)), ensure_ascii=False, indent=1)
         + "\n```\n\n</details>",
     ]
     return "\n\n".join(sections) + "\n"
@@ -88,6 +88,11 @@ def _summary(recipe: Recipe, export: Export) -> str:
     ]
     if recipe.vocabulary is not None:
         lines.append("Its vocabulary is larger than the base's; every id of the base keeps its meaning.")
+    if recipe.context is not None:
+        how = type(recipe.context.rope).__name__
+        lines.append(
+            f"It reads {recipe.context.length:,} tokens, more than the base does (positions stretched by {how})."
+        )
     weights = "the moving average (EMA) of the trained weights" if export.weights == "ema" else "the last weights"
     mixed = f", with {export.interpolate_base:g} of the base in every old weight" if export.interpolate_base else ""
     lines.append(f"These are {weights}{mixed}.")

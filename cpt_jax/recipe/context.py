@@ -79,9 +79,14 @@ class RunContext:
         longest = max(
             [self.recipe.evaluation.sequence_length, *(stage.sequence_length for stage in self.recipe.stages)]
         )
-        if longest > model.config.context_length:
+        context = self.recipe.context
+        reads = model.config.context_length
+        if context is not None:
+            context.over(model.hf_config)
+            reads = context.length
+        if longest > reads:
             raise UserError(
-                f"sequence_length {longest} is longer than the model's context of {model.config.context_length}: lower it in the stages and the evaluation"
+                f"sequence_length {longest} is longer than the model's context of {reads}: lower it in the stages and the evaluation, or give the recipe a longer context"
             )
         prompts = self.base_tokenizer.encode_marked(list(self.recipe.samples.prompts))
         ids = [[self.base_tokenizer.start_id, *prompt.ids] for prompt in prompts]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from cpt_jax.adapt import Embeddings, Expand, Full, LoRA, Method, usual_blocks
+from cpt_jax.adapt import POSITIONS, Context, Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core import processes
@@ -148,6 +148,27 @@ def _mixture(new: Sequence[str], replayed: Sequence[str], share: float, until: f
     return shares(share) if until is None or not replayed else Ramp(start=shares(share), end=shares(until))
 
 
+def _shape(context: int | None, reads: int, on_cpu: bool) -> dict[str, Any]:
+    """Rows of a step: of a model that is to read more, rows of all that, in no fewer tokens a device.
+
+    Args:
+      reads: tokens that the base reads.
+    """
+    if context is not None:
+        rows = 1 if on_cpu else max(1, 16_384 // context) * jax.device_count()
+        return dict(batch_size=rows, sequence_length=context)
+    if on_cpu:
+        return dict(batch_size=2, sequence_length=min(256, reads))
+    return dict(batch_size=8 * jax.device_count(), sequence_length=min(2048, reads))
+
+
+def _with_long_texts(domain: Domain, context: int) -> Domain:
+    """Measured on documents that are as long as rows (at up to four bytes a token), of text for two."""
+    held = domain.heldout
+    most, whole = max(held.max_document_bytes, 4 * context), max(held.max_bytes, 8 * context)
+    return dataclasses.replace(domain, heldout=dataclasses.replace(held, max_document_bytes=most, max_bytes=whole))
+
+
 def _watch(every: int | None, limit: float | None, action: str | None, steps: int, replays: bool) -> Watch | None:
     if every is None and limit is None:
         return None
@@ -175,6 +196,8 @@ def adapt_recipe(
     replay: Sequence[tuple[str, str]],
     watch: Sequence[tuple[str, str]],
     new_tokens: int | None,
+    context: int | None,
+    rope: str,
     method: str,
     optimizer: str,
     anchor: float | None,
@@ -218,6 +241,13 @@ def adapt_recipe(
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
+    reads, longer = (
+        network.config.context_length,
+        None if context is None else Context(length=context, rope=POSITIONS[rope]()),
+    )
+    if longer is not None:
+        longer.over(hf_config)
+        domains = tuple(_with_long_texts(domain, longer.length) for domain in domains)
     size = sum(leaf.size for leaf in flatten(network.shapes).values())
     tokenizer = Tokenizer(directory)
     sample = _kept_sample([domain.corpus for domain in domains if domain.role == "new"], tokenizer, workdir)
@@ -229,12 +259,7 @@ def adapt_recipe(
             f"there are {total} tokens to train on ({total_reason}): give more text, or --tokens {MIN_TOKENS} or more"
         )
     mixture = _mixture([name for name, _ in new], [name for name, _ in replay], share, replay_until)
-    context = network.config.context_length
-    shape: dict[str, Any] = (
-        dict(batch_size=2, sequence_length=min(256, context))
-        if on_cpu
-        else dict(batch_size=8 * jax.device_count(), sequence_length=min(2048, context))
-    )
+    shape = _shape(context, reads, on_cpu)
     stages = []
     if pieces and method != "embeddings":
         only_new = {name: 1 / len(new) for name, _ in new}
@@ -270,10 +295,13 @@ def adapt_recipe(
         base=base,
         domains=domains,
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
+        context=longer,
         stages=tuple(stages),
         chat_template=None if chat_template is None else str(chat_template),
         precision=Precision(compute=compute),
-        evaluation=Evaluation(sequence_length=min(512, context)),
+        evaluation=Evaluation(sequence_length=min(512, reads))
+        if context is None
+        else Evaluation(sequence_length=context, batch_size=1),
         samples=Samples(prompts=(sample.first[:40],)),
     )
     if len(new) > 1:
@@ -293,6 +321,10 @@ def adapt_recipe(
             "float32": ": this CPU has no instructions for bfloat16",
         }[compute],
     }
+    if context is not None:
+        reasons["context"] = (
+            f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: {rope}, and rows of that length, which teach it where documents have more than {reads:,}"
+        )
     recipe = apply_overrides(recipe, overrides)
     if fit is not None:
         recipe, reasons["memory"] = fit(recipe, hf_config)

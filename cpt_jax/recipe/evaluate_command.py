@@ -17,6 +17,7 @@ from cpt_jax.evaluate.multiple_choice import Outcomes, Question, answer_question
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.grow import check_fits
 from cpt_jax.recipe.model import load_model
+from cpt_jax.report.positions import position_rows
 from cpt_jax.report.tables import text_table
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -40,11 +41,15 @@ class _Domain:
     chat: bool
     template: Path | None
 
-    def packed(self, tokenizer: Tokenizer, length: int) -> PackedDocuments:
+    def packed(self, tokenizer: Tokenizer, length: int, by_position: bool) -> PackedDocuments:
         if self.chat:
             encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer, self.template))
             return pack_conversations(encoder, self.documents, length)
-        return pack_documents(tokenizer, [document.text for document in self.documents], length)
+        return pack_documents(tokenizer, self.texts, length, by_position)
+
+    @property
+    def texts(self) -> list[str]:
+        return [document.text for document in self.documents]
 
 
 def _limited(corpus: Corpus, max_bytes: int, skipped: SkipCounts) -> list[Document]:
@@ -82,19 +87,23 @@ def _domain(
 
 
 def _evaluate(
-    model: str, directory: Path, domains: dict[str, _Domain], questions: dict[str, list[Question]]
+    model: str, directory: Path, domains: dict[str, _Domain], questions: dict[str, list[Question]], by_position: bool
 ) -> _Figures:
     tokenizer, loaded = Tokenizer(directory), load_model(directory)
     check_fits(tokenizer, loaded.config.total_rows, directory)
-    length = min(SEQUENCE_LENGTH, loaded.config.context_length)
-    packed = {name: domain.packed(tokenizer, length) for name, domain in domains.items()}
+    length, rows_at_once = SEQUENCE_LENGTH, BATCH_SIZE
+    if by_position:
+        texts = [text for domain in domains.values() for text in domain.texts]
+        length, rows_at_once = max(length, *map(len, tokenizer.encode_documents(texts))), 1
+    length = min(length, loaded.config.context_length)
+    packed = {name: domain.packed(tokenizer, length, by_position) for name, domain in domains.items()}
     network, weights = loaded.network, loaded.on_device(FLOAT32)
     bits, choices = {}, {}
     if packed:
         with progress(f"evaluate {model}", sum(map(len, packed.values())), "rows") as shown:
             for name, rows in packed.items():
                 bits[name] = bits_per_byte(
-                    network, weights, rows, batch_size=BATCH_SIZE, precision=FLOAT32, on_progress=shown.advance
+                    network, weights, rows, batch_size=rows_at_once, precision=FLOAT32, on_progress=shown.advance
                 )
     for name, asked in questions.items():
         with progress(f"{name}, {model}", sum(len(question.choices) for question in asked), "choices") as shown:
@@ -120,9 +129,12 @@ def _bits_entries(figures: dict[str, _Figures], domains: Sequence[str]) -> list[
         row += [f"{values[1] / values[0] - 1:+.1%}"] if len(models) > 1 else []
         rows.append(row)
         for name in models:
-            result = dataclasses.asdict(figures[name].bits[domain])
+            result = figures[name].bits[domain].figures()
             entries.append({"stage": name, "weights": "last", "domain": domain, **result})
     print(text_table(rows))
+    for domain in domains:
+        if cells := position_rows([entry for entry in entries if entry["domain"] == domain]):
+            print("\n" + text_table([[f"{domain}, by position", *cells[0][1:]], *cells[1:]]))
     return entries
 
 
@@ -170,9 +182,13 @@ def evaluate_model(
     chat: Sequence[str],
     chat_template: Path | None,
     max_bytes: int,
+    by_position: bool,
     json_path: Location | None,
 ) -> None:
-    """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions."""
+    """`cpt eval`: the first `max_bytes` of each domain's documents, whole ones, and all questions. `by_position`: in rows as
+    long as each model reads, and also by where in its document a byte is."""
+    if by_position and not data:
+        raise UserError("--by-position is of text: give --data NAME=SPEC")
     if not data and not choices:
         raise UserError("nothing to evaluate: give --data NAME=SPEC or --choices NAME=FILE.jsonl")
     if twice := sorted({name for name, _ in choices if [given for given, _ in choices].count(name) > 1}):
@@ -197,7 +213,9 @@ def evaluate_model(
         )
         for corpus in corpora
     }
-    figures = {name: _evaluate(name, directory, domains, questions) for name, directory in directories.items()}
+    figures = {
+        name: _evaluate(name, directory, domains, questions, by_position) for name, directory in directories.items()
+    }
     written: dict[str, list[dict]] = {"results": [], "choices": []}
     if domains:
         written["results"] = _bits_entries(figures, list(domains))

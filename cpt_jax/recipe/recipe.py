@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from cpt_jax.adapt import ByPath, Embeddings, Expand, Full, LoRA
+from cpt_jax.adapt import ByPath, Context, Embeddings, Expand, Full, Linear, LoRA, Theta, Yarn
 from cpt_jax.checkpoint.keep import Keep
+from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.data.cleaning import Cleaning
@@ -56,7 +57,8 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How bits per byte are measured: rows of `sequence_length`, in float32 unless told otherwise."""
+    """How bits per byte are measured: rows of `sequence_length` (of a base that reads less, of what it reads), in float32
+    unless told otherwise."""
 
     sequence_length: int = 512
     batch_size: int = 4
@@ -110,8 +112,8 @@ class Export:
 class Recipe:
     """A whole run. `base` is a HF directory, a .gguf file or a hub id.
 
-    `chat_template`: a Jinja file that conversations are written by, and that is exported; by default the tokenizer's
-    own.
+    `context`: the base is made to read longer texts, before anything is trained. `chat_template`: a Jinja file that
+    conversations are written by, and that is exported; by default the tokenizer's own.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Recipe:
     domains: tuple[Domain, ...]
     stages: tuple[Stage, ...]
     vocabulary: Vocabulary | None = None
+    context: Context | None = None
     chat_template: str | None = None
     precision: Precision = Precision(compute="bfloat16")
     evaluation: Evaluation = Evaluation()
@@ -188,14 +191,28 @@ class Recipe:
         if export.weights == "ema" and (not self.stages or self.stages[-1].ema is None):
             raise UserError("the EMA weights are to be exported, but the last stage keeps none: export the last ones")
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the stages begin with another model than the base."""
+        return self.vocabulary is not None or self.context is not None
+
     def named(self, role: str) -> list[str]:
         return [domain.name for domain in self.domains if domain.role == role]
+
+
+def saved_form(recipe: Recipe) -> dict[str, Any]:
+    """What a run's config.json holds. Without a longer context, what it held before there was such a thing."""
+    document = to_json(recipe)
+    if recipe.context is None:
+        del document["context"]
+    return document
 
 
 __all__ = [
     "Anchor",
     "ByPath",
     "Cleaning",
+    "Context",
     "Domain",
     "Embeddings",
     "Evaluation",
@@ -204,6 +221,7 @@ __all__ = [
     "Full",
     "Keep",
     "L2ToStart",
+    "Linear",
     "LoRA",
     "MeanTeacher",
     "Phase",
@@ -216,6 +234,8 @@ __all__ = [
     "Stage",
     "Stop",
     "Temperature",
+    "Theta",
     "Vocabulary",
     "Watch",
+    "Yarn",
 ]

@@ -1,6 +1,5 @@
 """What comes of a run: evaluations, the export, samples, the report."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -21,6 +20,7 @@ from cpt_jax.models.families.composite import auto_class
 from cpt_jax.recipe.card import model_card
 from cpt_jax.recipe.context import RunContext
 from cpt_jax.recipe.export import export_adapter, export_model, sample_page
+from cpt_jax.recipe.model import Model
 from cpt_jax.recipe.recipe import Domain, Export
 from cpt_jax.report.run_report import evaluations_in, write_report
 from cpt_jax.report.samples_page import Sample, samples_page
@@ -39,6 +39,8 @@ class Results(RunContext):
         trained = stations.get(stage_name, f"stage-{stage_name}")
         heldout = [self.marks[f"hold-out-{domain.name}"] for domain in self.recipe.domains]
         inputs = [to_json(self.recipe.evaluation), self.marks[trained], heldout, self.template_given()]
+        if self.recipe.context is not None:
+            inputs.append("by position")
 
         def build() -> None:
             entries = self._evaluated(stage_name, weights, name)
@@ -55,8 +57,10 @@ class Results(RunContext):
         model = self.lineage.after(stage_name, weights)
         mesh = make_mesh(shape=self.mesh)
         on_mesh = model.on_mesh(settings.precision, mesh)
+        length, by_position = self._length_for(model), self.recipe.context is not None
         packed = {
-            domain.name: self._packed(domain, tokenizer, settings.sequence_length) for domain in self.recipe.domains
+            domain.name: self._packed(domain, tokenizer, length, by_position=by_position)
+            for domain in self.recipe.domains
         }
         entries = []
         with progress(name, sum(len(documents) for documents in packed.values()), "rows", self.plan) as shown:
@@ -70,13 +74,20 @@ class Results(RunContext):
                     precision=settings.precision,
                     on_progress=shown.advance,
                 )
-                entries.append(
-                    {"stage": stage_name, "weights": weights, "domain": domain, **dataclasses.asdict(result)}
-                )
+                entries.append({"stage": stage_name, "weights": weights, "domain": domain, **result.figures()})
         return entries
 
+    def _length_for(self, model: Model) -> int:
+        """Tokens of a row of evaluation: a base whose context is made longer reads what it was made for."""
+        return min(self.recipe.evaluation.sequence_length, model.config.context_length)
+
     def _packed(
-        self, domain: Domain, tokenizer: Tokenizer, sequence_length: int, max_bytes: int | None = None
+        self,
+        domain: Domain,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        max_bytes: int | None = None,
+        by_position: bool = False,
     ) -> PackedDocuments:
         """A domain's held-out documents; with `max_bytes` the first of them, the last one whole."""
         documents = heldout_documents(self._data(domain))
@@ -85,7 +96,7 @@ class Results(RunContext):
             documents = [document for document, size in zip(documents, before, strict=False) if size < max_bytes]
         if domain.corpus.format == "chat":
             return pack_conversations(self.chat_encoder(tokenizer), documents, sequence_length)
-        return pack_documents(tokenizer, [document.text for document in documents], sequence_length)
+        return pack_documents(tokenizer, [document.text for document in documents], sequence_length, by_position)
 
     def _collect(self) -> None:
         """eval.json: what has been evaluated so far, in the run's order."""
@@ -131,7 +142,8 @@ class Results(RunContext):
         if export != self.recipe.export:
             # What was evaluated as it left is another one.
             entries = [entry for entry in entries if entry["stage"] != "export"]
-        return model_card(self.recipe, export, entries, tokens, self._released(), auto_class(read_config(self.source)))
+        released = self._released() if self.recipe.context is None else None
+        return model_card(self.recipe, export, entries, tokens, released, auto_class(read_config(self.source)))
 
     def _released(self) -> str | None:
         """The hub id at which the base lies as a whole model, which an adapter is none."""
@@ -144,7 +156,7 @@ class Results(RunContext):
         model, tokenizer = self.lineage.after(self._last_stage, export.weights), self.path / "tokenizer"
         if export.adapter:
             base, paths = self.lineage.extended(), self.lineage.trained_paths()
-            lies = self._released() if self.recipe.vocabulary is None else None
+            lies = None if self.recipe.changes_base else self._released()
             export_adapter(model, base, paths, lies or str((self.path / "base").resolve()), tokenizer, texts, out)
             return
         if export.interpolate_base:

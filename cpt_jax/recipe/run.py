@@ -99,7 +99,7 @@ class Pipeline(VocabularyStations, Stages):
         self.vocabulary()
         if only is None and self.recipe.export.adapter:
             self.check_adapter()
-        if self.recipe.vocabulary is not None:
+        if self.recipe.changes_base:
             self.evaluate("extended", "last")
         for name in {name: None for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             self.prepare(next(domain for domain in self.recipe.domains if domain.name == name))
@@ -161,7 +161,9 @@ class Pipeline(VocabularyStations, Stages):
         after = before * 0.6 if grows else before
         work = {"evaluate-base-last": before / 2}
         if grows:
-            work |= {"tokenizer": 25 / rate, "base-model": 3 / rate, "evaluate-extended-last": after / 2}
+            work |= {"tokenizer": 25 / rate, "base-model": 3 / rate}
+        if self.recipe.changes_base:
+            work["evaluate-extended-last"] = after / 2
         for name in {name for stage in self.recipe.stages for name in domains_of(stage.mixture)}:
             work[f"data-{name}"] = 5 / rate
         for stage in self.recipe.stages:

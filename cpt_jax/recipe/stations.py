@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.checkpoint.stored import is_trained
 from cpt_jax.core import processes
-from cpt_jax.core.config import KIND, differences, fingerprint, to_json
+from cpt_jax.core.config import KIND, differences, fingerprint
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL, Journal, process_started
 from cpt_jax.core.progress import say
@@ -26,7 +26,7 @@ from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.stores import Location, is_address
 from cpt_jax.recipe.copies import is_of_model
 from cpt_jax.recipe.mirror import MARKS, Mirror
-from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.recipe import Recipe, saved_form
 from cpt_jax.recipe.shared import SharedStations
 
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
@@ -104,7 +104,7 @@ class Workdir:
 
     def _claim(self, recipe: Recipe, update: bool) -> str | None:
         """Locks the directory and writes whose it is; or says why not."""
-        path, config = self.path, to_json(recipe)
+        path, config = self.path, saved_form(recipe)
         existing = path / "config.json"
         if path.exists() and not path.is_dir():
             return f"work directory {path} is a file: choose another --workdir"

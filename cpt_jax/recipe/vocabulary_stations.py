@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cpt_jax.adapt import lengthen
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.storage import write_text_atomic
@@ -25,15 +26,22 @@ class VocabularyStations(Results):
     def vocabulary(self) -> None:
         """The tokenizer and the base model, grown if the recipe says so."""
         recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
+        # A recipe without a longer context has the fingerprints that it had before there was such a thing.
+        context = [] if recipe.context is None else [to_json(recipe.context)]
         if recipe.vocabulary is None:
-            inputs = ["unchanged", self.marks["base"]]
+            inputs = ["unchanged", self.marks["base"], *context]
 
             def copy() -> None:
                 copy_tokenizer(self.source, tokenizer)
                 self._write_template(tokenizer)
+                self._lengthen(tokenizer)
+
+            def link() -> None:
+                link_directory(self.source, base)
+                self._lengthen(base)
 
             self._station("tokenizer", [*inputs, self.template_given()], [tokenizer], copy, common=True)
-            self._station("base-model", inputs, [base], lambda: link_directory(self.source, base), common=True)
+            self._station("base-model", inputs, [base], link, common=True)
             return
         vocabulary = recipe.vocabulary
         roles = {domain.name: domain.role for domain in recipe.domains}
@@ -53,24 +61,27 @@ class VocabularyStations(Results):
                 self.path / "fertility.json",
             )
             self._write_template(tokenizer)
+            self._lengthen(tokenizer)
 
         outputs = [tokenizer, self.path / "fertility.json"]
-        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given()]
+        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given(), *context]
         self._station("tokenizer", inputs, outputs, extend, common=True)
         # The tokenizer by its content: where other limits, or a domain that is measured only, lead to the same one, what
         # was trained with it is kept.
         grown = [self.tokenizer.fingerprint, self.template_given(), to_json(vocabulary.initial_rows), recipe.seed]
         reads = isinstance(vocabulary.initial_rows, NEEDS_TEXT)
         read = [self.marks[f"hold-out-{name}"] for name in recipe.named("new")] if reads else []
-        self._station(
-            "base-model",
-            [self.marks["base"], grown, read],
-            [base],
-            lambda: grow_model(
-                self.source, tokenizer, vocabulary.initial_rows, recipe.seed, base, lambda: self._training_texts("new")
-            ),
-            common=True,
-        )
+
+        def grow() -> None:
+            rows, seed = vocabulary.initial_rows, recipe.seed
+            grow_model(self.source, tokenizer, rows, seed, base, lambda: self._training_texts("new"))
+            self._lengthen(base)
+
+        self._station("base-model", [self.marks["base"], grown, read, *context], [base], grow, common=True)
+
+    def _lengthen(self, directory: Path) -> None:
+        if self.recipe.context is not None:
+            lengthen(directory, self.recipe.context)
 
     def _write_template(self, tokenizer: Path) -> None:
         if (template := self.template_given()) is not None:

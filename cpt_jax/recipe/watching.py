@@ -42,7 +42,7 @@ class Watched(Results):
                 domain.name: bits_per_byte(
                     model.network,
                     weights,
-                    self._sample(domain, self.base_tokenizer, stage),
+                    self._sample(domain, self.base_tokenizer, stage, self._length_for(model)),
                     batch_size=settings.batch_size,
                     precision=self.recipe.precision,
                     mesh=mesh,
@@ -69,7 +69,9 @@ class Watched(Results):
         return Watching(
             watch=stage.watch,
             network=model.looped().network,
-            documents={domain.name: self._sample(domain, self.tokenizer, stage) for domain in domains},
+            documents={
+                domain.name: self._sample(domain, self.tokenizer, stage, self._length_for(model)) for domain in domains
+            },
             base=base,
             old=tuple(domain.name for domain in domains if domain.role != "new"),
             replayed=tuple(name for name in domains_of(stage.mixture) if name in replayed),
@@ -81,6 +83,6 @@ class Watched(Results):
     def _base_file(self, stage: Stage) -> Path:
         return self.path / "evaluations" / f"watch-base-{stage.name}.json"
 
-    def _sample(self, domain: Domain, tokenizer: Tokenizer, stage: Stage) -> PackedDocuments:
+    def _sample(self, domain: Domain, tokenizer: Tokenizer, stage: Stage, length: int) -> PackedDocuments:
         assert stage.watch is not None
-        return self._packed(domain, tokenizer, self.recipe.evaluation.sequence_length, stage.watch.max_bytes)
+        return self._packed(domain, tokenizer, length, stage.watch.max_bytes)

@@ -16,8 +16,9 @@ from cpt_jax.core.stores import Location, Store, is_address, read_from, refusals
 from cpt_jax.report.goodput import GOODPUT_STYLE, goodput_section
 from cpt_jax.report.page import page
 from cpt_jax.report.plots import curves_plot, fertility_plot, stages_plot
+from cpt_jax.report.positions import positions_section
 from cpt_jax.report.samples_page import read_samples
-from cpt_jax.report.tables import html_table, text_table
+from cpt_jax.report.tables import html_table, stage_label, text_table
 from cpt_jax.report.watch_report import endings, watch_section
 from cpt_jax.training.ending import ENDED
 from cpt_jax.training.metrics import read_metrics
@@ -45,16 +46,12 @@ def evaluations_in(text: str) -> list[dict]:
     return [numbers(entry) for entry in json.loads(text)]
 
 
-def stage_label(entry: dict) -> str:
-    return entry["stage"] + (" EMA" if entry["weights"] == "ema" else "")
-
-
 def final_label(config: dict) -> str:
     """How the run's result is labelled among its evaluations."""
     if config.get("export", {}).get("interpolate_base"):
         return "export"
     stages = config.get("stages") or []
-    last = stages[-1]["name"] if stages else "extended" if config.get("vocabulary") else "base"
+    last = stages[-1]["name"] if stages else "extended" if config.get("vocabulary") or config.get("context") else "base"
     return last + (" EMA" if config.get("export", {}).get("weights") == "ema" else "")
 
 
@@ -266,6 +263,7 @@ def _written(run: Path) -> Path:
     sections = [
         _answer(config, entries, fertility) + endings(stages),
         _domain_section(entries, domains, plots),
+        positions_section(entries, domains),
         _training_section(stages, plots),
         watch_section(run, stages, plots),
         _vocabulary_section(fertility, plots) if fertility else "",

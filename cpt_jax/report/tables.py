@@ -1,4 +1,4 @@
-"""Rows of cells as a table: HTML for a page, aligned text for a terminal."""
+"""Rows of cells as a table: HTML for a page, aligned text for a terminal; and what rows are called."""
 
 from collections.abc import Sequence
 
@@ -20,3 +20,8 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def stage_label(entry: dict) -> str:
+    """Whose an entry of eval.json is."""
+    return entry["stage"] + (" EMA" if entry["weights"] == "ema" else "")

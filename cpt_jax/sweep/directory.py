@@ -16,7 +16,7 @@ from cpt_jax.core.storage import json_bytes, numbers, objects_in, write_json_ato
 from cpt_jax.core.stores import Location, Store, is_address, location, state_of
 from cpt_jax.data.sources import files_of
 from cpt_jax.recipe.mirror import MARKS
-from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.recipe import Recipe, saved_form
 from cpt_jax.recipe.shared import SharedStations
 from cpt_jax.recipe.stations import identity
 from cpt_jax.report.many import SWEEP
@@ -185,14 +185,14 @@ class SweepDirectory:
             for file in files_of(domain.corpus)
         ]
         base = Path(recipe.base).expanduser()
-        return fingerprint([to_json(recipe), corpora, identity(base) if base.exists() else recipe.base])
+        return fingerprint([saved_form(recipe), corpora, identity(base) if base.exists() else recipe.base])
 
     def settle(self, name: str, exports: bool) -> bool:
         """Whether a run that another process was given is at its end now; notes it if so."""
         if self.of(name).get("status") != "queued":
             return False
         recipe, stages = self.recipes[name], self.recipes[name].stages
-        without = "base-last" if recipe.vocabulary is None else "extended-last"
+        without = "extended-last" if recipe.changes_base else "base-last"
         last = f"{stages[-1].name}-{'ema' if stages[-1].ema else 'last'}" if stages else without
         behind = [f"evaluate-{last}", *(["samples"] if exports else [])]
         marks = [json.loads(self._read(f"runs/{name}/{MARKS}/{station}.json") or "{}") for station in behind]

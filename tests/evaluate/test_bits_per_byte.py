@@ -12,6 +12,7 @@ from cpt_jax.data.chat import ChatEncoder
 from cpt_jax.data.chat_template import ChatTemplate
 from cpt_jax.data.sources import Document
 from cpt_jax.evaluate.bits_per_byte import bits_per_byte, pack_conversations, pack_documents
+from cpt_jax.evaluate.by_character import text_bits
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -70,6 +71,35 @@ def test_a_long_document_counts_every_token_once(tiny_model):
         # Half a window stands before every later one.
         assert packed.rows["positions"][counted].min() == 0
         assert np.count_nonzero(packed.rows["positions"][counted] < length // 2) == min(tokens, length // 2)
+
+
+def test_bytes_are_told_apart_by_where_they_are(tiny_model):
+    """A document of one stretch, one whose characters are of several bytes, and one longer than the rows."""
+    tokenizer, model = Tokenizer(tiny_model), load_model(tiny_model)
+    documents = ["the city", "".join(chinese(40)), " ".join(english(60))]
+    weights = model.on_device(FLOAT32)
+    packed = pack_documents(tokenizer, documents, 128, by_position=True)
+    result = bits_per_byte(model.network, weights, packed, batch_size=3, precision=FLOAT32)
+    plain = pack_documents(tokenizer, documents, 128)
+    assert bits_per_byte(model.network, weights, plain, batch_size=3, precision=FLOAT32).figures() == {
+        name: value for name, value in result.figures().items() if name != "by_position"
+    }
+    found = text_bits(tokenizer, model.network, weights, documents, max_length=128, batch_tokens=512, precision=FLOAT32)
+    sums, sizes = {}, {}
+    for text in found:
+        firsts = [len(text.text[:first].encode()) for first, _ in text.offsets]
+        for start in (0, 1024, 2048, 4096, 8192):
+            end = 2 * start or 1024
+            sums[start] = sums.get(start, 0) + sum(
+                bits for first, bits in zip(firsts, text.bits, strict=True) if start <= first < end
+            )
+            sizes[start] = sizes.get(start, 0) + len(text.text.encode()[start:end])
+    assert result.by_position is not None
+    assert [(part.start, part.bytes) for part in result.by_position] == [each for each in sizes.items() if each[1]]
+    assert len(result.by_position) >= 3
+    for part in result.by_position:
+        assert part.end == (2 * part.start or 1024)
+        assert part.bits_per_byte == pytest.approx(sums[part.start] / part.bytes, rel=1e-5)
 
 
 def test_of_a_conversation_the_bytes_of_its_answers_are_counted(tiny_model, tmp_path):

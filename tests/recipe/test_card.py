@@ -9,7 +9,7 @@ import pytest
 from cpt_jax.data.sources import Corpus
 from cpt_jax.models.families.composite import auto_class
 from cpt_jax.recipe.card import model_card
-from cpt_jax.recipe.recipe import Domain, Export, Recipe
+from cpt_jax.recipe.recipe import Context, Domain, Export, Recipe
 
 RECIPE = Recipe(
     name="run", base="", domains=(Domain(corpus=Corpus(name="zh", spec="zh.jsonl"), role="new"),), stages=()
@@ -35,6 +35,14 @@ def test_a_base_has_the_name_that_others_know_it_by(tmp_path, monkeypatch, base,
     card = model_card(dataclasses.replace(RECIPE, base=base), Export(), [], {}, None, "AutoModelForCausalLM")
     assert f"\n`{called}`, continued in pre-training on zh" in card
     assert re.findall(r'base_model: "(.*)"', card) == ([] if hub_id is None else [hub_id])
+
+
+def test_a_longer_context_is_told_and_none_is_not():
+    longer = dataclasses.replace(RECIPE, context=Context(length=4096))
+    for recipe, told in ((RECIPE, False), (longer, True)):
+        card = model_card(recipe, Export(), [], {}, None, "AutoModelForCausalLM")
+        assert ("It reads 4,096 tokens, more than the base does (positions stretched by Yarn)." in card) == told
+        assert ('"context"' in card) == told
 
 
 def test_an_adapter_is_loaded_by_the_class_of_its_base():

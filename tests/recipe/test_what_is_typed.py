@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from inputs import chinese
 
-from cpt_jax.adapt import Full
+from cpt_jax.adapt import POSITIONS, Context, Full, Theta
 from cpt_jax.cli import main
-from cpt_jax.cli.parser import parser
+from cpt_jax.cli.parser import ROPES, parser
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.defaults import _optimizer, adapt_recipe, explain
@@ -146,6 +147,31 @@ def test_products_are_of_the_fastest_type(tiny_model, tmp_path, monkeypatch, com
     assert reasons["precision"] == reason
     recipe, _ = adapt_recipe(**adapting(arguments), overrides=["--precision.compute", "bfloat16"])
     assert recipe.precision.compute == "bfloat16"
+
+
+def test_a_longer_context_brings_rows_of_that_length(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
+    words = ["adapt", "--base", str(tiny_model), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
+    arguments, _ = parser().parse_known_args([*words, "--tokens", "1000", "--context", "1024"])
+    recipe, reasons = adapt_recipe(**adapting(arguments))
+    assert recipe.context == Context(length=1024)
+    assert recipe.evaluation == Evaluation(sequence_length=1024, batch_size=1)
+    assert recipe.domains[0].heldout == Holdout(max_bytes=20_000, max_document_bytes=4096)
+    assert {(stage.batch_size, stage.sequence_length) for stage in recipe.stages} == {(1, 1024)}
+    assert reasons["context"].startswith("1,024 tokens, 4 times the base's 256: yarn, and rows of that length")
+    arguments, overrides = parser().parse_known_args(
+        [*words, "--context", "1024", "--rope", "theta", "--context.rope.theta", "5e5"]
+    )
+    recipe, _ = adapt_recipe(**adapting(arguments), overrides=overrides)
+    assert recipe.context == Context(length=1024, rope=Theta(theta=5e5))
+    assert set(POSITIONS) == set(ROPES)
+    monkeypatch.setattr("cpt_jax.recipe.defaults.jax.default_backend", lambda: "gpu")
+    recipe, _ = adapt_recipe(**adapting(arguments))
+    # Eight devices, of which each has as many tokens as without.
+    assert {(stage.batch_size, stage.sequence_length) for stage in recipe.stages} == {(8 * 16, 1024)}
+    arguments, _ = parser().parse_known_args([*words, "--tokens", "1000", "--context", "256"])
+    with pytest.raises(UserError, match=r"context.length is 256, and the base reads 256 tokens"):
+        adapt_recipe(**adapting(arguments))
 
 
 @pytest.mark.parametrize("memory", [None, 10**12, 10**6])

@@ -109,6 +109,13 @@ def with_text_fields(raw: dict, fields: dict[str, Any]) -> dict:
     return raw | {"text_config": text | fields}
 
 
+def rope_parameters(raw: dict) -> dict[str, Any]:
+    """What transformers reads of the text model's rotation; by type of layer, where these have their own."""
+    whole = schema.read_whole(raw)
+    text = whole.text_config if raw["model_type"] in PREFIXES else whole
+    return dict(getattr(text, "rope_parameters", None) or {})
+
+
 def text_type(raw: dict) -> str:
     """The family of a composite model's text model."""
     found = str(_whole_text_config(raw)["model_type"])
