@@ -47,7 +47,7 @@ def config_of(raw: dict):
 
 
 @pytest.mark.parametrize(("model_type", "name", "rope"), EACH)
-def test_transformers_4_and_5_read_the_same(model_type, name, rope):
+def test_the_fields_of_transformers_4_and_5_say_the_same(model_type, name, rope):
     raw = config_json(model_type, name)
     longer = Context(length=NEW, rope=rope).over(raw)
     config = config_of(longer)
