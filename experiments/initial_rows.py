@@ -22,6 +22,7 @@ from cpt_jax.checkpoint.base import resolve_base
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import HeldApart
+from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.rows import Growth, Probe, RowProbe
 from cpt_jax.vocab.init_rows import NAMED_ROWS, InitRows, Wechsel
@@ -31,7 +32,8 @@ from experiments.bilingual_vectors import write_vectors
 OUT = Path("docs/initial_rows.json")
 WORK = Path(".cache/initial_rows")
 SEEDS = (0, 1, 2)
-PROBE = Probe(steps=(0, 50, 200), batch_size=1, sequence_length=128)
+OPTIMIZER = AdamW(learning_rate=5e-3, new_rows_epsilon=1e-3)
+PROBE = Probe(steps=(0, 50, 200), batch_size=1, sequence_length=128, optimizer=OPTIMIZER)
 
 
 def growth() -> tuple[Growth, list[str]]:

@@ -10,7 +10,7 @@ import jax
 
 from cpt_jax.adapt import POSITIONS, Context, Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.hf import read_config
+from cpt_jax.checkpoint.hf import load, read_config
 from cpt_jax.core import processes
 from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
@@ -27,11 +27,12 @@ from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides, model_named, overrides_of
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
-from cpt_jax.recipe.stations import TEXT_SAMPLE, holds_nothing_else
+from cpt_jax.recipe.stations import SAMPLE, holds_nothing_else
 from cpt_jax.sharding.hardware import fastest_type
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
+from cpt_jax.vocab.init_rows import ROWS_STEP, size_of_rows
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 # Text read to decide: enough for the tokenizer's rate, and whole for a small corpus.
@@ -44,23 +45,26 @@ CPU_TOKENS = 150_000
 ACCELERATOR_TOKENS = 1_000_000_000
 # Fewer are a mistake: both stages want a step.
 MIN_TOKENS = 100
+# As ROWS_STEP, of new rows beside adapters, and of old rows (LOG.md).
+CALMER_ROWS_STEP = 0.037
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextSample:
-    """What a look at the new text found."""
+class Sample:
+    """What a look at the new text found, and one at the base: the `row_size` of its vocabulary."""
 
     bytes: int
     tokens: int
     whole: bool
     first: str
+    row_size: float
 
     @property
     def bytes_per_token(self) -> float:
         return self.bytes / self.tokens
 
 
-def sample_text(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> TextSample:
+def _sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, directory: Path) -> Sample:
     texts, size, whole = [], 0, True
     for corpus in corpora:
         taken = 0
@@ -71,27 +75,33 @@ def sample_text(corpora: Sequence[Corpus], tokenizer: Tokenizer) -> TextSample:
                 whole = False
                 break
         size += taken
+    _, weights, _ = load(directory)
     probe = texts[:: max(1, len(texts) // 500)]
     probe_bytes = sum(len(text.encode()) for text in probe)
     probe_tokens = sum(len(ids) for ids in tokenizer.encode_documents(probe))
-    return TextSample(
-        bytes=size, tokens=max(1, probe_tokens * size // max(1, probe_bytes)), whole=whole, first=texts[0]
+    return Sample(
+        bytes=size,
+        tokens=max(1, probe_tokens * size // max(1, probe_bytes)),
+        whole=whole,
+        first=texts[0],
+        row_size=size_of_rows(weights[name]["base"] for name in ("embed", "head") if name in weights),
     )
 
 
-def _kept_sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, workdir: Path) -> TextSample:
-    """What a look at the new text finds, or found when the run began: it goes on while its corpora are out of reach."""
-    kept = workdir / TEXT_SAMPLE
-    of = fingerprint([[to_json(corpus), corpus_state(corpus)] for corpus in corpora] + [tokenizer.fingerprint])
+def _kept_sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, base: str, directory: Path, workdir: Path) -> Sample:
+    """What a look at the new text and the base finds, or found when the run began: it goes on while they are out of
+    reach."""
+    kept = workdir / SAMPLE
+    of = fingerprint([[to_json(corpus), corpus_state(corpus)] for corpus in corpora] + [tokenizer.fingerprint, base])
     if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
-        return TextSample(**found["sample"])
-    sample = sample_text(corpora, tokenizer)
+        return Sample(**found["sample"])
+    sample = _sample(corpora, tokenizer, directory)
     if processes.is_first() and (kept.exists() or holds_nothing_else(workdir)):
         write_json_atomic(kept, {"of": of, "sample": dataclasses.asdict(sample)})
     return sample
 
 
-def _new_pieces(sample: TextSample, given: int | None) -> tuple[int, str]:
+def _new_pieces(sample: Sample, given: int | None) -> tuple[int, str]:
     rate = f"the base's tokenizer makes a token of every {sample.bytes_per_token:.2f} bytes of the new text"
     if given is not None:
         return given, f"as given; {rate}"
@@ -101,7 +111,7 @@ def _new_pieces(sample: TextSample, given: int | None) -> tuple[int, str]:
     return pieces, f"{rate}: wasteful (below {WASTEFUL_BYTES_PER_TOKEN:.1f})"
 
 
-def _training_tokens(sample: TextSample, new_share: float, given: int | None, on_cpu: bool) -> tuple[int, str]:
+def _training_tokens(sample: Sample, new_share: float, given: int | None, on_cpu: bool) -> tuple[int, str]:
     if given is not None:
         return given, "as given"
     epoch = round(sample.tokens / new_share)
@@ -119,15 +129,20 @@ def _method(name: str, grows: bool, layers: int) -> Method:
     return Full() if name == "full" else Embeddings(rows="new" if grows else "all")
 
 
-def _optimizer(name: str, method: str, size: int) -> Optimizer:
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.1e}")
+
+
+def _optimizer(name: str, method: str, size: int, rows: float) -> Optimizer:
+    """By the number of weights, and the rate of rows that train alone or beside adapters."""
     # LoRA's rate falls with size: 2e-3 was found best for SmolLM2-135M, at which Gemma 3 270M learns no more than at 5e-4, and
     # forgets (LOG.md); 2e-4 is what others use at 7B, and for added blocks.
     adapters = 2e-3 if size < 2e8 else 5e-4 if size < 3e9 else 2e-4
-    peak = {"lora": adapters, "dora": adapters, "full": 5e-5, "embeddings": 5e-3, "expand": 2e-4}[method]
-    rows = 2.5 if method in ("lora", "dora") else 1.0
+    peak = {"lora": adapters, "dora": adapters, "full": 5e-5, "embeddings": rows, "expand": 2e-4}[method]
+    multiplier = _rounded(rows / peak) if method in ("lora", "dora") else 1.0
     # Lion's steps are whole ones; the new rows get AdamW in any case.
     slower = 5 if name == "lion" else 1
-    return OPTIMIZERS[name](learning_rate=peak / slower, new_rows_multiplier=rows * slower)
+    return OPTIMIZERS[name](learning_rate=peak / slower, new_rows_multiplier=multiplier * slower)
 
 
 def _retention(anchor: float | None, mean_teacher: float | None, replayed: Sequence[str]) -> tuple[Retention, ...]:
@@ -250,7 +265,9 @@ def adapt_recipe(
         domains = tuple(_with_long_texts(domain, longer.length) for domain in domains)
     size = sum(leaf.size for leaf in flatten(network.shapes).values())
     tokenizer = Tokenizer(directory)
-    sample = _kept_sample([domain.corpus for domain in domains if domain.role == "new"], tokenizer, workdir)
+    corpora = [domain.corpus for domain in domains if domain.role == "new"]
+    sample = _kept_sample(corpora, tokenizer, base, directory, workdir)
+    alone, calmer = (_rounded(step * sample.row_size) for step in (ROWS_STEP, CALMER_ROWS_STEP))
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
@@ -269,7 +286,7 @@ def adapt_recipe(
                 method=Embeddings(rows="new"),
                 mixture=only_new,
                 tokens=total // 5,
-                optimizer=AdamW(learning_rate=5e-3, new_rows_epsilon=1e-3),
+                optimizer=AdamW(learning_rate=alone, new_rows_epsilon=1e-3),
                 **shape,
             )
         )
@@ -282,7 +299,7 @@ def adapt_recipe(
             mixture=mixture,
             tokens=rest,
             watch=_watch(watch_every, forgetting_budget, on_forgetting, steps, bool(replay and share)),
-            optimizer=_optimizer(optimizer, method, size),
+            optimizer=_optimizer(optimizer, method, size, alone if pieces and method == "embeddings" else calmer),
             schedule=Cosine(),
             ema=EMA(decay=0.98 if on_cpu else 0.999),
             retention=_retention(anchor, mean_teacher, [name for name, _ in replay if name in domains_of(mixture)]),
@@ -321,6 +338,10 @@ def adapt_recipe(
             "float32": ": this CPU has no instructions for bfloat16",
         }[compute],
     }
+    if pieces:
+        reasons["new rows"] = (
+            f"{alone:g} a step alone, {calmer:g} beside adapters: {ROWS_STEP:.1%} and {CALMER_ROWS_STEP:.1%} of the size of the base's ({sample.row_size:.2g})"
+        )
     if context is not None:
         reasons["context"] = (
             f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: {rope}, and rows of that length, which teach it where documents have more than {reads:,}"

@@ -31,7 +31,7 @@ from cpt_jax.training.program import Settings
 from cpt_jax.training.step import Controls
 from cpt_jax.vocab.distil import FrozenModel
 from cpt_jax.vocab.extend import old_segmentation
-from cpt_jax.vocab.init_rows import InitRows, RowContext, Rows, Table, mean_of
+from cpt_jax.vocab.init_rows import ROWS_STEP, InitRows, RowContext, Rows, Table, mean_of, size_of_rows
 from cpt_jax.vocab.selection import sampled
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ class Probe:
     steps: tuple[int, ...] = (0, 50)
     batch_size: int = 2
     sequence_length: int = 256
-    optimizer: AdamW = AdamW(learning_rate=5e-3, new_rows_epsilon=1e-3)
+    optimizer: AdamW | None = None
     precision: Precision = dataclasses.field(default_factory=_quickest)
 
     def __post_init__(self) -> None:
@@ -198,12 +198,14 @@ class RowProbe:
         self._model = growth.model(zeros).for_training(jax.default_backend())
         trains = Embeddings(rows="new").trains
         trainable, self._frozen = partition(self._model.on_device(probe.precision), trains)
-        self._rate = Constant().build(probe.optimizer.learning_rate, max(probe.steps))
+        rate = ROWS_STEP * size_of_rows(growth.tables.values())
+        optimizer = probe.optimizer or AdamW(learning_rate=rate, new_rows_epsilon=1e-3)
+        self._rate = Constant().build(optimizer.learning_rate, max(probe.steps))
         self._program = Settings(
             network=self._model.network,
             trains=frozenset(flatten(trainable)),
             names=("probe",),
-            optimizer=probe.optimizer,
+            optimizer=optimizer,
             compute=probe.precision.compute,
             mesh=make_mesh(jax.devices()[:1]),
         ).program()

@@ -32,7 +32,7 @@ from cpt_jax.recipe.shared import SharedStations
 # Part of every fingerprint: raise it when the meaning of a station's outputs changes.
 FORMAT = 5
 # What a look at the new text found, for the defaults of `cpt adapt`.
-TEXT_SAMPLE = "text_sample.json"
+SAMPLE = "sample.json"
 
 
 def identity(path: Path) -> list:
@@ -44,7 +44,7 @@ def identity(path: Path) -> list:
 
 def holds_nothing_else(path: Path) -> bool:
     """Whether nothing is in a work directory but what is written there before its run begins."""
-    return not path.exists() or (path.is_dir() and set(os.listdir(path)) <= {".lock", "source", TEXT_SAMPLE})
+    return not path.exists() or (path.is_dir() and set(os.listdir(path)) <= {".lock", "source", SAMPLE})
 
 
 class Begun(NamedTuple):

@@ -17,6 +17,11 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 
 # New rows compared with old ones at once: 16,000 of them with 100,000 would be 13 GB, several times over.
 ROWS_AT_ONCE = 256
+# A good rate for new rows alone, by the size of the base's (0.13 in SmolLM2-135M, 0.017 in Qwen 2.5 0.5B): AdamW's steps are
+# as large whatever they change, and throw small rows about before these learn (LOG.md).
+ROWS_STEP = 0.065
+# The size is that of so many rows in so many places.
+_STRETCH, _STRETCHES = 64, 16
 
 Rows = Float[np.ndarray, "N D"]
 # A large one is read where it is needed.
@@ -214,6 +219,16 @@ NEEDS_TEXT = (Focus, Wechsel, Distilled)
 def mean_of(table: Table) -> Float[np.ndarray, "D"]:
     """The mean row, summed in float64, in parts."""
     return np.sum([part.sum(0) for part in _parts_of(table)], axis=0) / len(table)
+
+
+def size_of_rows(tables: Iterable[Table]) -> float:
+    """The root mean square of a row: the median of some rows, and of several tables the geometric mean."""
+    sizes = []
+    for table in tables:
+        firsts = np.linspace(0, max(0, len(table) - _STRETCH), _STRETCHES).astype(int)
+        rows = np.concatenate([np.asarray(table[first : first + _STRETCH], np.float64) for first in firsts])
+        sizes.append(np.median(np.sqrt(np.mean(rows**2, axis=1))))
+    return float(np.exp(np.mean(np.log(sizes))))
 
 
 def _parts_of(table: Table) -> Iterator[Float[np.ndarray, "N D"]]:

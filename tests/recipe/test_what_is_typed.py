@@ -6,8 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from inputs import chinese
+from safetensors.numpy import load_file, save_file
 
 from cpt_jax.adapt import POSITIONS, Context, Full, Theta
 from cpt_jax.cli import main
@@ -16,12 +18,14 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
-from cpt_jax.recipe.defaults import _optimizer, adapt_recipe, explain
+from cpt_jax.recipe.copies import link_directory
+from cpt_jax.recipe.defaults import CALMER_ROWS_STEP, _optimizer, adapt_recipe, explain
 from cpt_jax.recipe.find import find_recipe, model_named
 from cpt_jax.recipe.generate_command import read_prompts
 from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
 from cpt_jax.recipe.run import Pipeline, export_run
 from cpt_jax.recipe.stations import Workdir
+from cpt_jax.vocab.init_rows import ROWS_STEP
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,29 @@ def test_an_accelerator_is_given_steps_that_it_has_room_for(tiny_model, tmp_path
 
 @pytest.mark.parametrize(("size", "rate"), [(1.35e8, 2e-3), (2.7e8, 5e-4), (1.2e9, 5e-4), (8e9, 2e-4)])
 def test_adapters_of_larger_models_take_smaller_steps(size, rate):
-    assert _optimizer("adamw", "lora", int(size)).learning_rate == rate
-    assert _optimizer("lion", "dora", int(size)).learning_rate == pytest.approx(rate / 5)
-    assert _optimizer("adamw", "full", int(size)).learning_rate == 5e-5
+    assert _optimizer("adamw", "lora", int(size), 1e-3).learning_rate == rate
+    assert _optimizer("lion", "dora", int(size), 1e-3).learning_rate == pytest.approx(rate / 5)
+    assert _optimizer("adamw", "full", int(size), 1e-3).learning_rate == 5e-5
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.125])
+def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, factor):
+    base = tmp_path / "base"
+    link_directory(tiny_model, base)
+    tensors = load_file(tiny_model / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"] * np.float32(factor)
+    (base / "model.safetensors").unlink()
+    save_file(tensors | {"model.embed_tokens.weight": table}, base / "model.safetensors")
+    size = np.median(np.sqrt(np.mean(table.astype(np.float64) ** 2, axis=1)))
+    (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
+    words = ["adapt", "--base", str(base), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
+    alone, calmer = (step * size for step in (ROWS_STEP, CALMER_ROWS_STEP))
+    for method, given, last in (("lora", "10", calmer), ("embeddings", "10", alone), ("embeddings", "0", calmer)):
+        arguments, _ = parser().parse_known_args(
+            [*words, "--new-tokens", given, "--tokens", "1000", "--method", method]
+        )
+        recipe, reasons = adapt_recipe(**adapting(arguments))
+        optimizers = [stage.optimizer for stage in recipe.stages]
+        rates = [optimizer.learning_rate * optimizer.new_rows_multiplier for optimizer in optimizers]
+        assert rates == pytest.approx([alone, last][-len(rates) :], rel=0.05)
+        assert ("new rows" in reasons) == (given == "10")
