@@ -1,24 +1,17 @@
 """A longer context: what the base's config.json says of positions is changed, and no weight is."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpt_jax.checkpoint.hf import read_config
-from cpt_jax.checkpoint.hf_write import write_config
 from cpt_jax.core.errors import UserError
-from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.models.config import DecoderConfig, LayerKind
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import rope_parameters, text_fields, with_text_fields
 from cpt_jax.models.families.layer_kinds import rope_of
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,13 +126,3 @@ class Context:
             raise UserError(
                 f"context: transformers' {changed['model_type']} cannot be told of {type(self.rope).__name__}: give context.rope another kind (Yarn, Theta or Linear)"
             )
-
-
-def lengthen(directory: Path, context: Context) -> None:
-    """Changes what the files of a model, or of a tokenizer alone, say of its context."""
-    if (directory / "config.json").exists():
-        write_config(directory, context.over(read_config(directory)))
-    if (file := directory / TOKENIZER_CONFIG).exists():
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields.get("model_max_length", context.length) < context.length:
-            write_json_atomic(file, fields | {"model_max_length": context.length})

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cpt_jax.adapt import lengthen
+from cpt_jax.checkpoint.context import lengthen
 from cpt_jax.core.config import to_json
 from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.storage import write_text_atomic

@@ -12,7 +12,8 @@ from contracts.family_configs import config_json
 from contracts.test_families import reference_model
 from inputs import hf_config, tiny_config
 
-from cpt_jax.adapt import Context, Linear, Theta, Yarn, lengthen
+from cpt_jax.adapt import Context, Linear, Theta, Yarn
+from cpt_jax.checkpoint.context import lengthen
 from cpt_jax.checkpoint.gguf import import_gguf
 from cpt_jax.checkpoint.gguf_write import export_gguf
 from cpt_jax.checkpoint.hf import load, read_config

@@ -9,7 +9,8 @@ import pytest
 from commands import call
 from inputs import chinese, english, write_jsonl
 
-from cpt_jax.adapt import LoRA, lengthen
+from cpt_jax.adapt import LoRA
+from cpt_jax.checkpoint.context import lengthen
 from cpt_jax.core.config import fingerprint, from_json, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.journal import JOURNAL
