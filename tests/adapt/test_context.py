@@ -59,6 +59,8 @@ def test_the_fields_of_transformers_4_and_5_say_the_same(model_type, name, rope)
     newer = {field: value for field, value in longer.items() if field not in old}
     assert config_of(older) == config == config_of(newer)
     stretched = [kind.rope for kind in config.layer_kinds if kind.window is None]
+    factors = {kind.scaling.factor for kind in stretched if kind is not None and isinstance(rope, Yarn | Linear)}
+    assert factors <= {NEW / config_of(raw).context_length}
     assert all(new != old.rope for new, old in zip(stretched, config_of(raw).layer_kinds, strict=False) if new)
     changed = {field for field in longer if longer[field] != raw.get(field)}
     assert changed <= {"max_position_embeddings", "rope_parameters", *old}

@@ -201,15 +201,21 @@ def test_adapters_of_larger_models_take_smaller_steps(size, rate):
     assert _optimizer("adamw", "full", int(size), 1e-3).learning_rate == 5e-5
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.125])
-def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, factor):
+@pytest.mark.parametrize(("factor", "head"), [(1.0, None), (0.125, None), (1.0, 16.0)])
+def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, factor, head):
     base = tmp_path / "base"
     link_directory(tiny_model, base)
     tensors = load_file(tiny_model / "model.safetensors")
     table = tensors["model.embed_tokens.weight"] * np.float32(factor)
-    (base / "model.safetensors").unlink()
-    save_file(tensors | {"model.embed_tokens.weight": table}, base / "model.safetensors")
-    size = np.median(np.sqrt(np.mean(table.astype(np.float64) ** 2, axis=1)))
+    tensors |= {"model.embed_tokens.weight": table} | (
+        {} if head is None else {"lm_head.weight": table * np.float32(head)}
+    )
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": head is None}
+    for name in ("model.safetensors", "config.json"):
+        (base / name).unlink()
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(config))
+    size = np.median(np.sqrt(np.mean(table.astype(np.float64) ** 2, axis=1))) * np.sqrt(head or 1.0)
     (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
     words = ["adapt", "--base", str(base), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
     alone, calmer = (step * size for step in (ROWS_STEP, CALMER_ROWS_STEP))
@@ -222,3 +228,8 @@ def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, f
         rates = [optimizer.learning_rate * optimizer.new_rows_multiplier for optimizer in optimizers]
         assert rates == pytest.approx([alone, last][-len(rates) :], rel=0.05)
         assert ("new rows" in reasons) == (given == "10")
+    # Another base is looked at anew.
+    words[2] = str(tiny_model)
+    arguments, _ = parser().parse_known_args([*words, "--new-tokens", "10", "--tokens", "1000"])
+    recipe, _ = adapt_recipe(**adapting(arguments))
+    assert recipe.stages[0].optimizer.learning_rate == pytest.approx(alone / factor / np.sqrt(head or 1.0), rel=0.05)

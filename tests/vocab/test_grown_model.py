@@ -18,8 +18,8 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import apply
-from cpt_jax.recipe.rows import Growth, Probe, grow_model
-from cpt_jax.vocab.init_rows import Distilled, Focus, Mean, Random, SubwordMean
+from cpt_jax.recipe.rows import Growth, Probe, RowProbe, grow_model
+from cpt_jax.vocab.init_rows import ROWS_STEP, Distilled, Focus, Mean, Random, SubwordMean, size_of_rows
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -197,6 +197,12 @@ def test_rows_are_fitted_and_probed_in_what_the_hardware_multiplies_quickly(
     Growth(write_model(tmp_path, grown[0]), grown[1]).rows(seen)  # type: ignore[arg-type]
     types = {flatten(seen.model.weights)["embed/base"].dtype, seen.model.compute_dtype, Probe().precision.dtype}
     assert types == {jnp.dtype(expected)}
+
+
+def test_a_probe_takes_steps_by_the_size_of_the_old_rows(grown, tmp_path):
+    growth = Growth(write_model(tmp_path, grown[0], num_layers=1), grown[1], texts=lambda: TEXTS)
+    probe = RowProbe(growth, TEXTS[:2], Probe(steps=(0, 3), sequence_length=32))
+    assert probe._rate(1) == pytest.approx(ROWS_STEP * size_of_rows(growth.tables.values()))
 
 
 def test_the_step_that_fits_rows_is_compiled_once(grown, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from row_inputs import NEW, context_of, table
 
-from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean, _covariance
+from cpt_jax.vocab.init_rows import Mean, Random, SubwordMean, _covariance, size_of_rows
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -74,3 +74,13 @@ def test_rows_that_cancel_give_a_row_of_zeros(grown):
 def test_the_covariance_is_that_of_a_sample():
     few = table(5)
     np.testing.assert_allclose(_covariance(few, few.mean(0)), np.cov(few, rowvar=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [40, 5000])
+def test_the_size_of_rows_is_their_root_mean_square_in_all_tables_alike(count):
+    rows = np.random.default_rng(0).normal(0, 0.02, (count, 64)).astype(np.float32)
+    assert size_of_rows([rows]) == pytest.approx(0.02, rel=0.1)
+    assert size_of_rows([rows, 9 * rows]) == pytest.approx(0.06, rel=0.1)
+    # Rows that were never trained do not count.
+    empty = np.zeros((count // 4, 64), np.float32)
+    assert size_of_rows([np.concatenate([rows, empty])]) == pytest.approx(0.02, rel=0.1)
