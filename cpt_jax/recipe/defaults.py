@@ -256,10 +256,8 @@ def adapt_recipe(
     directory = resolve_base(base, workdir / "source")
     hf_config = read_config(directory)
     network = abstract_decoder(family_for(hf_config).config_from_hf(hf_config))
-    reads, longer = (
-        network.config.context_length,
-        None if context is None else Context(length=context, rope=POSITIONS[rope]()),
-    )
+    reads = network.config.context_length
+    longer = None if context is None else Context(length=context, rope=POSITIONS[rope]())
     if longer is not None:
         longer.over(hf_config)
         domains = tuple(_with_long_texts(domain, longer.length) for domain in domains)
