@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens that the model is to read, more than the base does",
     )
-    sub.add_argument("--rope", choices=ROPES, default="yarn", help="with --context: how positions are stretched")
+    sub.add_argument("--rope", choices=ROPES, help="with --context: how positions are stretched (default yarn)")
     sub.add_argument("--method", choices=("lora", "dora", "full", "embeddings", "expand"), default="lora")
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     sub.add_argument("--anchor", type=float, metavar="WEIGHT", help="of staying near the base's predictions")

@@ -212,7 +212,7 @@ def adapt_recipe(
     watch: Sequence[tuple[str, str]],
     new_tokens: int | None,
     context: int | None,
-    rope: str,
+    rope: str | None,
     method: str,
     optimizer: str,
     anchor: float | None,
@@ -249,6 +249,9 @@ def adapt_recipe(
         raise UserError(f"--on-forgetting {on_forgetting} needs a budget: give --forgetting-budget, as in 0.02")
     if not (replay or watch) and (watch_every or forgetting_budget is not None):
         raise UserError("nothing is there that may be forgotten: give --replay or --watch with the forgetting watch")
+    if rope is not None and context is None:
+        raise UserError(f"--rope {rope} is for a longer context: give --context N")
+    rope = rope or "yarn"
     share = replay_share if replay else 0.0
     given: dict[Role, Sequence[tuple[str, str]]] = {"new": new, "replay": replay, "watch": watch}
     domains = _domains(given, text_field, chat, overrides)

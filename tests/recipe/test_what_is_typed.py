@@ -176,6 +176,9 @@ def test_a_longer_context_brings_rows_of_that_length(tiny_model, tmp_path, monke
     arguments, _ = parser().parse_known_args([*words, "--tokens", "1000", "--context", "256"])
     with pytest.raises(UserError, match=r"context.length is 256, and the base reads 256 tokens"):
         adapt_recipe(**adapting(arguments))
+    arguments, _ = parser().parse_known_args([*words, "--tokens", "1000", "--rope", "theta"])
+    with pytest.raises(UserError, match="--rope theta is for a longer context: give --context N"):
+        adapt_recipe(**adapting(arguments))
 
 
 @pytest.mark.parametrize("memory", [None, 10**12, 10**6])
