@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from cpt_jax.cli.arguments import chat_of, chat_template_of, named_spec, text_field_of
+from cpt_jax.cli.arguments import chat_of, chat_template_of, named_spec, on_disk, text_field_of, whole_number
 from cpt_jax.core.stores import location
 
 # Where the steps run: by processes of this machine, or by a runner of Apache Beam.
@@ -70,6 +70,20 @@ def data_stats_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=location, help="also write the figures to this file")
 
 
+def data_generate_of(sub: argparse.ArgumentParser) -> None:
+    """The flags of `data generate`."""
+    sub.add_argument("--model", required=True, help="the base: a HF directory, a .gguf file or a hub id")
+    sub.add_argument("--tokens", required=True, type=whole_number, metavar="N", help="of all documents, at least")
+    sub.add_argument("--document-tokens", type=int, default=512, metavar="N", help="at most (default 512)")
+    sub.add_argument("--batch", type=int, default=32, metavar="N", help="documents written together (default 32)")
+    sub.add_argument("--chat", action="store_true", help="questions and answers, by the tokenizer's chat template")
+    sub.add_argument("--temperature", type=float, default=1.0, help="default 1: what the model holds for how likely")
+    sub.add_argument("--top-p", type=float, metavar="SHARE", help="draw from the fewest tokens that have this share")
+    sub.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    sub.add_argument("--seed", type=int, default=0, help="another one for each process that writes (default 0)")
+    sub.add_argument("--out", required=True, type=on_disk, metavar="FILE.jsonl", help="called again, it goes on")
+
+
 def _cleaned(arguments: argparse.Namespace):
     from cpt_jax.data.cleaning import Cleaning
 
@@ -111,3 +125,16 @@ def data_stats(arguments: argparse.Namespace, _: list[str]) -> None:
         html_path=arguments.html,
         json_path=arguments.json,
     )
+
+
+def data_generate(arguments: argparse.Namespace, _: list[str]) -> None:
+    from cpt_jax.models.sampling import Sampling
+    from cpt_jax.recipe.generative_replay import Rehearsal, generate_data
+
+    drawn = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
+    )
+    rehearsal = Rehearsal(
+        document_tokens=arguments.document_tokens, batch=arguments.batch, chat=arguments.chat, sampling=drawn
+    )
+    generate_data(model=arguments.model, tokens=arguments.tokens, rehearsal=rehearsal, out=arguments.out)

@@ -18,7 +18,7 @@ from cpt_jax.cli.arguments import (
     trackers_of,
     whole_number,
 )
-from cpt_jax.cli.data import data_prepare, data_prepare_of, data_stats, data_stats_of
+from cpt_jax.cli.data import data_generate, data_generate_of, data_prepare, data_prepare_of, data_stats, data_stats_of
 from cpt_jax.cli.laws import LAW, law, law_of
 from cpt_jax.cli.sweep import HELP, sweep, sweep_of
 from cpt_jax.core.stores import location
@@ -241,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     data = group("data", "prepare corpora, and look at them")
     data_prepare_of(command(data, "prepare", data_prepare, "Corpora to sharded, tokenised ArrayRecord."))
     data_stats_of(command(data, "stats", data_stats, "What is in corpora, and what is left out of them."))
+    data_generate_of(command(data, "generate", data_generate, "Text that a base writes itself, to be replayed."))
 
     sub = command(commands, "eval", handlers.evaluate, "Bits per byte by domain, and multiple choice.")
     sub.add_argument("--model", required=True)

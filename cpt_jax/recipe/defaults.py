@@ -329,7 +329,7 @@ def adapt_recipe(
         "tokens": f"{total:,}: {total_reason}",
         "replay": f"{share:.0%} of the tokens" + ("" if replay_until is None else f", going to {replay_until:.0%}")
         if replay
-        else "none: no --replay was given, expect the old domain to be forgotten",
+        else "none: no --replay was given, expect the old domain to be forgotten (without old text, the base can write some: cpt data generate)",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
         "precision": recipe.precision.compute
