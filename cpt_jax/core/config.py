@@ -6,7 +6,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from cpt_jax.core.errors import UserError, nearest
@@ -185,6 +185,19 @@ def _parse(text: str) -> Any:
             return {"True": True, "False": False, "None": None}.get(text, text)
     # 1e6 may be meant for a whole number; a field that is none takes both.
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Of each dotted path as few of its last parts as no other one ends with, and not a number alone."""
+    names = {}
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if sum(other == name or other.endswith("." + name) for other in paths) == 1 and not name.isdigit():
+                break
+        names[path] = name
+    return names
 
 
 def differences(saved: Any, given: Any, where: str = "") -> list[str]:
