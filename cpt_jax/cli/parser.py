@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     machine(sub)
     sub.set_defaults(only="train")
 
-    sweep_of(command(commands, "sweep", sweep, HELP))
+    sweep_of(command(commands, "sweep", sweep, HELP, overrides=True))
     plan_of(command(commands, "plan", handlers.plan, PLAN, overrides=True))
 
     tokenizer = group("tokenizer", "extend a tokenizer, and measure it")

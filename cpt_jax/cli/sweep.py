@@ -7,7 +7,7 @@ from typing import Any
 from cpt_jax.cli.arguments import trackers_of
 from cpt_jax.core.stores import location
 
-HELP = "Runs an experiment, a function that returns recipes; called again, it continues where it stopped."
+HELP = "Runs a recipe with the values that --vary gives, or an experiment; called again, it continues where it stopped. --FIELD VALUE, as of `cpt run`, is for all runs."
 
 
 def _number_or(*words: str) -> Any:
@@ -23,7 +23,18 @@ def _number_or(*words: str) -> Any:
 
 def sweep_of(sub: argparse.ArgumentParser) -> None:
     """The flags of `sweep`."""
-    sub.add_argument("experiment", help="module:function, or a function of experiments/")
+    sub.add_argument(
+        "experiment",
+        help="with --vary a recipe, as `cpt run` takes it; else a function that returns recipes: module:function, or one of experiments/",
+    )
+    sub.add_argument(
+        "--vary",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("FIELD", "VALUE"),
+        help="a field of the recipe and its values, a run each; given again, all combinations",
+    )
     sub.add_argument("--workdir", type=location, help="a directory (default: runs/NAME)")
     sub.add_argument(
         "--together",
@@ -53,7 +64,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=location, help="also write the figures to this file")
 
 
-def sweep(arguments: argparse.Namespace, _: list[str]) -> None:
+def sweep(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import shlex
 
     from cpt_jax.sweep.sweep import Manner, sweep
@@ -64,5 +75,14 @@ def sweep(arguments: argparse.Namespace, _: list[str]) -> None:
         track=tuple(arguments.track),
         **{name: getattr(arguments, name) for name in names},
     )
-    if not sweep(arguments.experiment, arguments.workdir, manner, dry_run=arguments.dry_run, json_path=arguments.json):
+    good = sweep(
+        arguments.experiment,
+        arguments.workdir,
+        manner,
+        vary=arguments.vary,
+        overrides=overrides,
+        dry_run=arguments.dry_run,
+        json_path=arguments.json,
+    )
+    if not good:
         sys.exit(1)

@@ -6,14 +6,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from cpt_jax.core.errors import UserError, nearest
 
 Config = TypeVar("Config")
 KIND = "kind"
-_ANOTHER_KIND = "another kind is for a recipe, or for a copy of a run's config.json: cpt run COPY.json"
 
 
 def to_json(config: Any) -> Any:
@@ -71,8 +70,8 @@ def _union_from_json(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         return from_json(classes[kind], value, where)
     if classes:
         # On a command line the whole object is one argument.
-        objects = " or ".join(f'{{"kind": "{name}", ...}}' for name in classes)
-        _check(False, where, value, objects + (", or null" if type(None) in choices else ""))
+        objects = ['{"NAME": ..., ...}'] * bool(plain_objects) + [f'{{"kind": "{name}", ...}}' for name in classes]
+        _check(False, where, value, " or ".join(objects) + (", or null" if type(None) in choices else ""))
     (plain,) = [choice for choice in choices if choice is not type(None)]
     return from_json(plain, value, where)
 
@@ -105,7 +104,7 @@ def override(config: Config, *changes: tuple[str, str]) -> Config:
     """A copy with the values at dotted paths replaced, their texts read as JSON where that is what the fields hold.
 
     `override(recipe, ("stages.1.optimizer.learning_rate", "1e-3"))`: digits index tuples; `null` or `none` takes away
-    what is optional; what has a `parse` is also read from one word (`("stages.1.remat", "products")`). What the changes make together is checked, so that their order does not matter.
+    what is optional; an object replaces a group; what has a `parse` is also read from one word (`("stages.1.remat", "products")`). What the changes make together is checked, so that their order does not matter.
 
     Raises:
       UserError: no such name (the nearest is given), or a value that does not fit.
@@ -130,10 +129,10 @@ def _replace(document: Any, annotation: Any, path: str, text: str, top: str) -> 
         node[key] = None
     elif (kind := _of_one_word(annotation)) is not None and not text.startswith("{"):
         node[key] = to_json(kind.parse(text))
-    elif isinstance(current, dict):
+    elif isinstance(current, dict) and not text.startswith("{"):
         names = ", ".join(name for name in current if name != KIND)
-        given = f"one of its fields ({names})" + (", or null, which takes it away" if optional else "")
-        raise UserError(f"override {path!r} names a group: give {given}; {_ANOTHER_KIND}")
+        given = f"one of its fields ({names}), or the whole as JSON"
+        raise UserError(f"override {path!r} names a group: give {given}{', or null, which takes it away' * optional}")
     else:
         number = float in (annotation, *typing.get_args(annotation))
         value = text if isinstance(current, str) and not number else _parse(text)
@@ -165,7 +164,9 @@ def _key(node: Any, name: str, walked: list[str]) -> Any:
             raise UserError(f"override: {where} has entries 0 to {len(node) - 1}, not {name!r}")
         return int(name)
     if name == KIND and isinstance(node, dict) and KIND in node:
-        raise UserError(f"override: no flag changes the kind of {where}, {node[KIND]}; {_ANOTHER_KIND}")
+        raise UserError(
+            f'override: the kind of {where}, {node[KIND]}, changes with the whole: give {{"kind": "NAME", ...}}'
+        )
     names = [key for key in node if key != KIND] if isinstance(node, dict) else []
     if name not in names:
         raise UserError(
@@ -184,6 +185,19 @@ def _parse(text: str) -> Any:
             return {"True": True, "False": False, "None": None}.get(text, text)
     # 1e6 may be meant for a whole number; a field that is none takes both.
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Of each dotted path as few of its last parts as no other one ends with, and not a number alone."""
+    names = {}
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if sum(other == name or other.endswith("." + name) for other in paths) == 1 and not name.isdigit():
+                break
+        names[path] = name
+    return names
 
 
 def differences(saved: Any, given: Any, where: str = "") -> list[str]:

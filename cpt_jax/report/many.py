@@ -119,11 +119,10 @@ def find_runs(paths: Sequence[Location]) -> tuple[list[RunFacts], list[str]]:
         if not is_sweep(path):
             found.append(read_run(path))
             continue
-        names = _experiment(path)
-        for run in _runs_of(path):
-            if names is not None and str(run).rpartition("/")[2] not in names:
-                left_out.append(f"{run}: the sweep's experiment does not have it")
-                continue
+        runs = {str(run).rpartition("/")[2]: run for run in _runs_of(path)}
+        names = list(runs) if (own := _experiment(path)) is None else own
+        left_out += [f"{runs[name]}: the sweep's experiment does not have it" for name in runs if name not in names]
+        for run in (runs[name] for name in names if name in runs):
             try:
                 found.append(read_run(run))
             except UserError as error:
@@ -145,11 +144,11 @@ def is_sweep(location: Location) -> bool:
         return Place(location).read("config.json") is None and bool(_runs_of(location))
 
 
-def _experiment(sweep: Location) -> set[str] | None:
-    """The names of a sweep's runs; None: nobody says which are its own."""
+def _experiment(sweep: Location) -> list[str] | None:
+    """The names of a sweep's runs, in its order; None: nobody says which are its own."""
     with refusals_are_told(str(sweep)):
         content = Place(sweep).read(SWEEP)
-    return None if content is None else {run["name"] for run in json.loads(content)["runs"]}
+    return None if content is None else [run["name"] for run in json.loads(content)["runs"]]
 
 
 def _runs_of(sweep: Location) -> list[Location]:

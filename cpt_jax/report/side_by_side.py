@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.checkpoint.hub import name_of_base
+from cpt_jax.core.config import short_names
 from cpt_jax.laws.points import Point
 from cpt_jax.report.many import RunFacts
 
@@ -34,15 +35,7 @@ def differing(runs: Sequence[RunFacts]) -> dict[str, str]:
         if not path.startswith(groups)
         or len({json.dumps(run.settings[path]) for run in runs if path in run.settings}) > 1
     ]
-    names = {}
-    for path in apart:
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            name = ".".join(parts[-length:])
-            if sum(other == name or other.endswith("." + name) for other in apart) == 1 and not name.isdigit():
-                break
-        names[path] = name
-    return names
+    return short_names(apart)
 
 
 def shown(value: Any) -> str:

@@ -113,10 +113,19 @@ class SweepDirectory:
         return {"experiment": self.experiment, "runs": runs}
 
     def write(self) -> None:
+        self._write(SWEEP, self.content())
+
+    def _write(self, name: str, content: Any) -> None:
         if self._store is not None:
-            self._store.write(SWEEP, json_bytes(self.content()))
+            self._store.write(name, json_bytes(content))
         else:
-            write_json_atomic(self.path / SWEEP, self.content())
+            write_json_atomic(self.path / name, content)
+
+    def write_recipe(self, name: str) -> str:
+        """A run's recipe as a file, for a process of its own; where it is, as `cpt run` takes it."""
+        file = f"recipes/{name}.json"
+        self._write(file, saved_form(self.recipes[name]))
+        return f"{self.location}/{file}"
 
     def record(self, name: str, **fields: Any) -> None:
         self._records[name] = {"name": name} | self._records.get(name, {}) | fields

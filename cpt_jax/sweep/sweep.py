@@ -9,7 +9,7 @@ from typing import Literal
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import clock, number_of, quiet_libraries, say
 from cpt_jax.core.stores import Location, is_address, write_json
-from cpt_jax.recipe.experiment import find_experiment
+from cpt_jax.recipe.grid import Vary, find_swept
 from cpt_jax.recipe.recipe import Recipe
 from cpt_jax.sweep.directory import SweepDirectory
 from cpt_jax.training.trackers import TrackerName, check_packages
@@ -72,20 +72,22 @@ def sweep(
     workdir: Location | None,
     manner: Manner,
     *,
+    vary: Vary = (),
+    overrides: Sequence[str] = (),
     dry_run: bool = False,
     json_path: Location | None = None,
 ) -> bool:
-    """Runs an experiment in a directory; called again, it goes on. Ends with a table, sweep.json and the report over all
-    runs. Whether no run has failed.
+    """Runs an experiment, or a recipe with each combination of the values that fields are given (`vary`), in a directory;
+    called again, it goes on. Ends with a table, sweep.json and the report over all runs. Whether no run has failed.
 
     Raises:
       Preempted: it was asked to end by SIGTERM; all that was done is kept.
-      UserError: no such experiment, or the directory is another one's.
+      UserError: no such experiment, no such field or value (`find_swept`), or the directory is another one's.
     """
     quiet_libraries()
-    recipes = find_experiment(experiment)
+    experiment, name, recipes = find_swept(experiment, vary, overrides)
     _check_exports(recipes, manner)
-    location = workdir or Path("runs") / experiment.rpartition(":")[2]
+    location = workdir or Path("runs") / name
     if is_address(location) and manner.queue != "skypilot":
         raise UserError(f"--workdir {location}: a sweep's directory is on a disk, except with --queue skypilot")
     if dry_run:
@@ -102,8 +104,8 @@ def sweep(
         if json_path is not None:
             write_json(json_path, directory.content())
         failed = directory.failed()
-    for name, error in failed.items():
-        say(f"sweep: run {name} failed: {error}")
+    for run, error in failed.items():
+        say(f"sweep: run {run} failed: {error}")
     return not failed
 
 
@@ -179,7 +181,7 @@ def command_of(directory: SweepDirectory, name: str, manner: Manner) -> tuple[st
     """How a process of its own is told to do a run: (command of `cpt`, recipe, flags beside --workdir and --shared)."""
     flags = ["--update"] if manner.update else []
     flags += ["--track", *manner.track] if manner.track else []
-    return "run" if manner.exports else "train", f"{directory.experiment}/{name}", flags
+    return "run" if manner.exports else "train", directory.write_recipe(name), flags
 
 
 def _told(names: Sequence[str], whole: Sequence[str]) -> str:

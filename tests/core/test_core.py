@@ -18,7 +18,7 @@ from cpt_jax.data.mixture import Ramp
 from cpt_jax.data.sources import Corpus
 from cpt_jax.models.remat import Remat
 from cpt_jax.optim.averaging import EMA
-from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.optim.optimizer import AdamW, Lion
 from cpt_jax.recipe.recipe import Domain, Recipe, Stage, Vocabulary
 
 
@@ -64,6 +64,19 @@ def test_what_is_computed_again_is_a_word():
     assert whole.stages[0].remat == Remat(products=True)
 
 
+def test_an_object_replaces_a_group():
+    domains = (*recipe().domains, Domain(corpus=Corpus(name="en", spec="b.jsonl"), role="replay"))
+    both = dataclasses.replace(recipe(), domains=domains)
+    mixed = override(both, ("stages.0.mixture", '{"en": 0.25, "zh": 0.75}'))
+    assert mixed.stages[0].mixture == {"en": 0.25, "zh": 0.75}
+    assert override(mixed, ("stages.0.mixture", '{"zh": 1}')) == both
+    # Another kind, and what is not given is as by default, not as it was.
+    averaged = override(recipe(), ("stages.0.ema.every", "2"))
+    assert override(averaged, ("stages.0.ema", '{"kind": "EMA", "decay": 0.9}')) == recipe()
+    lion = override(recipe(), ("stages.0.optimizer", '{"kind": "Lion", "learning_rate": 1e-4}')).stages[0].optimizer
+    assert lion == Lion(learning_rate=1e-4)
+
+
 @pytest.mark.parametrize("nothing", ["null", "none", "None"])
 def test_what_is_optional_is_taken_away(nothing):
     without = override(recipe(), ("stages.0.ema", nothing))
@@ -77,7 +90,7 @@ def test_what_is_optional_is_taken_away(nothing):
     assert override(second_alone, ("vocabulary", nothing)).vocabulary is None
     limited = override(recipe(), ("stages.1.max_epochs", '{"zh": 4}'))
     assert override(limited, ("stages.1.max_epochs", nothing)) == recipe()
-    with pytest.raises(UserError, match=r"decay, every, on_host\), or null, which takes it away; another kind is for"):
+    with pytest.raises(UserError, match=r"decay, every, on_host\), or the whole as JSON, or null"):
         override(recipe(), ("stages.0.ema", "0.9"))
 
 
@@ -89,8 +102,11 @@ def test_what_is_optional_is_taken_away(nothing):
         ("stages.0.tokens", "many", "'many'"),
         ("stages.0.tokens", "1.5", "1.5"),
         ("stages.0", "1", "names a group"),
-        ("stages.0", "null", "another kind is for a recipe, or for a copy of a run's config.json"),
-        ("stages.0.kind", "Other", "no flag changes the kind of stages.0"),
+        ("stages.0", "null", "or the whole as JSON"),
+        ("stages.0.kind", "Other", 'the kind of stages.0, Stage, changes with the whole: give {"kind"'),
+        ("stages.0.mixture", '{"zh": 0.5}', "the shares sum to 0.5, not to 1"),
+        ("stages.0.mixture", "{'zh': 1}", r'is "{\'zh\': 1}": give {"NAME": ..., ...} or {"kind"'),
+        ("stages.0.optimizer", '{"kind": "Adam"}', "is 'Adam': give one of AdamW"),
         ("stages.0.remat", "mlp", "remat names the activation 'mlp'; there are: queries, .* products"),
         ("stages.0.ema", "0.9", "names a group"),
         ("stages.1.ema", "0.9", 'is 0.9: give {"kind": "EMA", ...}, or null'),

@@ -247,7 +247,7 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
     assert sweep("swept:three", tmp_path / "queued", manner)
     submitted = calls.read_text().splitlines()
     assert re.sub("-[0-9a-f]{8} ", " ", submitted[0]) == (
-        f"swept:three/quarter {tmp_path}/queued/runs/quarter train {tmp_path}/queued/shared "
+        f"{tmp_path}/queued/recipes/quarter.json {tmp_path}/queued/runs/quarter train {tmp_path}/queued/shared "
         f"--track wandb mlflow | "
         f"--parsable --job-name=cpt-quarter --nodes=1 --gpus-per-node=1 --ntasks-per-node=1 --time=1:00 {launch}/slurm.sbatch"
     )
@@ -256,7 +256,7 @@ def test_a_queue_gets_a_job_for_each_run_once(place, tmp_path, monkeypatch):
     run(find_recipe("swept:three/most"), tmp_path / "queued/runs/most", only="train")
     assert sweep("swept:three", tmp_path / "queued", manner)
     again = calls.read_text().splitlines()[3:]
-    assert [line.split()[0] for line in again] == ["swept:three/quarter"]
+    assert [line.split()[0] for line in again] == [f"{tmp_path}/queued/recipes/quarter.json"]
     records = json.loads((tmp_path / "queued/sweep.json").read_text())["runs"]
     assert [(record["status"], record["job"]) for record in records] == [
         ("queued", "4"),
@@ -276,7 +276,7 @@ def test_machines_of_skypilot_get_a_directory_in_a_store(tmp_path, monkeypatch):
     assert sweep("swept:three", address, Manner(queue="skypilot", exports=True))
     first = re.sub("-[0-9a-f]{8} ", " ", calls.read_text().splitlines()[0])
     assert first.startswith("jobs launch --yes --detach-run --name cpt-quarter --num-nodes 1 --gpus H100:1 --env ")
-    assert f"RECIPE=swept:three/quarter --env WORKDIR={address}/runs/quarter --env COMMAND=run" in first
+    assert f"RECIPE={address}/recipes/quarter.json --env WORKDIR={address}/runs/quarter --env COMMAND=run" in first
 
 
 def test_wrong_input_is_told_in_a_line(place, tmp_path, monkeypatch):

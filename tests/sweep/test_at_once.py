@@ -76,7 +76,9 @@ def test_parts_of_a_gpu_are_given_out_and_a_number_is_asked_for(two_gpus, monkey
 
 def test_a_process_that_is_killed_takes_no_other_along(tmp_path, monkeypatch):
     python = tmp_path / "python"
-    python.write_text("#!/bin/bash\ncase $* in *e/a*) kill -9 $$ ;; esac\nsleep 0.5; echo error: of its own; exit 2\n")
+    python.write_text(
+        "#!/bin/bash\ncase $* in */a.json*) kill -9 $$ ;; esac\nsleep 0.5; echo error: of its own; exit 2\n"
+    )
     python.chmod(0o755)
     monkeypatch.setattr(at_once.sys, "executable", str(python))
     with SweepDirectory(tmp_path / "sweep", "e", recipes("a", "b")) as directory:

@@ -146,7 +146,7 @@ def test_a_job_of_slurm_finds_paths_with_spaces(program, tmp_path):
     assert run.exists()
     words = (tmp_path / "bin" / "srun.txt").read_text()
     assert words == (
-        f"<.venv/bin/cpt><train><e/a b><--workdir><{place}/runs/a b><--distributed><--shared><{place}/shared><--update>"
+        f"<.venv/bin/cpt><train><{place}/recipes/a b.json><--workdir><{place}/runs/a b><--distributed><--shared><{place}/shared><--update>"
     )
     # By hand, without a sweep.
     told = {"RECIPE": "law", "WORKDIR": "runs/law", "PATH": os.environ["PATH"]}

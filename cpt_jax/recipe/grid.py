@@ -1,0 +1,79 @@
+"""What a sweep is given on a command line: an experiment, or one recipe and the fields in which its runs differ."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cpt_jax.core.config import override, short_names
+from cpt_jax.core.errors import UserError
+from cpt_jax.recipe.experiment import Runs, find_experiment, named_runs
+from cpt_jax.recipe.find import find_recipe, overrides_of
+from cpt_jax.recipe.recipe import Recipe
+
+Vary = Sequence[Sequence[str]]
+
+
+class Swept(NamedTuple):
+    """Runs, what they are of (a directory holds one such), and what their directory is called by default."""
+
+    experiment: str
+    name: str
+    runs: Runs
+
+
+def find_swept(name: str, vary: Vary = (), overrides: Sequence[str] = ()) -> Swept:
+    """The runs of an experiment, or, where fields are varied, of a recipe as `cpt run` takes it: one for each combination
+    of their values.
+
+    Args:
+      vary: of each field its path and its values, as in ("stages.0.optimizer.learning_rate", "1e-4", "5e-4").
+      overrides: as `cpt run` takes them, for all runs.
+
+    Raises:
+      UserError: there is none of that name, or the fields or values make no runs that differ.
+    """
+    if vary:
+        recipe, fields = find_recipe(name), _fields(vary)
+        called = "-".join([recipe.name, *short_names([*fields]).values()])
+        return Swept(f"{name} by {', '.join(fields)}", called, _grid(recipe, fields, overrides_of(overrides)))
+    if name.endswith(".json"):
+        raise UserError(f"{name} is one recipe: say in what its runs differ, as in --vary seed 0 1 2")
+    runs, given = find_experiment(name), overrides_of(overrides)
+    changed = named_runs([override(recipe, *given) for recipe in runs.values()], name)
+    return Swept(name, name.rpartition(":")[2], changed)
+
+
+def _fields(vary: Vary) -> dict[str, Sequence[str]]:
+    fields: dict[str, Sequence[str]] = {}
+    for written, *values in vary:
+        field = written.replace("-", "_")
+        if not values:
+            raise UserError(f"--vary {written} lacks its values, as in --vary seed 0 1 2")
+        if field in fields:
+            raise UserError(f"--vary {written} is given twice: give all its values at once")
+        fields[field] = values
+    return fields
+
+
+def _grid(recipe: Recipe, fields: dict[str, Sequence[str]], overrides: Sequence[tuple[str, str]]) -> Runs:
+    for field, _ in overrides:
+        if field in (*fields, "name"):
+            raise UserError(f"--{field} is given for all runs, which differ in it: leave it out")
+    short, names, made = short_names([*fields]), [], []
+    for values in itertools.product(*fields.values()):
+        name = "-".join(f"{short[field]}-{_legible(value)}" for field, value in zip(fields, values, strict=True))
+        run = override(recipe, *overrides, *zip(fields, values, strict=True))
+        if run in made:
+            raise UserError(f"--vary: {names[made.index(run)]} and {name} are the same run: leave one out")
+        names.append(name)
+        made.append(run)
+    if len(made) == 1:
+        raise UserError(f"--vary {' '.join(fields)} makes one run, {names[0]}: give more values, or use `cpt run`")
+    return named_runs([dataclasses.replace(run, name=name) for run, name in zip(made, names, strict=True)], recipe.name)
+
+
+def _legible(value: str) -> str:
+    """A value as it is written, without what does not belong in a file's name: {"zh": 0.95, "en": 0.05} is zh-0.95-en-0.05."""
+    return "-".join(re.findall(r"[\w.+%-]+", value))
