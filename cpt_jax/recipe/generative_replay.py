@@ -121,9 +121,8 @@ class Author:
             numbers=numbers,
             compute_dtype=self._type,
         )
-        for row in range(len(prompts)) if rows is not None else ():
-            if row not in rows:
-                generation.stop(row)
+        for row in () if rows is None else set(range(len(prompts))) - set(rows):
+            generation.stop(row)
         for row, token in generation:
             written[row].append(token)
         return [(ids, len(ids) < self._rehearsal.document_tokens) for ids in written]
