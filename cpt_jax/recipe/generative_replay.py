@@ -64,6 +64,8 @@ class Author:
         check_fits(self._tokenizer, model.config.total_rows, directory)
         self._network, self._ends = model.network, end_ids_of(directory, self._tokenizer)
         self._template = ChatTemplate(self._tokenizer) if rehearsal.chat else None
+        added = self._tokenizer.document["added_tokens"]
+        self._special = frozenset(token["id"] for token in added if token["special"])
         self._start = [self._tokenizer.start_id] if self._template is None else self._of_user(self._template)
         check_room(model.config, [self._start], rehearsal.document_tokens)
         self._type = fastest_type()
@@ -128,7 +130,8 @@ class Author:
         return [(ids, len(ids) < self._rehearsal.document_tokens) for ids in written]
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids).rstrip(INCOMPLETE)
+        # A special token is none in a text that is read again.
+        return self._tokenizer.decode([token for token in ids if token not in self._special]).rstrip(INCOMPLETE)
 
     def _of_user(self, template: ChatTemplate) -> list[int]:
         """What a conversation begins with, up to the user's question."""

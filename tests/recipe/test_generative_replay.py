@@ -13,6 +13,7 @@ from cpt_jax.data.sources import Corpus, SkipCounts, read
 from cpt_jax.models.generate import Generation
 from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe import generative_replay
+from cpt_jax.recipe.generate_command import end_ids_of
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
@@ -49,6 +50,16 @@ def drawn(directory, prompts, numbers, end_ids, new_tokens) -> list[list[int]]:
     return found
 
 
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    return {tokenizer.backend.token_to_id(token) for token in tokenizer.special_tokens}
+
+
+def plain(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text without special tokens, whose names would be plain text when it is read."""
+    text = tokenizer.decode([token for token in ids if token not in special_ids(tokenizer)])
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 def test_documents_are_what_the_model_draws_and_it_goes_on(tiny_model, tmp_path, capsys):
     out, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
     flags = ("--model", tiny_model, "--document-tokens", 24)
@@ -57,7 +68,7 @@ def test_documents_are_what_the_model_draws_and_it_goes_on(tiny_model, tmp_path,
     expected = drawn(tiny_model, [[tokenizer.start_id]] * 4, range(4), [tokenizer.end_id], 24)
     assert [each["number"] for each in first[:4]] == [0, 1, 2, 3]
     for document, ids in zip(first[:4], expected, strict=True):
-        assert document["text"] == tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert document["text"] == plain(tokenizer, ids)
         assert document["tokens"] == len(ids)
     assert 100 <= sum(each["tokens"] for each in first) < 100 + 3 * 24
     # Killed while it wrote a line, called again with more to write, in other batches.
@@ -87,26 +98,28 @@ def test_questions_and_answers_by_the_chat_template(tmp_path, capsys):
     config, directory, out = tiny_config(), tmp_path / "model", tmp_path / "chat.jsonl"
     save(directory, config, random_weights(config), hf_config(config), tmp_path / "tokenizer")
     # A random model ends a turn once in so many tokens.
-    ends = list(range(100, 120))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    call("--model", directory, "--tokens", 60, "--document-tokens", 16, "--batch", 8, "--chat", "--out", out)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(100, 120))}))
+    call("--model", directory, "--tokens", 400, "--document-tokens", 16, "--batch", 8, "--chat", "--out", out)
     assert "x no whole question and answer" in capsys.readouterr().err
     tokenizer = Tokenizer(directory)
     template = ChatTemplate(tokenizer)
     begin = template.render([{"role": "user", "content": "@"}]).partition("@")[0]
-    ends.append(tokenizer.end_id)
+    ends = end_ids_of(directory, tokenizer)
+    drawn_special = 0
     for document in lines(out):
         question, answer = document["messages"]
         assert (question["role"], answer["role"]) == ("user", "assistant")
         [ids] = [encoding.ids for encoding in tokenizer.encode_marked([begin])]
         [asked] = drawn(directory, [ids], [document["number"]], ends, 16)
-        assert question["content"] == tokenizer.decode(asked).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+        assert question["content"] == plain(tokenizer, asked).strip()
         [ids] = [each.ids for each in tokenizer.encode_marked([template.render([question], prompt=True)])]
         [said] = drawn(directory, [ids], [document["number"] + (1 << 31)], ends, 16)
-        assert answer["content"] == tokenizer.decode(said).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+        assert answer["content"] == plain(tokenizer, said).strip()
         # Both came to an end.
         assert max(len(asked), len(said)) < 16
         assert document["tokens"] == len(asked) + len(said)
+        drawn_special += len(special_ids(tokenizer) & {*asked, *said})
+    assert drawn_special > 0
     skipped = SkipCounts()
     read_again = list(read(Corpus(name="chat", spec=str(out), format="chat"), skipped))
     assert len(read_again) == len(lines(out)) > 1
