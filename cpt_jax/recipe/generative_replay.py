@@ -1,6 +1,7 @@
 """`cpt data generate`: text that a model writes itself, to be replayed where what it was trained on is not at hand."""
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -205,5 +206,5 @@ def _continued(out: Path, of: str) -> list[dict[str, Any]]:
             f"{out} is no file of this model and these settings: give another --out, or remove it to begin anew"
         )
     if whole != content:
-        out.write_text(whole, encoding="utf-8")
+        os.truncate(out, len(whole.encode()))
     return documents
