@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ class Rehearsal:
 
 
 class Author:
-    """A model that writes, and the tokens its documents have and what was left out of them by reason."""
+    """A model that writes; what was left out is in `skipped`, by reason. `heard` is told how many tokens it has drawn."""
 
-    def __init__(self, directory: Path, rehearsal: Rehearsal) -> None:
+    def __init__(self, directory: Path, rehearsal: Rehearsal, heard: Callable[[int], None]) -> None:
         self._rehearsal, self._tokenizer = rehearsal, Tokenizer(directory)
+        self._heard, self._drawn = heard, 0
         model = load_model(directory)
         check_fits(self._tokenizer, model.config.total_rows, directory)
         self._network, self._ends = model.network, end_ids_of(directory, self._tokenizer)
@@ -128,6 +129,8 @@ class Author:
             generation.stop(row)
         for row, token in generation:
             written[row].append(token)
+            self._drawn += 1
+            self._heard(self._drawn)
         return [(ids, len(ids) < self._rehearsal.document_tokens) for ids in written]
 
     def _text(self, ids: list[int]) -> str:
@@ -159,34 +162,39 @@ def generate_data(*, model: str, tokens: int, rehearsal: Rehearsal, out: Path) -
     # What a document of a number is does not depend on how many are written together.
     of = fingerprint([model, to_json(dataclasses.replace(rehearsal, batch=1))])[:12]
     written = _continued(out, of)
-    done = sum(document["tokens"] for document in written)
+    done = _tokens(written)
     count, following = len(written), 1 + max((document["number"] for document in written), default=-1)
-    author = Author(find_model(model), rehearsal) if done < tokens else None
-    with disk_full_is_told(out), out.open("a", encoding="utf-8") as file:
-        for documents in () if author is None else _batches(author, following, tokens - done, rehearsal.batch, done):
-            file.write("".join(json_line(document | {"of": of}) for document in documents))
-            file.flush()
-            done, count = done + sum(document["tokens"] for document in documents), count + len(documents)
-    if author is not None and author.skipped:
-        say(f"left out: {counted(author.skipped)}")
+    with disk_full_is_told(out), progress("generate", max(done, tokens), "tokens", first=done) as bar:
+        if done < tokens:
+            author = Author(find_model(model), rehearsal, lambda drawn: bar.advance(0, drawn=drawn))
+            with out.open("a", encoding="utf-8") as file:
+                for documents in _batches(author, following, tokens - done, rehearsal.batch):
+                    file.write("".join(json_line(document | {"of": of}) for document in documents))
+                    file.flush()
+                    more = _tokens(documents)
+                    bar.advance(min(more, tokens - done))
+                    done, count = done + more, count + len(documents)
+            if author.skipped:
+                say(f"left out: {counted(author.skipped)}")
     print(f"{out}: {number_of(count, 'document')}, {number_of(done, 'token')}")
 
 
-def _batches(author: Author, following: int, wanted: int, batch: int, done: int) -> Iterator[list[dict[str, Any]]]:
+def _batches(author: Author, following: int, wanted: int, batch: int) -> Iterator[list[dict[str, Any]]]:
     """Batches of documents from a number on, until they have as many tokens as are wanted."""
     empty = 0
-    with progress("generate", done + wanted, "tokens", first=done) as bar:
-        while wanted > 0:
-            documents = author.documents(range(following, following + batch))
-            following, written = following + batch, sum(document["tokens"] for document in documents)
-            empty = 0 if written else empty + 1
-            if empty == EMPTY_BATCHES:
-                raise UserError(
-                    f"of {EMPTY_BATCHES * batch} documents none can be used ({counted(author.skipped)}): give more --document-tokens"
-                )
-            wanted -= written
-            bar.advance(min(written, written + wanted))
-            yield documents
+    while wanted > 0:
+        documents = author.documents(range(following, following + batch))
+        following, wanted = following + batch, wanted - _tokens(documents)
+        empty = 0 if documents else empty + 1
+        if empty == EMPTY_BATCHES:
+            raise UserError(
+                f"of {EMPTY_BATCHES * batch} documents none can be used ({counted(author.skipped)}): give more --document-tokens"
+            )
+        yield documents
+
+
+def _tokens(documents: Sequence[dict[str, Any]]) -> int:
+    return sum(document["tokens"] for document in documents)
 
 
 def _continued(out: Path, of: str) -> list[dict[str, Any]]:
