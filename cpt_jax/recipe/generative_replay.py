@@ -12,7 +12,7 @@ from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import number_of, progress, quiet_libraries, say
 from cpt_jax.core.storage import disk_full_is_told, json_line, objects_in
-from cpt_jax.data.chat_template import ChatTemplate
+from cpt_jax.data.chat_template import MARKERS, ChatTemplate
 from cpt_jax.data.conversations import Message
 from cpt_jax.data.sources import counted
 from cpt_jax.models.generate import Generation, check_room
@@ -28,8 +28,6 @@ from cpt_jax.vocab.tokenizer import Tokenizer
 EMPTY_BATCHES = 4
 # Documents' numbers are below this; an answer has random numbers of its own.
 ANSWERS = 1 << 31
-# Stands where a user's question will.
-_QUESTION = "\ue000"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +76,16 @@ class Author:
         """Those of these numbers that are usable: a text, or messages, with its number and its tokens."""
         first = self._written([self._start] * len(numbers), numbers)
         if self._template is None:
-            texts = [(self._text(ids), len(ids)) for ids, _ in first]
-            found = [{"text": text, "tokens": tokens} for text, tokens in texts]
+            texts = [self._text(ids) for ids, _ in first]
+            found = [
+                {"text": text, "tokens": len(ids)} if text.strip() else None
+                for text, (ids, _) in zip(texts, first, strict=True)
+            ]
         else:
             found = self._conversations(self._template, first, numbers)
         usable = []
         for number, document in zip(numbers, found, strict=True):
-            if document is None or not document.get("text", "…").strip():
+            if document is None:
                 self.skipped["empty" if self._template is None else "no whole question and answer"] += 1
             else:
                 usable.append({"number": number} | document)
@@ -139,7 +140,7 @@ class Author:
 
     def _of_user(self, template: ChatTemplate) -> list[int]:
         """What a conversation begins with, up to the user's question."""
-        before, found, _ = template.render([_message("user", _QUESTION)]).partition(_QUESTION)
+        before, found, _ = template.render([_message("user", MARKERS[0])]).partition(MARKERS[0])
         if not found:
             raise UserError(f"{template.name} does not write what a user says as it is: leave out --chat")
         [encoding] = self._tokenizer.encode_marked([before])

@@ -64,6 +64,7 @@ def test_documents_are_what_the_model_draws_and_it_goes_on(tiny_model, tmp_path,
     out, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
     flags = ("--model", tiny_model, "--document-tokens", 24)
     call(*flags, "--tokens", 100, "--batch", 3, "--out", out)
+    assert "generate: 0/100 tokens, drawn 1\n" in capsys.readouterr().err
     tokenizer, first = Tokenizer(tiny_model), lines(out)
     expected = drawn(tiny_model, [[tokenizer.start_id]] * 4, range(4), [tokenizer.end_id], 24)
     assert [each["number"] for each in first[:4]] == [0, 1, 2, 3]
