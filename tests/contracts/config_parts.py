@@ -8,3 +8,11 @@ PROPORTIONAL = dict(rope_type="proportional", rope_theta=1e6, partial_rotary_fac
 LOCAL_ROPE = dict(rope_type="default", rope_theta=1e4)
 ROUTED = dict(num_experts_per_tok=2, moe_intermediate_size=16, routed_scaling_factor=2.5, norm_topk_prob=True)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.01)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from contracts.config_parts import EXPERTS, LAYER_NORM, MULTIPLIERS, PROPORTIONAL, ROUTED, TIED, UNTIED, YARN
+from contracts.config_parts import ALTERNATING, LAYER_NORM, LLAMA3, MULTIPLIERS, PROPORTIONAL, TIED, UNTIED, YARN
+from contracts.expert_configs import EXPERT_MODELS
 from contracts.hybrid_configs import HYBRIDS
 from contracts.latent_configs import LATENT
 
@@ -19,17 +20,9 @@ SIZES = dict(
     eos_token_id=1,
     pad_token_id=2,
 )
-LLAMA3 = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 GROWTH = dict(llama_4_scaling_beta=0.7)
 # Shorter than the sequences of the tests (40 tokens): the long factors, or the larger theta, come into play.
 SHORT = dict(max_position_embeddings=24)
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 PHI3 = dict(hidden_size=32, original_max_position_embeddings=16, max_position_embeddings=64)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[1.0, 2.0, 3.0, 4.5])
 GEMMA_4_UNIFIED = dict(head_dim=8, global_head_dim=16)
@@ -38,7 +31,6 @@ GEMMA_4_SMALL = GEMMA_4_UNIFIED | dict(hidden_size_per_layer_input=6, vocab_size
 GEMMA_4_SMALL |= dict(num_hidden_layers=6, num_key_value_heads=1, num_kv_shared_layers=2, use_double_wide_mlp=True)
 GEMMA_4_SMALL |= dict(layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2)
 GEMMA_4_SMALL |= dict(final_logit_softcapping=4.0)
-GPT_OSS = dict(num_local_experts=6, num_experts_per_tok=2, head_dim=8, sliding_window=6)
 
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -188,38 +180,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(layer_norm_eps=1e-3, use_parallel_residual=True, partial_rotary_factor=0.75),
         "whole heads, yarn": UNTIED | LAYER_NORM | dict(partial_rotary_factor=1.0, rope_scaling=YARN),
     },
-    "granitemoe": {
-        "as released": TIED | EXPERTS | MULTIPLIERS | dict(num_local_experts=6),
-        "untied, biases": UNTIED | EXPERTS | dict(num_local_experts=3, attention_bias=True, num_experts_per_tok=1),
-        "yarn": TIED | EXPERTS | dict(num_local_experts=4, rope_scaling=YARN, num_key_value_heads=1),
-    },
-    "granitemoeshared": {
-        "as released": TIED | EXPERTS | MULTIPLIERS | dict(num_local_experts=6, shared_intermediate_size=20),
-        "untied, biases": UNTIED
-        | EXPERTS
-        | dict(num_local_experts=3, attention_bias=True, num_experts_per_tok=1, shared_intermediate_size=64),
-        "no shared feed-forward": UNTIED | EXPERTS | dict(num_local_experts=4),
-    },
-    "hunyuan_v1_moe": {
-        "as released": UNTIED
-        | dict(num_experts=6, moe_topk=[3, 3, 3], head_dim=16)
-        | dict(rope_scaling=dict(type="dynamic", alpha=1000.0, factor=1.0)),
-        "tied, biases, one of three": TIED | dict(num_experts=3, moe_topk=1, attention_bias=True, head_dim=8),
-        "linear": UNTIED
-        | dict(num_experts=4, moe_topk=2, num_key_value_heads=1, head_dim=10)
-        | dict(rope_scaling=dict(type="linear", factor=2.0)),
-    },
-    "solar_open": {
-        "as released": UNTIED
-        | ROUTED
-        | dict(n_routed_experts=6, head_dim=16, rope_scaling=YARN, first_k_dense_replace=0, partial_rotary_factor=1.0),
-        "groups, biases, two shared": TIED
-        | ROUTED
-        | dict(n_routed_experts=8, n_group=4, topk_group=2, n_shared_experts=2, attention_bias=True, head_dim=8),
-        "linear, not renormalised": UNTIED
-        | ROUTED
-        | dict(n_routed_experts=4, head_dim=8, norm_topk_prob=False, rope_scaling=dict(type="linear", factor=2.0)),
-    },
     "apertus": {
         "as released": UNTIED | dict(rope_scaling=LLAMA3, rope_theta=12e6),
         "tied, biases, one key head": TIED | dict(attention_bias=True, num_key_value_heads=1),
@@ -300,40 +260,10 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "untied, biases": UNTIED | dict(attention_bias=True, head_dim=8, num_key_value_heads=1),
         "dynamic": TIED | SHORT | dict(head_dim=8, rope_scaling=dict(type="dynamic", factor=2.0)),
     },
-    "minimax_m2": {
-        "as released": UNTIED
-        | dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, rotary_dim=8, rope_theta=5e6),
-        "tied, all rotated": TIED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8),
-        "yarn, one of four": UNTIED
-        | dict(num_local_experts=4, num_experts_per_tok=1, head_dim=8, rope_scaling=YARN, num_key_value_heads=1),
-    },
-    "dots1": {
-        "as released": UNTIED
-        | ROUTED
-        | dict(first_k_dense_replace=1, n_routed_experts=6, n_shared_experts=2, num_key_value_heads=4, head_dim=16),
-        "windows, groups, biases": TIED
-        | ROUTED
-        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1, head_dim=8)
-        | dict(attention_bias=True, sliding_window=6, max_window_layers=1, norm_topk_prob=False),
-        "none dense, yarn": UNTIED
-        | ROUTED
-        | dict(n_routed_experts=4, n_shared_experts=1, head_dim=8, sliding_window=None, rope_scaling=YARN),
-    },
     "ernie4_5": {
         "as released": TIED | dict(head_dim=16, rope_theta=5e5),
         "untied, biases": UNTIED | dict(head_dim=8, use_bias=True, num_key_value_heads=1),
         "linear": UNTIED | dict(head_dim=12, rope_scaling=dict(type="linear", factor=4.0)),
-    },
-    "ernie4_5_moe": {
-        "as released": TIED
-        | dict(moe_intermediate_size=16, moe_num_experts=6, moe_k=3, moe_num_shared_experts=2)
-        | dict(moe_layer_start_index=1, moe_layer_end_index=2, rope_theta=5e5),
-        "untied, two dense, no shared expert": UNTIED
-        | dict(moe_intermediate_size=24, moe_num_experts=4, moe_k=2, moe_num_shared_experts=0)
-        | dict(moe_layer_start_index=2, num_key_value_heads=1),
-        "none dense, yarn": UNTIED
-        | dict(moe_intermediate_size=12, moe_num_experts=4, moe_k=1, moe_num_shared_experts=1)
-        | dict(moe_layer_start_index=0, router_aux_loss_coef=0.0, rope_scaling=YARN),
     },
     "exaone4": {
         "as released, large": UNTIED
@@ -341,21 +271,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(head_dim=16),
         "as released, small": TIED | dict(sliding_window=None, layer_types=["full_attention"] * 3, rope_scaling=LLAMA3),
         "by interval": UNTIED | dict(sliding_window=9, sliding_window_pattern=3),
-    },
-    "exaone_moe": {
-        "as released": UNTIED
-        | ROUTED
-        | dict(sliding_window=6, sliding_window_pattern="LLLG", num_hidden_layers=4, num_experts=6, head_dim=16)
-        | dict(layer_types=["sliding_attention"] * 3 + ["full_attention"], rope_theta=1e6)
-        | dict(mlp_layer_types=["dense"] + ["sparse"] * 3),
-        "by number, groups": TIED
-        | ROUTED
-        | dict(sliding_window=9, layer_types=ALTERNATING, first_k_dense_replace=2, num_experts=8, n_group=4)
-        | dict(topk_group=2, num_shared_experts=2, head_dim=8),
-        "none dense, llama3": UNTIED
-        | ROUTED
-        | dict(sliding_window=6, layer_types=ALTERNATING, first_k_dense_replace=0, num_experts=4, head_dim=8)
-        | dict(rope_scaling=LLAMA3),
     },
     "gpt_neox": {
         "as released": UNTIED | dict(rotary_pct=0.25),
@@ -366,72 +281,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             attention_bias=False, rotary_pct=1.0, hidden_act="gelu_fast", rope_scaling=dict(type="linear", factor=2.0)
         ),
     },
-    "gpt_oss": {
-        # Of the fields beside, transformers looks at none.
-        "as released": UNTIED
-        | GPT_OSS
-        | dict(rope_scaling=YARN | dict(truncate=False), rope_theta=150_000.0, swiglu_limit=7.0)
-        | dict(router_aux_loss_coef=0.9, output_router_logits=False, initial_context_length=16, experts_per_token=2),
-        "cut off, tied, no window, another activation": TIED
-        | GPT_OSS
-        | dict(swiglu_limit=0.4, swiglu_alpha=1.1, layer_types=["full_attention"] * 3, hidden_act="gelu")
-        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), num_experts_per_tok=1),
-        "no biases of attention, one key head": UNTIED
-        | GPT_OSS
-        | dict(attention_bias=False, num_key_value_heads=1, num_local_experts=3, intermediate_size=20),
-    },
-    "qwen2_moe": {
-        "as released": UNTIED
-        | EXPERTS
-        | dict(num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_key_value_heads=4),
-        "renormalised, tied, no biases": TIED
-        | EXPERTS
-        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=12, norm_topk_prob=True)
-        | dict(num_experts_per_tok=3, qkv_bias=False, rope_scaling=YARN),
-        # In every other one of the lower layers.
-        "window, head dimension, activation": UNTIED
-        | EXPERTS
-        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, head_dim=16)
-        | dict(use_sliding_window=True, sliding_window=6, max_window_layers=2, hidden_act="gelu_pytorch_tanh"),
-    },
-    "qwen3_moe": {
-        "renormalised": UNTIED
-        | EXPERTS
-        | dict(num_experts=6, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True),
-        "not renormalised, tied": TIED | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
-        "window, biases, yarn": UNTIED
-        | EXPERTS
-        | dict(num_experts=8, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=3, attention_bias=True)
-        | dict(use_sliding_window=True, sliding_window=6, rope_scaling=YARN),
-    },
-    "olmoe": {
-        "as released": UNTIED | EXPERTS | dict(num_key_value_heads=4, num_experts=6),
-        "tied, renormalised, biases": TIED
-        | EXPERTS
-        | dict(num_experts=4, norm_topk_prob=True, num_experts_per_tok=3, attention_bias=True),
-        "linear": UNTIED
-        | EXPERTS
-        | dict(num_experts=4, num_experts_per_tok=1, rope_scaling=dict(type="linear", factor=2.0)),
-    },
-    "mixtral": {
-        "untied": UNTIED | EXPERTS | dict(num_local_experts=4),
-        "tied, one of three": TIED | EXPERTS | dict(num_local_experts=3, num_experts_per_tok=1),
-        "window, head dimension": UNTIED | EXPERTS | dict(num_local_experts=5, sliding_window=6, head_dim=16),
-    },
-    "glm4_moe": {
-        # 4.5 Air; 4.5, 4.6 and 4.7 have norms of queries and keys, and three dense layers.
-        "as released": UNTIED
-        | ROUTED
-        | dict(first_k_dense_replace=1, n_routed_experts=6, attention_bias=True, head_dim=16, rope_theta=1e6)
-        | dict(partial_rotary_factor=0.5, num_nextn_predict_layers=1),
-        "groups, norms of heads, two dense": TIED
-        | ROUTED
-        | dict(first_k_dense_replace=2, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True, head_dim=16)
-        | dict(n_shared_experts=2, norm_topk_prob=False, num_experts_per_tok=3, partial_rotary_factor=0.25),
-        "none dense, yarn": UNTIED
-        | ROUTED
-        | dict(first_k_dense_replace=0, n_routed_experts=4, head_dim=8, rope_scaling=YARN),
-    },
     "smollm3": {
         "as released": TIED | dict(no_rope_layers=[1, 1, 0], rope_theta=5e6),
         "by interval, biases, yarn": UNTIED
@@ -441,8 +290,8 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         | dict(no_rope_layers=[0, 1, 1, 0, 1], layer_types=ALTERNATING, head_dim=16)
         | dict(use_sliding_window=True, sliding_window=6),
     },
-} | HYBRIDS
-CONFIGS |= LATENT
+} | EXPERT_MODELS
+CONFIGS |= HYBRIDS | LATENT
 
 
 def config_json(model_type: str, name: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.config_parts import LOCAL_ROPE, PROPORTIONAL, YARN
-from contracts.family_configs import ALTERNATING, CONFIGS, config_json
+from contracts.config_parts import ALTERNATING, LOCAL_ROPE, PROPORTIONAL, YARN
+from contracts.family_configs import CONFIGS, config_json
 from jaxtyping import Array
 from safetensors.numpy import load_file
 
