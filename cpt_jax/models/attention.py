@@ -1,8 +1,8 @@
-"""Causal self-attention with grouped heads: projections, rotations, the cache. What is in between is `kernels`."""
+"""Causal self-attention with grouped heads: projections and rotations. What is in between is `kernels`."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cpt_jax.models.kernels.attend import attend
+from cpt_jax.models.kernels.cached import KeyCache, cached
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import Linear, LoRAConfig, Weight, applied
 from cpt_jax.models.norms import RMSNorm, unit_rms
 from cpt_jax.models.remat import named, recomputed
 from cpt_jax.models.rope import Rotation, rotate
 
-
-class Cache(NamedTuple):
-    """Keys and values of the positions seen so far, of one layer (or of all, with a leading axis)."""
-
-    keys: Float[Array, "B G K head"]
-    values: Float[Array, "B G K head"]
+# Keys and values of a layer, which others share.
+Shared = tuple[Float[Array, "B G S head"], Float[Array, "B G S head"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +32,6 @@ class GlobalAttention:
     head_dim: int
     num_kv_heads: int
     values_are_keys: bool = False
-
-
-def empty_cache(head_dim: int, groups: int, layers: int, batch: int, length: int, dtype) -> Cache:
-    """Of layers that have seen nothing, with room for `length` tokens."""
-    shape = (layers, batch, groups, length, head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 class Attention(nnx.Module):
@@ -119,45 +110,39 @@ class Attention(nnx.Module):
         angles: Rotation,
         visible: Visible,
         dtype: jnp.dtype,
-        cache: Cache | None = None,
+        cache: KeyCache | Shared | None = None,
         norm: Callable[[Array], Array] = lambda x: x,
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+    ) -> tuple[Float[Array, "B S D"], KeyCache | Shared | None]:
         """Of the normalised input: what `norm` makes of x. Attends to what is visible; with a cache, this call's keys
-        go into it at the first query's place, all of it is attended to, and always by the reference. Where layers share
-        keys and values, these are given back as a cache is; a layer that has none is given them so, and writes nothing."""
+        go into it at the first query's place. Where layers share keys and values, these are given back where there is no
+        cache; a layer that has none is given them, or the other layer's cache, which it leaves as it is."""
         batch, length, _ = x.shape
         (q,), k, v, gate = recomputed(lambda x: self._projected(norm(x), angles, dtype))(x)
-        q = named(q, "queries")
-        if self.sharing:
-            assert cache is not None
-            k, v = cache
-            # A cache has room for more than this call's tokens.
-            cached = k.shape[2] > length
+        q, sinks = named(q, "queries"), None if self.sinks is None else self.sinks[...]
+        if not self.sharing:
+            own = named(k[0], "keys"), named(v[0], "values")
+            cache = cache.written(own, visible.index) if isinstance(cache, KeyCache) else own
+        assert cache is not None
+        if isinstance(cache, KeyCache):
+            mixed = cached(q, cache, visible, self.windows, self.softcap, dtype, sinks)
         else:
-            k, v, cached = named(k[0], "keys"), named(v[0], "values"), cache is not None
-            if cache is not None:
-                k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), visible.index, axis=2)
-                v = jax.lax.dynamic_update_slice_in_dim(
-                    cache.values, v.astype(cache.values.dtype), visible.index, axis=2
-                )
-            cache = Cache(k, v) if cached or self.shared else None
-        mixed = attend(
-            q,
-            k,
-            v,
-            visible,
-            windows=self.windows,
-            softcap=self.softcap,
-            dtype=dtype,
-            sinks=None if self.sinks is None else self.sinks[...],
-            kernel="xla" if cached else self.kernel,
-            documents=self.documents,
-            runs=self.runs,
-        )
+            mixed = attend(
+                q,
+                *cache,
+                visible,
+                windows=self.windows,
+                softcap=self.softcap,
+                dtype=dtype,
+                sinks=sinks,
+                kernel=self.kernel,
+                documents=self.documents,
+                runs=self.runs,
+            )
         mixed = mixed.transpose(0, 2, 1, 3)
         if gate:
             mixed = recomputed(self._gated)(mixed, gate[0])
-        return self.o(mixed.reshape(batch, length, self.heads * self.head_dim), dtype), cache
+        given_back = cache if isinstance(cache, KeyCache) or self.shared else None
+        return self.o(mixed.reshape(batch, length, self.heads * self.head_dim), dtype), given_back
 
     def _gated(self, mixed: Float[Array, "B S H h"], gate: Float[Array, "B S x"]) -> Float[Array, "B S H h"]:
         """Output gates (Qiu et al. 2025, arXiv 2505.06708): of each number, or of each head."""

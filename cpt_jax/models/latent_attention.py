@@ -2,15 +2,16 @@
 one short vector a token, which is all that a cache holds of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from cpt_jax.models.kernels.attend import attend
+from cpt_jax.models.kernels.cached import KeyCache, cached
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import Linear, LoRAConfig, applied
 from cpt_jax.models.norms import RMSNorm
@@ -20,13 +21,6 @@ from cpt_jax.models.rope import Rotation, rotate
 
 # Of the norms of latents, whatever config.json says (transformers, modeling_deepseek_v3.py).
 NORM_EPSILON = 1e-6
-
-
-class LatentCache(NamedTuple):
-    """Of the positions seen so far, the latents and the rotated part of keys (of all layers, with a leading axis)."""
-
-    latents: Float[Array, "B 1 K latent"]
-    keys: Float[Array, "B 1 K rotated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +42,9 @@ class LatentAttentionConfig:
         """Of queries and keys."""
         return self.fixed_dim + self.rotated_dim
 
-    def empty_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
-        """Of layers that have seen nothing, with room for `length` tokens."""
-        widths = self.rank, self.rotated_dim
-        return LatentCache(*(jnp.zeros((layers, batch, 1, length, width), dtype) for width in widths))
+    def empty_cache(self, layers: int, batch: int, length: int, dtype: jnp.dtype) -> KeyCache:
+        """Of the rotated part of keys, and of latents."""
+        return KeyCache.empty(layers, batch, 1, length, (self.rotated_dim, self.rank), dtype)
 
 
 class LatentAttention(nnx.Module):
@@ -114,40 +107,32 @@ class LatentAttention(nnx.Module):
         angles: Rotation,
         visible: Visible,
         dtype: jnp.dtype,
-        cache: LatentCache | None = None,
+        cache: KeyCache | None = None,
         norm: Callable[[Array], Array] = lambda x: x,
-    ) -> tuple[Float[Array, "B S D"], LatentCache | None]:
+    ) -> tuple[Float[Array, "B S D"], KeyCache | None]:
         """Of the normalised input: what `norm` makes of x. As `Attention`; with a cache, latents are read as they are:
         the matrix that would make keys of them is multiplied with the queries, that of values with what is mixed."""
-        up = None
         if cache is None:
             q, k, v = recomputed(lambda x: self._expanded(norm(x), angles, dtype))(x)
-            q, k, v = named(q, "queries"), named(k, "keys"), named(v, "values")
+            mixed = attend(
+                named(q, "queries"),
+                named(k, "keys"),
+                named(v, "values"),
+                visible,
+                windows=self.windows,
+                softcap=self.softcap,
+                dtype=dtype,
+                kernel=self.kernel,
+                documents=self.documents,
+                runs=self.runs,
+            )
         else:
-            fixed, turned, *new = self._projected(norm(x), angles, dtype)
-            cache = LatentCache(*(_written(old, added, visible.index) for old, added in zip(cache, new, strict=True)))
+            fixed, turned, latents, key = self._projected(norm(x), angles, dtype)
+            cache = cache.written((key, latents[:, None]), visible.index)
             matrix = self.kv_b.matrix(dtype).reshape(self.sizes.rank, self.heads, -1)
-            up = matrix[..., self.sizes.fixed_dim :]
-            q = contract("bhsn,rhn->bhsr", fixed, matrix[..., : self.sizes.fixed_dim], dtype)
-            q, k, v = jnp.concatenate([q, turned], -1), jnp.concatenate(cache, -1), cache.latents
-        mixed = attend(
-            q,
-            k,
-            v,
-            visible,
-            windows=self.windows,
-            softcap=self.softcap,
-            dtype=dtype,
-            kernel=self.kernel if up is None else "xla",
-            documents=self.documents,
-            runs=self.runs,
-        )
-        if up is not None:
+            down, up = jnp.split(matrix, [self.sizes.fixed_dim], axis=-1)
+            q = jnp.concatenate([turned, contract("bhsn,rhn->bhsr", fixed, down, dtype)], -1)
+            whole = functools.partial(jnp.concatenate, axis=-1)
+            mixed = cached(q, cache, visible, self.windows, self.softcap, dtype, keys=whole)
             mixed = contract("bhsr,rhv->bhsv", mixed, up, dtype)
         return self.o(mixed.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1), dtype), cache
-
-
-def _written(cache: Float[Array, "B 1 K w"], new: Array, index: Array | int) -> Float[Array, "B 1 K w"]:
-    """With this call's behind those of the positions before."""
-    new = new.reshape(len(new), 1, -1, new.shape[-1]).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)

@@ -2,19 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cpt_jax.models.attention import Attention, Cache
+from cpt_jax.models.attention import Attention
+from cpt_jax.models.kernels.cached import KeyCache
 from cpt_jax.models.kernels.visible import Visible
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.mamba2 import Mamba2, Mamba2Cache, Mamba2Config
 from cpt_jax.models.rope import Rotation
 
-BothCaches = tuple[Cache, Mamba2Cache]
+BothCaches = tuple[KeyCache, Mamba2Cache]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,5 +52,5 @@ class SideBySide(nnx.Module):
         (first, after_first), (second, after_second) = self.sizes.attention_factors, self.sizes.mamba2_factors
         attended, keys = self.attention(x, angles, visible, dtype, keys, norm=lambda x: norm(x) * first)
         mixed, state = self.mamba2(x, angles, visible, dtype, state, norm=lambda x: norm(x) * second)
-        after = None if keys is None or state is None else (keys, state)
+        after = None if cache is None else cast(BothCaches, (keys, state))
         return attended * after_first + mixed * after_second, after

@@ -9,21 +9,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from cpt_jax.models import attention
+from cpt_jax.models.attention import GlobalAttention
+from cpt_jax.models.kernels.cached import KeyCache
 from cpt_jax.models.latent_attention import LatentAttentionConfig
 from cpt_jax.models.layers import Block, mixer_of
 from cpt_jax.models.linear import LoRAConfig
 from cpt_jax.models.quantised import OfStack
 from cpt_jax.models.side_by_side import SideBySideConfig
 
-# By the mixer's name: what its layers know of the tokens before, with those layers as first axis.
+# By the mixer's name: what its layers know of the tokens before, with those layers as first axis; keys and values as a
+# `KeyCache`.
 Caches = dict[str, Any]
 
 
 class LayerInputs(NamedTuple):
     """What a block is given besides x: its cache (or keys and values of another layer, where it has none), the number
-    of its kind (None where all are of one), and what `run_blocks` was given for it. With the layers as first axis, of
-    all of them."""
+    of its kind (None where all are of one), and what `run_blocks` was given for it."""
 
     cache: Any
     kind: Any
@@ -77,8 +78,8 @@ def empty_caches(config, batch: int, length: int, dtype) -> Caches:
         counted = config.layer_mixers[:own].count(name)
         heads, keys = config.heads_of(kind), None
         if kind.attends and not isinstance(kind.mixer, LatentAttentionConfig):
-            keys = attention.empty_cache(heads.keys, heads.groups, counted, batch, length, dtype)
-        if kind.mixer is None or isinstance(kind.mixer, attention.GlobalAttention):
+            keys = KeyCache.empty(counted, batch, heads.groups, length, (heads.keys, heads.keys), dtype)
+        if kind.mixer is None or isinstance(kind.mixer, GlobalAttention):
             found[name] = keys
         elif isinstance(kind.mixer, LatentAttentionConfig):
             found[name] = kind.mixer.empty_cache(counted, batch, length, dtype)
@@ -98,26 +99,12 @@ def run_blocks(
     Args:
       inputs: what each block is given besides: a tree of arrays, with the layers as first axis.
     """
-    if not config.layer_groups and not config.sharing_layers and not config.dense_layers:
-        return _run(config, blocks, range(config.num_layers), x, inputs, caches, call)
-    every, results, shared = [], [], {}
+    results, shared = [], {}
     for stack, layers in _stacks(config, blocks):
-        first, last, part = layers.start, layers.stop, None
-        mixers = config.layer_mixers[first:last]
-        if sharing := first >= config.num_layers - config.sharing_layers:
-            part = shared
-        elif caches is not None:
-            before = config.layer_mixers[:first]
-            counts = {mixer: (before.count(mixer), config.layer_mixers[:last].count(mixer)) for mixer in caches}
-            part = {mixer: _cut(cache, *counts[mixer]) for mixer, cache in caches.items()}
-        x, part, result = _run(config, stack, layers, x, _cut(inputs, first, last), part, call, sharing)
+        part = _cut(inputs, layers.start, layers.stop)
+        x, caches, shared, result = _run(config, stack, layers, x, part, caches, shared, call)
         results += [] if result is None else [result]
-        if sharing:
-            continue
-        every.append(part)
-        if part is not None and config.sharing_layers:
-            shared |= {mixer: _at(part[mixer], -1) for mixer in dict.fromkeys(mixers)}
-    return x, None if caches is None else _joined(every), _joined(results)
+    return x, caches, _joined(results)
 
 
 def _stacks(config, blocks: Any) -> Iterator[tuple[Block, range]]:
@@ -147,12 +134,12 @@ def _groups(config) -> list[tuple[str, int, int]]:
 
 
 def _run(
-    config, stack: Block, layers: range, x: Array, inputs: Any, caches: Caches | None, call: Call, sharing: bool = False
-) -> tuple[Array, Caches | None, Any]:
-    """Layers in a loop, whose body is one layer, or as many different ones as come again and again.
+    config, stack: Block, layers: range, x: Array, inputs: Any, caches: Caches | None, shared: Caches, call: Call
+) -> tuple[Array, Caches | None, Caches, Any]:
+    """Layers in a loop, whose body is one layer, or as many different ones as come again and again; the caches go along,
+    so that they are written where they are.
 
-    Without caches the second result is, where others share them, keys and values of each mixer's last layer of each
-    period. Layers that are `sharing` are given such of one layer as caches, which they leave as they are.
+    `shared`: keys and values that others share where there are no caches, those of each mixer's last layer.
     """
     mixers = config.layer_mixers[layers.start : layers.stop]
     pattern = None if config.layer_pattern is None else config.layer_pattern[layers.start : layers.stop]
@@ -160,12 +147,21 @@ def _run(
     layer = functools.partial(_layer, graphdef, call)
     if len(set(mixers)) > 1 or config.sharing_layers:
         pattern = pattern or (0,) * len(layers)
-        return _run_periods(config, layer, mixers, pattern, weights, x, inputs, caches, sharing)
+        return _run_periods(config, layer, layers, pattern, weights, x, inputs, caches, shared)
+    (mixer,) = set(mixers)
+    run = _recomputed(config, layer(mixer))
+    before = config.layer_mixers[: layers.start].count(mixer)
+
+    def one(carry, given):
+        (x, caches), (weights, number, kind, own) = carry, given
+        x, (cache, result) = run(x, (weights, LayerInputs(_of_layer(caches, mixer, number), kind, own)))
+        return (x, _with_layer(caches, mixer, number, cache)), result
+
+    numbers = None if caches is None else before + jnp.arange(len(layers))
     kinds = None if pattern is None else jnp.asarray(pattern)
-    each = (weights, LayerInputs(None if caches is None else caches[mixers[0]], kinds, inputs))
     unroll = len(layers) if config.layer_loop == "unroll" else 1
-    x, (cache, results) = jax.lax.scan(_recomputed(config, layer(mixers[0])), x, each, unroll=unroll)
-    return x, None if caches is None else caches | {mixers[0]: cache}, results
+    (x, caches), results = jax.lax.scan(one, (x, caches), (weights, numbers, kinds, inputs), unroll=unroll)
+    return x, caches, shared, results
 
 
 def _layer(graphdef, call: Call, mixer: str, kind: int | None = None) -> Callable[..., Any]:
@@ -192,49 +188,75 @@ def _recomputed(config, layer: Callable[..., Any]) -> Callable[..., Any]:
 def _run_periods(
     config,
     layer: Callable[..., Any],
-    mixers,
+    layers: range,
     pattern,
     weights,
     x: Array,
     inputs: Any,
     caches: Caches | None,
-    sharing: bool = False,
-) -> tuple[Array, Caches | None, Any]:
+    shared: Caches,
+) -> tuple[Array, Caches | None, Caches, Any]:
     """Layers that mix tokens in different ways: one after the other within a period, the periods in a loop."""
-    size = _period(pattern)
-    count = len(mixers) // size
-    before = None if caches is None or sharing else {mixer: caches[mixer] for mixer in dict.fromkeys(mixers)}
+    mixers, size = config.layer_mixers[layers.start : layers.stop], _period(pattern)
+    count, own_layers = len(mixers) // size, config.num_layers - config.sharing_layers
+    sharing = layers.start >= own_layers
 
-    def period(x, given):
-        weights, before, inputs = given
-        after: dict[str, list[Any]] = {mixer: [] for mixer in sorted(set(mixers))}
-        results = []
-        for number, mixer in enumerate(mixers[:size]):
-            place = mixers[:number].count(mixer)
+    def period(carry, given):
+        (x, caches), (weights, number, inputs) = carry, given
+        last, results = {}, []
+        for within, mixer in enumerate(mixers[:size]):
+            place = mixers[:within].count(mixer)
 
-            def run(x, weights, given, number=number, mixer=mixer, place=place):
+            def run(x, weights, given, within=within, mixer=mixer, place=place):
                 # Of other mixers the first layer's weights go along unread.
                 places = {name: place if name == mixer else 0 for name in mixers}
-                own = {name: _layer_of(part, places.get(name, number)) for name, part in weights.items()}
-                return layer(mixer, pattern[number])(x, (nnx.State(own), given))
+                own = {name: _layer_of(part, places.get(name, within)) for name, part in weights.items()}
+                return layer(mixer, pattern[within])(x, (nnx.State(own), given))
 
-            cache = None if caches is None else caches[mixer] if sharing else _at(before[mixer], place)
-            given = LayerInputs(cache, None, _at(inputs, number))
+            if sharing:
+                at = config.layer_mixers[:own_layers].count(mixer) - 1
+            elif caches is not None:
+                before = config.layer_mixers[: layers.start].count(mixer)
+                at = before + number * mixers[:size].count(mixer) + place
+            else:
+                at = None
+            cache = shared[mixer] if sharing and caches is None else _of_layer(caches, mixer, at)
+            given = LayerInputs(cache, None, _at(inputs, within))
             x, (cache, result) = _recomputed(config, run)(x, weights, given)
-            after[mixer].append(cache)
             results += [] if result is None else [result]
-        if sharing:
-            after = {}
-        elif caches is None:
-            after = {mixer: parts[-1:] for mixer, parts in after.items()}
-        return x, ({mixer: _stacked(parts) for mixer, parts in after.items()}, _stacked(results))
+            if not sharing:
+                caches, last[mixer] = _with_layer(caches, mixer, at, cache), cache
+        return (x, caches), ({} if caches is not None else last, _stacked(results))
 
-    in_periods = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (dict(weights), before, inputs))
-    x, outputs = jax.lax.scan(period, x, in_periods, unroll=count if config.layer_loop == "unroll" else 1)
-    after, results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-    if caches is None and not config.sharing_layers:
-        return x, None, results
-    return x, (caches or {}) | after, results
+    in_periods = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (dict(weights), inputs))
+    numbers = None if caches is None else jnp.arange(count)
+    given = in_periods[0], numbers, in_periods[1]
+    unroll = count if config.layer_loop == "unroll" else 1
+    (x, caches), (last, results) = jax.lax.scan(period, (x, caches), given, unroll=unroll)
+    results = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+    return x, caches, shared | _at(last, -1), results
+
+
+def _of_layer(caches: Caches | None, mixer: str, number: Any) -> Any:
+    """The cache of one of the mixer's layers; keys and values stay where they are."""
+    if caches is None:
+        return None
+    return jax.tree.map(
+        lambda part: part._replace(layer=number) if isinstance(part, KeyCache) else part[number],
+        caches[mixer],
+        is_leaf=lambda part: isinstance(part, KeyCache),
+    )
+
+
+def _with_layer(caches: Caches | None, mixer: str, number: Any, cache: Any) -> Caches | None:
+    """The caches with this one of that layer."""
+    if caches is None:
+        return None
+
+    def put(old: Any, new: Any) -> Any:
+        return new._replace(layer=None) if isinstance(new, KeyCache) else old.at[number].set(new)
+
+    return caches | {mixer: jax.tree.map(put, caches[mixer], cache, is_leaf=lambda part: isinstance(part, KeyCache))}
 
 
 def _period(pattern: Sequence[int]) -> int:
@@ -248,7 +270,7 @@ def _period(pattern: Sequence[int]) -> int:
 
 
 def _cut(tree: Any, first: int, last: int) -> Any:
-    return jax.tree.map(lambda array: array[first:last], tree)
+    return jax.tree.map(lambda array: array if (first, last) == (0, len(array)) else array[first:last], tree)
 
 
 def _at(tree: Any, number: int) -> Any:
@@ -273,4 +295,4 @@ def _stacked(trees: Sequence[Any]) -> Any:
 
 
 def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees) if trees else None
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts) if parts[1:] else parts[0], *trees) if trees else None

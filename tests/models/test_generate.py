@@ -1,5 +1,8 @@
 """Generation with a cache: greedy text is that of transformers, and rows do not know of each other."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ from contracts.test_families import reference_model
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.models.families import llama
+from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.families import family_for, llama
 from cpt_jax.models.generate import Generation, _functions, generate
 from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe.model import load_model
@@ -123,11 +127,38 @@ def test_the_cache_is_in_the_computations_type_and_its_memory_is_used_again(tiny
     _, caches = read_prompts(weights, np.ones((1, 64), np.int32), np.zeros(1, np.int32), np.int32(63), length=128)
     assert caches.keys() == {"attention"}
     cache = caches["attention"]
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert cache.keys.shape == (2, 1, 2, 128, 8)
+    assert [(part.dtype, part.shape) for part in cache.parts] == [(jnp.bfloat16, (2, 1, 2, 128, 8))] * 2
     _, after = read_tokens(weights, jnp.ones(1, jnp.int32), np.zeros(1, np.int32), caches, np.int32(64))
-    assert after["attention"].keys.shape == (2, 1, 2, 128, 8)
-    assert cache.keys.is_deleted()
+    assert all(part.is_deleted() for part in cache.parts)
+    assert [part.shape for part in after["attention"].parts] == [(2, 1, 2, 128, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "one key head, llama3"),
+        ("gemma4_text", "inputs of layers, shared keys, double width"),
+        ("falcon_h1", "as released"),
+        ("deepseek_v3", "as released"),
+    ],
+)
+def test_a_token_is_written_where_the_cache_is(model_type, name):
+    """A step with a hundred times as long a cache takes next to no memory besides more."""
+    raw = config_json(model_type, name)
+    config = family_for(raw).config_from_hf(raw)
+    network = abstract_decoder(config)
+    read_prompts, read_tokens = _functions(network, jnp.dtype("float32"))
+    taken, sizes = [], []
+    for length in (512, 51_200):
+        first = jax.ShapeDtypeStruct((2,), jnp.int32)
+        prompt = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+        _, caches = jax.eval_shape(
+            functools.partial(read_prompts, length=length), network.shapes, prompt, first, np.int32(63)
+        )
+        compiled = read_tokens.lower(network.shapes, first, first, caches, np.int32(64)).compile()
+        taken.append(compiled.memory_analysis().temp_size_in_bytes)
+        sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches)))
+    assert taken[1] - taken[0] < 0.01 * (sizes[1] - sizes[0])
 
 
 def test_few_shapes_are_compiled(tiny):

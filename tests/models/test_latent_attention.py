@@ -45,5 +45,5 @@ def test_the_cache_holds_latents_and_the_part_of_keys_that_turns():
     read_prompts, _ = _functions(network, jnp.dtype("bfloat16"))
     _, caches = read_prompts(weights, np.ones((2, 64), np.int32), np.zeros(2, np.int32), np.int32(63), length=128)
     (cache,) = caches.values()
-    assert [each.shape for each in cache] == [(3, 2, 1, 128, 10), (3, 2, 1, 128, 6)]
-    assert {each.dtype for each in cache} == {jnp.dtype("bfloat16")}
+    assert [each.shape for each in cache.parts] == [(3, 2, 1, 128, 6), (3, 2, 1, 128, 10)]
+    assert {each.dtype for each in cache.parts} == {jnp.dtype("bfloat16")}

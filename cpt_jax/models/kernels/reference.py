@@ -22,7 +22,7 @@ def reference(
     dtype: jnp.dtype,
     sinks: Float[Array, "B H"] | None = None,
 ) -> Float[Array, "B H S v"]:
-    """softmax(q k) v over the keys that are visible; the one way that reads a cache."""
+    """softmax(q k) v over the keys that are visible."""
     batch, heads, length, head_dim = q.shape
     # The heads of a group are rows of one product: no copies of its keys and values are made.
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], length, head_dim)
