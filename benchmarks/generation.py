@@ -1,11 +1,11 @@
-"""Greedy text and its speed on SmolLM2-135M: ours, and transformers' generate on torch, float32 on the CPU.
+"""Greedy text and the speed of text, greedy or drawn: ours, and transformers' generate on torch, float32 on the CPU.
 
-    python -m benchmarks.generation
+    python -m benchmarks.generation [--base FILE.gguf]
 
-Prints a Markdown table and writes benchmarks/results/generation.json; under 8 minutes on two busy cores. Ten prompts of different lengths are
+Prints a Markdown table and writes benchmarks/results/generation-BASE.json; 10 minutes on two cores. Ten prompts of different lengths are
 continued by 200 tokens: ours as rows of one batch, transformers one after the other. Where they part, the table of differences says after how many
-tokens, and how far apart the two tokens' logits were for torch. Speed is that of whole calls of 64 tokens after one call to compile, the better of
-two, taking turns; torch has one thread or all, whichever is faster.
+tokens, and how far apart the two tokens' logits were for torch. Speed is that of whole calls after one call to compile, the better of two, taking
+turns; torch has one thread or all, whichever is faster.
 """
 
 import argparse
@@ -25,12 +25,19 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import quiet_libraries, say
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.models.generate import generate
+from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe.model import load_model
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 GGUF = Path(".cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf")
-OUT = Path("benchmarks/results/generation.json")
-NEW_TOKENS, TIMED_TOKENS, BATCHES = 200, 64, (1, 8)
+NEW_TOKENS = 200
+# (rows, tokens, how they are drawn).
+SPEEDS = (
+    (1, 64, {}),
+    (8, 64, {}),
+    (8, 64, {"temperature": 1.0, "top_p": 0.95}),
+    (32, 256, {"temperature": 1.0}),
+)
 PROMPTS = (
     "The",
     "The capital of France is",
@@ -53,10 +60,11 @@ class Theirs:
     def __init__(self, directory: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
-    def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    def __call__(self, prompts: list[list[int]], new_tokens: int, **drawn: float) -> list[list[int]]:
         """Prompts of one length."""
         ids = torch.tensor(prompts)
-        settings = dict(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        settings = dict(max_new_tokens=new_tokens, do_sample=bool(drawn), eos_token_id=None, pad_token_id=0)
+        settings |= {"top_k": 0} | drawn if drawn else {}
         return self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, ids.shape[1] :].tolist()
 
     def logits(self, ids: list[int]) -> np.ndarray:
@@ -82,16 +90,18 @@ def best_threads(theirs: Theirs, prompts: list[list[int]]) -> int:
     return best
 
 
-def speed(ours: Callable, theirs: Theirs, prompt: list[int], batch: int) -> dict:
+def speed(ours: Callable, theirs: Theirs, prompt: list[int], batch: int, tokens: int, drawn: dict) -> dict:
     prompts = [prompt] * batch
     threads = best_threads(theirs, prompts)
-    ours(prompts, TIMED_TOKENS)
+    ours(prompts, tokens, **drawn)
     times: dict[str, list[float]] = {"ours": [], "transformers": []}
     for _ in range(2):
-        times["ours"].append(seconds(lambda: ours(prompts, TIMED_TOKENS)))
-        times["transformers"].append(seconds(lambda: theirs(prompts, TIMED_TOKENS)))
-    rates = {name: batch * TIMED_TOKENS / min(taken) for name, taken in times.items()}
-    return {"batch": batch, **rates, "torch_threads": threads, "load": os.getloadavg()[0]}
+        times["ours"].append(seconds(lambda: ours(prompts, tokens, **drawn)))
+        times["transformers"].append(seconds(lambda: theirs(prompts, tokens, **drawn)))
+    rates = {name: batch * tokens / min(taken) for name, taken in times.items()}
+    found = {"batch": batch, "tokens": tokens, **drawn, **rates, "torch_threads": threads, "load": os.getloadavg()[0]}
+    say(f"{batch} rows of {tokens} tokens {drawn or 'greedy'}: {found['ours']:.1f}, {found['transformers']:.1f}")
+    return found
 
 
 def comparison(ours: Callable, theirs: Theirs, prompts: list[list[int]]) -> list[dict]:
@@ -111,25 +121,30 @@ def comparison(ours: Callable, theirs: Theirs, prompts: list[list[int]]) -> list
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=GGUF, help="a model as GGUF file (%(default)s)")
+    base = parser.parse_args().base
     quiet_libraries()
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root) / "model"
-        import_gguf(GGUF, directory)
+        import_gguf(base, directory)
         tokenizer, model = Tokenizer(directory), load_model(directory)
         network, weights, theirs = model.network, model.on_device(Precision(compute="float32")), Theirs(directory)
         prompts = [[tokenizer.start_id, *tokenizer.encode(text)] for text in PROMPTS]
 
-        def ours(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-            return generate(network, weights, prompts, new_tokens=new_tokens)
+        def ours(prompts: list[list[int]], new_tokens: int, **drawn: float) -> list[list[int]]:
+            return generate(network, weights, prompts, new_tokens=new_tokens, sampling=Sampling(**drawn))
 
-        speeds = [speed(ours, theirs, prompts[3], batch) for batch in BATCHES]
+        speeds = [speed(ours, theirs, prompts[3], *each) for each in SPEEDS]
         torch.set_num_threads(best_threads(theirs, prompts[:1]))
         compared = comparison(ours, theirs, prompts)
     print("| tokens per second | ours | transformers | ratio |\n|---|---|---|---|")
     for row in speeds:
         ratio = row["ours"] / row["transformers"]
-        print(f"| batch {row['batch']} | {row['ours']:.1f} | {row['transformers']:.1f} | {ratio:.2f} |")
+        drawn = ", ".join(f"{name} {row[name]}" for name in ("temperature", "top_p") if name in row) or "greedy"
+        print(
+            f"| {row['batch']} x {row['tokens']}, {drawn} | {row['ours']:.1f} | {row['transformers']:.1f} | {ratio:.2f} |"
+        )
     same = sum(result["equal_tokens"] == NEW_TOKENS for result in compared)
     print(f"\n{same} of {len(compared)} prompts are continued by the same {NEW_TOKENS} tokens.")
     for row, result in enumerate(compared):
@@ -138,7 +153,8 @@ def main() -> None:
                 f"Prompt {row}: {result['equal_tokens']} equal tokens, then logits {result['logits_apart']:.2g} apart."
             )
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    write_json_atomic(OUT, {"machine": machine, "speed": speeds, "greedy": compared})
+    out = Path(f"benchmarks/results/generation-{base.stem}.json")
+    write_json_atomic(out, {"machine": machine, "speed": speeds, "greedy": compared})
 
 
 if __name__ == "__main__":

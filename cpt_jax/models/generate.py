@@ -19,13 +19,18 @@ from cpt_jax.models.rope import LongRoPE
 from cpt_jax.models.sampling import GREEDY, Sampling, choose, row_keys
 from cpt_jax.models.stack import Caches, empty_caches
 
-SHORTEST = 64
+SHORTEST, SHORTEST_PROMPT = 64, 16
 
 
 def _rounded(length: int) -> int:
     """A length filled up, so that few are compiled: to an eighth of the next power of two, and to 64 at least."""
     multiple = max(SHORTEST, (1 << (length - 1).bit_length()) // 8)
     return -(-length // multiple) * multiple
+
+
+def _rounded_prompt(length: int) -> int:
+    """That of a prompt, which is read in one go: a text that begins with one token would wait for 64."""
+    return SHORTEST_PROMPT if length <= SHORTEST_PROMPT else _rounded(length)
 
 
 class _Functions(NamedTuple):
@@ -162,7 +167,7 @@ class Generation:
         """(tokens [B, S], filled on the left; the place of each row's first; random keys). The number of rows is
         filled up to a power of two with rows that nobody sees."""
         rows = 1 << (len(self._prompts) - 1).bit_length()
-        width = _rounded(max(map(len, self._prompts)))
+        width = _rounded_prompt(max(map(len, self._prompts)))
         tokens, first = np.zeros((rows, width), np.int32), np.full(rows, width - 1, np.int32)
         for row, prompt in enumerate(self._prompts):
             first[row] = width - len(prompt)

@@ -86,7 +86,10 @@ def cached(
     if sinks is not None:
         largest = jnp.broadcast_to(sinks.astype(wide).reshape(1, groups, -1, 1, 1), largest.shape)
         total = jnp.ones_like(total)
-    begin, end = jnp.min(first) // size, places[0, -1] // size + 1
     sums = largest, total, jnp.zeros((*q.shape[:-1], width), wide)
-    _, total, mixed = jax.lax.fori_loop(begin, end, step, sums)
+    if size == room:
+        # A GPU's loop whose length is not known waits for the host at each turn.
+        _, total, mixed = step(jnp.int32(0), sums)
+    else:
+        _, total, mixed = jax.lax.fori_loop(jnp.min(first) // size, places[0, -1] // size + 1, step, sums)
     return (mixed / total).reshape(batch, heads, length, width)
