@@ -39,17 +39,15 @@ def find_function(
     Raises:
       UserError: there is none of that name (the nearest one is named).
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     module_name, separator, function_name = name.rpartition(":")
     if separator:
         try:
-            module = importlib.import_module(module_name)
+            module = _imported(module_name)
         except ModuleNotFoundError as error:
             raise UserError(f"{what} {name!r}: there is no module {error.name!r} here") from error
         functions = _functions(module, wanted if annotated else lambda function: True)
     else:
-        functions = _functions_of(package, wanted)
+        functions = functions_of(package, wanted)
     if function_name not in functions:
         raise UserError(
             f"there is no {what} {nearest(function_name, functions)}; there are: {', '.join(sorted(functions)) or 'none'}"
@@ -81,6 +79,13 @@ def named_runs(given: Any, experiment: str) -> Runs:
     return {recipe.name: recipe for recipe in given}
 
 
+def _imported(module: str) -> Any:
+    """A module of the user's, from the directory the command is called in."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(module)
+
+
 def _functions(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Callable[[], Any]]:
     """A module's own functions that need no arguments."""
     found = {}
@@ -91,9 +96,10 @@ def _functions(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Callable
     return found
 
 
-def _functions_of(package: str, wanted: Callable[[Any], bool]) -> dict[str, Callable[[], Any]]:
+def functions_of(package: str, wanted: Callable[[Any], bool]) -> dict[str, Callable[[], Any]]:
+    """Those of all modules of a package that is looked for from here; none where there is no such package."""
     try:
-        path = importlib.import_module(package).__path__
+        path = _imported(package).__path__
     except ModuleNotFoundError:
         return {}
     found = {}

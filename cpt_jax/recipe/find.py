@@ -11,7 +11,7 @@ from cpt_jax.checkpoint.hf import read_config
 from cpt_jax.core.config import from_json, override
 from cpt_jax.core.errors import UserError, nearest
 from cpt_jax.core.stores import Store, fetched, is_address, location, refusals_are_told
-from cpt_jax.recipe.experiment import find_experiment, find_function
+from cpt_jax.recipe.experiment import find_experiment, find_function, functions_of
 from cpt_jax.recipe.recipe import Recipe
 
 # Where a model that is no directory yet (GGUF, adapter, remote) is unpacked when a command has no work directory.
@@ -100,6 +100,11 @@ def find_recipe(name: str) -> Recipe:
             raise UserError(f"experiment {experiment!r} has no run {nearest(run, runs)}; it has: {', '.join(runs)}")
         return runs[run]
     return find_function(name, "recipe", "configs", _returns_recipe)()
+
+
+def names_one_recipe(name: str) -> bool:
+    """Whether it is a saved recipe's file, or a function of `configs/`."""
+    return name.endswith(".json") or name in functions_of("configs", _returns_recipe)
 
 
 def saved_recipe(text: str, place: str) -> Recipe:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cpt_jax.core.config import override, short_names
 from cpt_jax.core.errors import UserError
 from cpt_jax.recipe.experiment import Runs, find_experiment, named_runs
-from cpt_jax.recipe.find import find_recipe, overrides_of
+from cpt_jax.recipe.find import find_recipe, names_one_recipe, overrides_of
 from cpt_jax.recipe.recipe import Recipe
 
 Vary = Sequence[Sequence[str]]
@@ -38,7 +38,7 @@ def find_swept(name: str, vary: Vary = (), overrides: Sequence[str] = ()) -> Swe
         recipe, fields = find_recipe(name), _fields(vary)
         called = "-".join([recipe.name, *short_names([*fields]).values()])
         return Swept(f"{name} by {', '.join(fields)}", called, _grid(recipe, fields, overrides_of(overrides)))
-    if name.endswith(".json"):
+    if names_one_recipe(name):
         raise UserError(f"{name} is one recipe: say in what its runs differ, as in --vary seed 0 1 2")
     runs, given = find_experiment(name), overrides_of(overrides)
     changed = named_runs([override(recipe, *given) for recipe in runs.values()], name)

@@ -10,6 +10,7 @@ from inputs import chinese, english, write_jsonl
 
 from cpt_jax.adapt import LoRA
 from cpt_jax.core.config import short_names
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import Holdout
@@ -109,6 +110,13 @@ def test_wrong_grids_are_told_before_anything_is_written(place, capsys, words, m
     assert line.startswith("error: ")
     assert message in line
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_recipe_by_its_name_is_told_what_it_lacks():
+    with pytest.raises(
+        UserError, match="^quickstart is one recipe: say in what its runs differ, as in --vary seed 0 1"
+    ):
+        find_swept("quickstart")
 
 
 def test_a_process_of_a_run_is_given_its_recipe(place, monkeypatch):
