@@ -113,9 +113,7 @@ def test_wrong_grids_are_told_before_anything_is_written(place, capsys, words, m
 
 
 def test_a_recipe_by_its_name_is_told_what_it_lacks():
-    with pytest.raises(
-        UserError, match="^quickstart is one recipe: say in what its runs differ, as in --vary seed 0 1"
-    ):
+    with pytest.raises(UserError, match="quickstart is one recipe: say in what its runs differ, as in --vary seed 0 1"):
         find_swept("quickstart")
 
 
