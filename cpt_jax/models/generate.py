@@ -29,8 +29,8 @@ def _rounded(length: int) -> int:
 
 
 def _rounded_prompt(length: int) -> int:
-    """That of a prompt, which is read in one go: a text that begins with one token would wait for 64."""
-    return SHORTEST_PROMPT if length <= SHORTEST_PROMPT else _rounded(length)
+    """That of a prompt, all of which is read: a short one would wait for 64 tokens, as long as for some 20 of its own."""
+    return _rounded(length) if length > SHORTEST else max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
 
 
 class _Functions(NamedTuple):
