@@ -75,5 +75,6 @@ def _grid(recipe: Recipe, fields: dict[str, Sequence[str]], overrides: Sequence[
 
 
 def _legible(value: str) -> str:
-    """A value as it is written, without what does not belong in a file's name: {"zh": 0.95, "en": 0.05} is zh-0.95-en-0.05."""
-    return "-".join(re.findall(r"[\w.+%-]+", value))
+    """A value as it is written, without what does not belong in a file's name: {"zh": 0.95, "en": 0.05} is zh-0.95-en-0.05;
+    nothing of it ([]) is none."""
+    return "-".join(re.findall(r"[\w.+%-]+", value)) or "none"

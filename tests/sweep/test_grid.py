@@ -76,6 +76,11 @@ def test_runs_are_named_by_what_varies(place):
         ("mixture-zh-1", {"zh": 1.0}),
         ("mixture-zh-0.95-en-0.05", {"zh": 0.95, "en": 0.05}),
     ]
+    held = find_swept(RECIPE, [("stages.0.retention", "[]", '[{"kind": "Anchor", "weight": 0.5}]')]).runs
+    assert {name: len(run.stages[0].retention) for name, run in held.items()} == {
+        "retention-none": 0,
+        "retention-kind-Anchor-weight-0.5": 1,
+    }
     assert list(find_swept(RECIPE, [("base", "ORG/a-1B", "../b")]).runs) == ["base-ORG-a-1B", "base-..-b"]
     assert short_names(["stages.0.tokens", "stages.1.tokens", "seed", "domains.0"]) == {
         "stages.0.tokens": "0.tokens",
