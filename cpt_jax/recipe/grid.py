@@ -38,9 +38,13 @@ def find_swept(name: str, vary: Vary = (), overrides: Sequence[str] = ()) -> Swe
         recipe, fields = find_recipe(name), _fields(vary)
         called = "-".join([recipe.name, *short_names([*fields]).values()])
         return Swept(f"{name} by {', '.join(fields)}", called, _grid(recipe, fields, overrides_of(overrides)))
-    if names_one_recipe(name):
-        raise UserError(f"{name} is one recipe: say in what its runs differ, as in --vary seed 0 1 2")
-    runs, given = find_experiment(name), overrides_of(overrides)
+    try:
+        runs = find_experiment(name)
+    except UserError:
+        if names_one_recipe(name):
+            raise UserError(f"{name} is one recipe: say in what its runs differ, as in --vary seed 0 1 2") from None
+        raise
+    given = overrides_of(overrides)
     changed = named_runs([override(recipe, *given) for recipe in runs.values()], name)
     return Swept(name, name.rpartition(":")[2], changed)
 

@@ -16,6 +16,7 @@ from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
+from cpt_jax.recipe import grid
 from cpt_jax.recipe.find import find_recipe
 from cpt_jax.recipe.grid import find_swept
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Stage, saved_form
@@ -120,6 +121,12 @@ def test_wrong_grids_are_told_before_anything_is_written(place, capsys, words, m
 def test_a_recipe_by_its_name_is_told_what_it_lacks():
     with pytest.raises(UserError, match="quickstart is one recipe: say in what its runs differ, as in --vary seed 0 1"):
         find_swept("quickstart")
+
+
+def test_an_experiment_goes_before_a_recipe_of_its_name(place, monkeypatch):
+    runs = {"one": find_recipe(RECIPE)}
+    monkeypatch.setattr(grid, "find_experiment", lambda name: runs)
+    assert find_swept("quickstart").runs == runs
 
 
 def test_a_process_of_a_run_is_given_its_recipe(place, monkeypatch):
