@@ -50,8 +50,9 @@ class Documents:
     """The domain's documents without end, shuffled anew every epoch without being held in memory.
 
     Any of them can be found by its number: a position is [number of the document, predictions of it that were taken].
-    A document is framed by the start and the end token: [start, t1 .. tn] predict [t1 .. tn, end]. Without a `frame`
-    (a chat template has its own) [t1 .. tn-1] predict [t2 .. tn].
+    A document is framed by the start and the end token: [start, t1 .. tn] predict [t1 .. tn, end]. The end is not to be
+    learnt where tn is not: a text was cut there. Without a `frame` (a chat template has its own) [t1 .. tn-1] predict
+    [t2 .. tn].
     """
 
     def __init__(
@@ -81,9 +82,12 @@ class Documents:
         framed = [(_NOTHING,) if record is None else (start, array_of(record), end) for record in read]
         stored = np.concatenate([part for parts in framed for part in parts])
         lengths = np.array([sum(map(len, parts)) for parts in framed], np.int64)
+        begins = np.cumsum(lengths) - lengths
+        if self._frame:
+            ends = (begins + lengths)[lengths > 0] - 1
+            stored[ends] |= stored[ends - 1] & np.uint32(NOT_LEARNT)
         learnt = stored < NOT_LEARNT
         tokens = (stored & np.uint32(NOT_LEARNT - 1)).view(np.int32)
-        begins = np.cumsum(lengths) - lengths
         predictions = np.maximum(lengths - 1, 0)
         if self._long != "split":
             rest = self._length if self._long == "cut" else 0

@@ -23,6 +23,8 @@ Format = Literal["text", "chat"]
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Why a document may not be learnt from.
 HELD_OUT = "held out"
+# Of a text that goes on where the record ends: true.
+TRUNCATED = "truncated"
 _NAME_IT = "name the one with text: --text-field NAME, or of one corpus of a run --domains.0.corpus.text_field NAME"
 
 
@@ -32,7 +34,7 @@ class Corpus:
     in a store (s3://, gs://, hf://; no .arrayrecord), `tfds:NAME_OR_DIR[/config][:split]`, `hf:ORG/NAME[/config][:split]`,
     or `hf:DIR[:split]` (the split is `train` unless told otherwise; of `hf:`, `train[:1000]` is a part of it).
 
-    A record's text is in `text_field`. Records with the same `group_field` (a book's pages, a law's articles) are
+    A record's text is in `text_field`; where it is an excerpt, `truncated` is true. Records with the same `group_field` (a book's pages, a law's articles) are
     held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a
     conversation instead (`conversations.conversation_of`), of which the assistant's part is learnt.
     """
@@ -51,11 +53,12 @@ class Corpus:
 @dataclasses.dataclass(frozen=True)
 class Document:
     """A text, and what decides whether it is held out: its group, or the text itself. Of a conversation, the text is
-    what was said in it."""
+    what was said in it. A text that is `truncated` does not end where it stops."""
 
     text: str
     key: str
     messages: tuple[Message, ...] = ()
+    truncated: bool = False
 
 
 def read(corpus: Corpus, skipped: SkipCounts) -> Iterator[Document]:
@@ -126,7 +129,7 @@ def document_of(corpus: Corpus, record: dict, skipped: SkipCounts) -> Document |
     if any(not each.isascii() and _SURROGATES.search(each) for each in (text, key)):
         skipped["half a UTF-16 pair"] += 1
         return None
-    return Document(text, key, tuple(messages))
+    return Document(text, key, tuple(messages), record.get(TRUNCATED) is True)
 
 
 def _kind(value: object) -> str:
@@ -246,7 +249,7 @@ def _columns(corpus: Corpus, path: Location) -> list[str]:
         hint = _chat_hint(corpus, names)
         remedy = "" if hint else f"; {_NAME_IT}"
         raise UserError(f"{path} has no column {corpus.text_field!r}{hint}; it has: {', '.join(names)}{remedy}")
-    return [name for name in (*fields, corpus.group_field) if name in names]
+    return [name for name in (*fields, corpus.group_field, TRUNCATED) if name in names]
 
 
 def corpus_state(corpus: Corpus) -> list:

@@ -29,6 +29,7 @@ from cpt_jax.data.duplicates import KEPT, PERMUTATIONS, REASONS, Signer, exact_d
 from cpt_jax.data.holdout import text_hash
 from cpt_jax.data.prepare import (
     MANIFEST,
+    NOT_LEARNT,
     Encoder,
     Manifest,
     Shard,
@@ -72,6 +73,23 @@ class Task:
     measured: tuple[tuple[str, Path], ...] = ()
 
 
+class TextEncoder:
+    """Documents under a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.fingerprint = tokenizer.fingerprint
+        self._tokenizer = tokenizer
+
+    def encode_documents(self, documents: list[Document]) -> list[list[int]]:
+        """Token ids [tokens] of each. The last one of a truncated text, which may be a part of another token, is not to
+        be learnt, nor is what the loader puts after it."""
+        encoded = self._tokenizer.encode_documents([document.text for document in documents])
+        for document, ids in zip(documents, encoded, strict=True):
+            if document.truncated and ids:
+                ids[-1] |= NOT_LEARNT
+        return encoded
+
+
 class Tools:
     """What a process needs for a task, made once."""
 
@@ -79,15 +97,13 @@ class Tools:
         self.judge = Judge(task.cleaning, task.apart, task.measured, task.corpus.text_field)
         self.tokenizer = None if task.tokenizer is None else Tokenizer(task.tokenizer)
         self._chat = None
-        self.encoder: Encoder | None = self.tokenizer
+        self.encoder: Encoder | None = None if self.tokenizer is None else TextEncoder(self.tokenizer)
         if task.corpus.format == "chat" and self.tokenizer is not None:
             self._chat = self.encoder = ChatEncoder(self.tokenizer, ChatTemplate(self.tokenizer, task.template))
 
     def rendered(self, documents: Iterator[Document], skipped: SkipCounts, statistics: Statistics) -> Iterator[Any]:
-        """What is encoded of documents: their texts, or the renderings of conversations."""
-        if self._chat is not None:
-            return self._chat.rendered(documents, skipped, statistics.leave_out)
-        return (document.text for document in documents)
+        """What is encoded of documents: they themselves, or the renderings of conversations."""
+        return documents if self._chat is None else self._chat.rendered(documents, skipped, statistics.leave_out)
 
 
 @functools.lru_cache(1)

@@ -22,7 +22,7 @@ from cpt_jax.models.stack import Caches, empty_caches
 SHORTEST, SHORTEST_PROMPT = 64, 16
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     """A length filled up, so that few are compiled: to an eighth of the next power of two, and to 64 at least."""
     multiple = max(SHORTEST, (1 << (length - 1).bit_length()) // 8)
     return -(-length // multiple) * multiple
@@ -30,7 +30,7 @@ def _rounded(length: int) -> int:
 
 def _rounded_prompt(length: int) -> int:
     """That of a prompt, all of which is read: a short one would wait for 64 tokens, as long as for some 20 of its own."""
-    return _rounded(length) if length > SHORTEST else max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+    return rounded(length) if length > SHORTEST else max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
 
 
 class _Functions(NamedTuple):
@@ -40,38 +40,41 @@ class _Functions(NamedTuple):
     read_tokens: Any
 
 
+def read(
+    network: Network,
+    weights: Tree,
+    tokens: Int[Array, "B S"],
+    first: Int[Array, "B"],
+    caches: Caches,
+    index: Int[Array, ""],
+    last: Int[Array, ""],
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "B V"], Caches]:
+    """Reads tokens into the places from `index` on; the logits are those after the one in place `last`.
+
+    Rows end at the same place, so that one index serves all, and begin at their own: `first` is the place of each one's
+    first token. Places before it are never seen, and windows, which count places, are each row's own.
+    """
+    places = index + jnp.arange(tokens.shape[1])
+    positions = jnp.maximum(places[None] - first[:, None], 0)
+    visible = Visible(jnp.broadcast_to(first[:, None], tokens.shape), index=index)
+    lengths = jnp.broadcast_to((last + 1 - first)[:, None], tokens.shape)
+    module = network.module(weights)
+    outputs = module(tokens, positions, visible, dtype, lengths=lengths, caches=caches)
+    hidden = jax.lax.dynamic_index_in_dim(outputs.hidden, last - index, axis=1, keepdims=False)
+    return module.logits(hidden, dtype), cast(Caches, outputs.caches)
+
+
 @functools.lru_cache(maxsize=8)
 def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
-    """Rows end at the same place, so that one index serves all, and begin at their own: `first` is the place of each
-    one's first token. Places before it are never seen, and windows, which count places, are each row's own."""
-    config = network.config
-
-    def run(
-        weights: Tree,
-        tokens: Int[Array, "B S"],
-        first: Int[Array, "B"],
-        caches: Caches,
-        index: Int[Array, ""],
-        last: Int[Array, ""],
-    ) -> tuple[Float[Array, "B V"], Caches]:
-        """Reads tokens into the places from `index` on; the logits are those after the one in place `last`."""
-        places = index + jnp.arange(tokens.shape[1])
-        positions = jnp.maximum(places[None] - first[:, None], 0)
-        visible = Visible(jnp.broadcast_to(first[:, None], tokens.shape), index=index)
-        lengths = jnp.broadcast_to((last + 1 - first)[:, None], tokens.shape)
-        module = network.module(weights)
-        outputs = module(tokens, positions, visible, dtype, lengths=lengths, caches=caches)
-        hidden = jax.lax.dynamic_index_in_dim(outputs.hidden, last - index, axis=1, keepdims=False)
-        return module.logits(hidden, dtype), cast(Caches, outputs.caches)
-
     @functools.partial(jax.jit, static_argnames="length")
     def read_prompts(weights: Tree, tokens, first, last, length: int):
-        caches = empty_caches(config, tokens.shape[0], length, dtype)
-        return run(weights, tokens, first, caches, jnp.int32(0), last)
+        caches = empty_caches(network.config, tokens.shape[0], length, dtype)
+        return read(network, weights, tokens, first, caches, jnp.int32(0), last, dtype)
 
     @functools.partial(jax.jit, donate_argnames="caches")
     def read_tokens(weights: Tree, tokens, first, caches: Caches, index):
-        return run(weights, tokens[:, None], first, caches, index, index)
+        return read(network, weights, tokens[:, None], first, caches, index, index, dtype)
 
     return _Functions(read_prompts, read_tokens)
 
@@ -138,9 +141,9 @@ class Generation:
         read_prompts, read_tokens = self._functions
         tokens, first, keys = self._inputs()
         width = tokens.shape[1]
-        length = _rounded(width + self._new_tokens)
+        length = rounded(width + self._new_tokens)
         logits, caches = read_prompts(self._weights, tokens, first, np.int32(width - 1), length)
-        chosen = [choose(logits, keys, np.int32(0), self._sampling)]
+        chosen = [choose(logits, keys, np.zeros(len(first), np.int32), self._sampling)]
         for count in range(1, self._new_tokens + 1):
             if count < self._new_tokens:
                 index = np.int32(width + count - 1)
@@ -149,7 +152,7 @@ class Generation:
                     logits, caches = read_prompts(self._weights, so_far, first, index, length)
                 else:
                     logits, caches = read_tokens(self._weights, chosen[-1], first, caches, index)
-                chosen.append(choose(logits, keys, np.int32(count), self._sampling))
+                chosen.append(choose(logits, keys, np.full(len(first), count, np.int32), self._sampling))
             # Read only now that the device has its next work.
             yield from self._given(np.asarray(chosen[count - 1]).tolist())
             if not self._live:
@@ -185,7 +188,7 @@ class Generation:
 
 def _filled(tokens: np.ndarray) -> np.ndarray:
     """Filled up on the right, where no query that counts sees it."""
-    return np.pad(tokens, ((0, 0), (0, _rounded(tokens.shape[1]) - tokens.shape[1])))
+    return np.pad(tokens, ((0, 0), (0, rounded(tokens.shape[1]) - tokens.shape[1])))
 
 
 def generate(

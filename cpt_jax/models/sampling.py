@@ -45,7 +45,7 @@ GREEDY = Sampling()
 BLOCK = 128
 
 
-def row_keys(seed: int, rows: UInt[np.ndarray, "B"]) -> Key[Array, "B"]:
+def row_keys(seed: int | UInt[Array, ""], rows: UInt[np.ndarray, "B"] | UInt[Array, "B"]) -> Key[Array, "B"]:
     """Each row's random numbers: of the seed and its own number alone."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(rows))
 
@@ -108,12 +108,12 @@ def _of_bits(bits: Int[Array, "B"]) -> Float[Array, "B"]:
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def choose(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], count: Int[Array, ""], sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], counts: Int[Array, "B"], sampling: Sampling
 ) -> Int[Array, "B"]:
-    """The next token of each row, of which `count` were chosen before."""
+    """The next token of each row, of which `counts` were chosen before."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, count), (2,)))(keys)
+    uniform = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (2,)))(keys, counts)
     # First the block, then the token in it: two numbers a row, where a Gumbel number of each token takes a CPU longer
     # than the model.
     blocks = _in_blocks(_weights(filtered(logits.astype(jnp.float32), sampling)), 0.0)

@@ -1,9 +1,10 @@
 """`cpt data generate`: text that a model writes itself, to be replayed where what it was trained on is not at hand."""
 
 import dataclasses
+import itertools
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from cpt_jax.core.progress import number_of, progress, quiet_libraries, say
 from cpt_jax.core.storage import disk_full_is_told, json_line, objects_in
 from cpt_jax.data.chat_template import MARKERS, ChatTemplate
 from cpt_jax.data.conversations import Message
-from cpt_jax.data.sources import counted
-from cpt_jax.models.generate import Generation, check_room
+from cpt_jax.data.sources import TRUNCATED, counted
+from cpt_jax.models.continuous import ContinuousGeneration, Request
+from cpt_jax.models.generate import check_room
 from cpt_jax.models.sampling import Sampling
 from cpt_jax.recipe.find import find_model
 from cpt_jax.recipe.generate_command import INCOMPLETE, end_ids_of
@@ -24,10 +26,12 @@ from cpt_jax.recipe.model import load_model
 from cpt_jax.sharding.hardware import fastest_type
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-# A batch without a usable document may be chance; so many in a row are not.
-EMPTY_BATCHES = 4
+# Documents that cannot be used, in a row, for each that is written together: so many are no chance.
+USELESS = 4
 # Documents' numbers are below this; an answer has random numbers of its own.
 ANSWERS = 1 << 31
+# What a chat template writes between a question and its answer.
+MARGIN = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,7 @@ class Author:
     """A model that writes; what was left out is in `skipped`, by reason. `heard` is told how many tokens it has drawn."""
 
     def __init__(self, directory: Path, rehearsal: Rehearsal, heard: Callable[[int], None]) -> None:
-        self._rehearsal, self._tokenizer = rehearsal, Tokenizer(directory)
-        self._heard, self._drawn = heard, 0
+        self._rehearsal, self._tokenizer, self._heard = rehearsal, Tokenizer(directory), heard
         model = load_model(directory)
         check_fits(self._tokenizer, model.config.total_rows, directory)
         self._network, self._ends = model.network, end_ids_of(directory, self._tokenizer)
@@ -68,71 +71,74 @@ class Author:
         self._special = frozenset(token["id"] for token in added if token["special"])
         self._start = [self._tokenizer.start_id] if self._template is None else self._of_user(self._template)
         check_room(model.config, [self._start], rehearsal.document_tokens)
+        # A question, with what is written around it, and its answer.
+        longest = len(self._start) + rehearsal.document_tokens * (2 if rehearsal.chat else 1)
+        self._longest = min(model.config.context_length, longest + (MARGIN if rehearsal.chat else 0))
         self._type = fastest_type()
         self._weights = model.on_device(Precision(compute=self._type))
         self.skipped: Counter[str] = Counter()
 
-    def documents(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Those of these numbers that are usable: a text, or messages, with its number and its tokens."""
-        first = self._written([self._start] * len(numbers), numbers)
-        if self._template is None:
-            texts = [self._text(ids) for ids, _ in first]
-            found = [
-                {"text": text, "tokens": len(ids)} if text.strip() else None
-                for text, (ids, _) in zip(texts, first, strict=True)
-            ]
-        else:
-            found = self._conversations(self._template, first, numbers)
-        usable = []
-        for number, document in zip(numbers, found, strict=True):
-            if document is None:
-                self.skipped["empty" if self._template is None else "no whole question and answer"] += 1
-            else:
-                usable.append({"number": number} | document)
-        return usable
+    def documents(self, first: int) -> Iterator[dict[str, Any]]:
+        """Those from this number on that are usable, in order: a text, or messages, with its number and its tokens.
 
-    def _conversations(
-        self, template: ChatTemplate, questions: list[tuple[list[int], bool]], numbers: Sequence[int]
-    ) -> list[dict[str, Any] | None]:
-        """A question and its answer each, or None where one of them did not end."""
-        found: list[dict[str, Any] | None] = [None] * len(numbers)
-        asked = [self._text(ids).strip() if ended else "" for ids, ended in questions]
-        prompts = [template.render([_message("user", text)], prompt=True) for text in asked]
-        ids = [encoding.ids for encoding in self._tokenizer.encode_marked(prompts)]
-        room = self._network.config.context_length - self._rehearsal.document_tokens
-        rows = [row for row, text in enumerate(asked) if text and len(ids[row]) <= room]
-        # As many rows as before, so that there is nothing to compile anew; the others end at once.
-        waiting = [ids[row] if row in rows else self._start for row in range(len(numbers))]
-        answers = self._written(waiting, [number + ANSWERS for number in numbers], rows)
-        for row in rows:
-            answer, ended = answers[row]
-            if ended and (text := self._text(answer).strip()):
-                messages = [_message("user", asked[row]), _message("assistant", text)]
-                found[row] = {"messages": messages, "tokens": len(questions[row][0]) + len(answer)}
-        return found
+        Raises:
+          UserError: of many in a row none is usable.
+        """
+        found: dict[int, dict[str, Any] | None] = {}
+        due, useless = first, 0
+        for number, document in self._found(first):
+            found[number] = document
+            while due in found:
+                document = found.pop(due)
+                due, useless = due + 1, useless + 1 if document is None else 0
+                if document is not None:
+                    yield document
+                else:
+                    self.skipped["empty" if self._template is None else "no whole question and answer"] += 1
+                if useless == USELESS * self._rehearsal.batch:
+                    raise UserError(
+                        f"of {useless} documents none can be used ({counted(self.skipped)}): give more --document-tokens"
+                    )
 
-    def _written(
-        self, prompts: Sequence[list[int]], numbers: Sequence[int], rows: Collection[int] | None = None
-    ) -> list[tuple[list[int], bool]]:
-        """What follows each prompt (of `rows` alone, where they are given), and whether it came to an end."""
-        written: list[list[int]] = [[] for _ in prompts]
-        generation = Generation(
+    def _found(self, first: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Documents by their numbers, or None, as they come to an end."""
+        numbers, answers = itertools.count(first), deque[Request]()
+        questions: dict[int, tuple[str, int]] = {}
+        generation = ContinuousGeneration(
             self._network,
             self._weights,
-            prompts,
+            lambda: answers.popleft() if answers else Request(number=next(numbers), prompt=self._start),
+            rows=self._rehearsal.batch,
+            longest=self._longest,
             new_tokens=self._rehearsal.document_tokens,
             sampling=self._rehearsal.sampling,
             end_ids=self._ends,
-            numbers=numbers,
             compute_dtype=self._type,
+            heard=self._heard,
         )
-        for row in () if rows is None else set(range(len(prompts))) - set(rows):
-            generation.stop(row)
-        for row, token in generation:
-            written[row].append(token)
-            self._drawn += 1
-            self._heard(self._drawn)
-        return [(ids, len(ids) < self._rehearsal.document_tokens) for ids in written]
+        for written in generation:
+            number, text, tokens = written.request.number, self._text(written.tokens), len(written.tokens)
+            if self._template is None:
+                document = {"text": text, TRUNCATED: not written.ended, "tokens": tokens}
+                yield number, {"number": number} | document if text.strip() else None
+            elif number >= ANSWERS:
+                number -= ANSWERS
+                question, before = questions.pop(number)
+                messages = [_message("user", question), _message("assistant", text.strip())]
+                document = {"number": number, "messages": messages, "tokens": before + tokens}
+                yield number, document if written.ended and text.strip() else None
+            elif written.ended and (prompt := self._answering(self._template, text.strip())):
+                questions[number] = text.strip(), tokens
+                answers.append(Request(number=number + ANSWERS, prompt=prompt))
+            else:
+                yield number, None
+
+    def _answering(self, template: ChatTemplate, question: str) -> list[int]:
+        """What an answer follows; nothing where there is no question, or no room."""
+        if not question:
+            return []
+        [encoding] = self._tokenizer.encode_marked([template.render([_message("user", question)], prompt=True)])
+        return encoding.ids if len(encoding.ids) + self._rehearsal.document_tokens <= self._longest else []
 
     def _text(self, ids: list[int]) -> str:
         # A special token is none in a text that is read again.
@@ -161,7 +167,7 @@ def generate_data(*, model: str, tokens: int, rehearsal: Rehearsal, out: Path) -
         raise UserError(f"--tokens is {tokens}: give at least 1")
     quiet_libraries()
     # What a document of a number is does not depend on how many are written together.
-    of = fingerprint([model, to_json(dataclasses.replace(rehearsal, batch=1))])[:12]
+    of = fingerprint([TRUNCATED, model, to_json(dataclasses.replace(rehearsal, batch=1))])[:12]
     written = _continued(out, of)
     done = _tokens(written)
     count, following = len(written), 1 + max((document["number"] for document in written), default=-1)
@@ -169,29 +175,16 @@ def generate_data(*, model: str, tokens: int, rehearsal: Rehearsal, out: Path) -
         if done < tokens:
             author = Author(find_model(model), rehearsal, lambda drawn: bar.advance(0, drawn=drawn))
             with out.open("a", encoding="utf-8") as file:
-                for documents in _batches(author, following, tokens - done, rehearsal.batch):
-                    file.write("".join(json_line(document | {"of": of}) for document in documents))
+                for document in author.documents(following):
+                    file.write(json_line(document | {"of": of}))
                     file.flush()
-                    more = _tokens(documents)
-                    bar.advance(min(more, tokens - done))
-                    done, count = done + more, count + len(documents)
+                    bar.advance(min(document["tokens"], tokens - done))
+                    done, count = done + document["tokens"], count + 1
+                    if done >= tokens:
+                        break
             if author.skipped:
                 say(f"left out: {counted(author.skipped)}")
     print(f"{out}: {number_of(count, 'document')}, {number_of(done, 'token')}")
-
-
-def _batches(author: Author, following: int, wanted: int, batch: int) -> Iterator[list[dict[str, Any]]]:
-    """Batches of documents from a number on, until they have as many tokens as are wanted."""
-    empty = 0
-    while wanted > 0:
-        documents = author.documents(range(following, following + batch))
-        following, wanted = following + batch, wanted - _tokens(documents)
-        empty = 0 if documents else empty + 1
-        if empty == EMPTY_BATCHES:
-            raise UserError(
-                f"of {EMPTY_BATCHES * batch} documents none can be used ({counted(author.skipped)}): give more --document-tokens"
-            )
-        yield documents
 
 
 def _tokens(documents: Sequence[dict[str, Any]]) -> int:

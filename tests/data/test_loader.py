@@ -122,6 +122,23 @@ def test_weights_are_those_of_the_targets_and_follow_a_split(tmp_path, packing):
         np.testing.assert_array_equal(weights, [target in learnt for target in targets])
 
 
+def test_the_end_is_learnt_where_the_text_before_it_is(tmp_path):
+    """A text that was cut gives no lesson in where texts end."""
+    texts = ["10 11 12", "20 21 -22", "30 31 32", "40", "-50"]
+    prepare("some", iter(texts), Numbered(), tmp_path)
+    found = loader({"some": tmp_path}, {"some": 1.0}, batch_size=1, sequence_length=16, max_epochs={"some": 1})
+    lessons = {
+        int(inputs[1]): list(zip(targets, weights, strict=True))
+        for b in found
+        for inputs, targets, weights in pieces(b)
+    }
+    assert lessons[10] == [(10, 1), (11, 1), (12, 1), (END, 1)]
+    assert lessons[20] == [(20, 1), (21, 1), (22, 0), (END, 0)]
+    assert lessons[30][-1] == (END, 1)
+    assert lessons[40] == [(40, 1), (END, 1)]
+    assert 50 not in lessons, "nothing of it is learnt"
+
+
 def test_a_piece_is_kept_for_its_last_target_and_left_out_for_its_first_input(tmp_path):
     tokens = [number if number == 116 else -number for number in range(100, 150)]
     [(inputs, targets, _)] = one_document(tmp_path, tokens, sequence_length=16, how={"format": "chat"})

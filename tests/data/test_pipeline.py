@@ -83,6 +83,31 @@ def test_the_records_are_the_documents_in_order(place, tmp_path):
     assert lengths != statistics["character_lengths"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_where_a_text_was_cut_its_last_token_is_not_to_be_learnt(place, tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    # What is not just true says nothing.
+    marks = [True, False, None, True, "true", 1]
+    rows = [{"text": text, "truncated": mark} for text, mark in zip(english(6), marks, strict=True)]
+    if kind == "parquet":
+        rows = [row | {"truncated": row["truncated"] is True} for row in rows]
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "cut.parquet")
+    else:
+        (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = Corpus(name="cut", spec=str(tmp_path / f"cut.{kind}"))
+    manifest = prepare_corpus(task(place, tmp_path / "out", corpus=corpus), 1)
+    records = Records(tmp_path / "out", manifest, "stop")
+    tokenizer = Tokenizer(place / "tokenizer")
+    for row, record in zip(rows, records.read(range(6)), strict=True):
+        tokens, learnt = decode_record(record)
+        assert tokens.tolist() == tokenizer.encode(row["text"])
+        assert learnt[:-1].all()
+        assert learnt[-1] == (row["truncated"] is not True)
+    assert manifest.tokens - manifest.trained_tokens == 2
+
+
 def test_tfds_reads_it_and_writes_the_same_examples(place, tmp_path):
     import tensorflow_datasets as tfds
 

@@ -42,7 +42,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     expected = np.asarray(jax.nn.softmax(filtered(jnp.asarray(logits)[None], sampling)[0]))
     assert 1 < np.count_nonzero(expected) < 6
     keys = row_keys(3, np.arange(draws, dtype=np.uint32))
-    drawn = choose(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, np.int32(7), sampling)
+    drawn = choose(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, np.full(draws, 7), sampling)
     shares = np.bincount(np.asarray(drawn), minlength=12) / draws
     assert set(np.flatnonzero(shares)) == set(np.flatnonzero(expected))
     # Five standard deviations.
@@ -57,7 +57,7 @@ def test_over_many_blocks_of_the_vocabulary_too():
     expected = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     keys = row_keys(0, np.arange(draws, dtype=np.uint32))
     for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=len(likely))):
-        drawn = choose(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, np.int32(0), sampling)
+        drawn = choose(jnp.tile(jnp.asarray(logits)[None], (draws, 1)), keys, np.zeros(draws, int), sampling)
         shares = np.bincount(np.asarray(drawn), minlength=1000) / draws
         assert set(np.flatnonzero(shares)) == set(likely)
         np.testing.assert_allclose(shares, expected, atol=5 * 0.5 * draws**-0.5)

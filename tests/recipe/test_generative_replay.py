@@ -1,6 +1,7 @@
 """`cpt data generate`: documents are what the model draws by their numbers; killed, cut off or wanted longer, it goes on."""
 
 import json
+import shutil
 
 import pytest
 from inputs import english, hf_config, random_weights, tiny_config, write_tokenizer
@@ -61,31 +62,37 @@ def plain(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def test_documents_are_what_the_model_draws_and_it_goes_on(tiny_model, tmp_path, capsys):
-    out, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
-    flags = ("--model", tiny_model, "--document-tokens", 24)
+    directory, out, other = tmp_path / "model", tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    shutil.copytree(tiny_model, directory)
+    # A random model ends a text once in so many tokens.
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(100, 110))}))
+    flags = ("--model", directory, "--document-tokens", 24)
     call(*flags, "--tokens", 100, "--batch", 3, "--out", out)
     assert "generate: 0/100 tokens, drawn 1\n" in capsys.readouterr().err
-    tokenizer, first = Tokenizer(tiny_model), lines(out)
-    expected = drawn(tiny_model, [[tokenizer.start_id]] * 4, range(4), [tokenizer.end_id], 24)
-    assert [each["number"] for each in first[:4]] == [0, 1, 2, 3]
-    for document, ids in zip(first[:4], expected, strict=True):
+    tokenizer, first = Tokenizer(directory), lines(out)
+    expected = drawn(directory, [[tokenizer.start_id]] * 5, range(5), end_ids_of(directory, tokenizer), 24)
+    assert [each["number"] for each in first[:5]] == [0, 1, 2, 3, 4]
+    for document, ids in zip(first[:5], expected, strict=True):
         assert document["text"] == plain(tokenizer, ids)
         assert document["tokens"] == len(ids)
-    assert 100 <= sum(each["tokens"] for each in first) < 100 + 3 * 24
-    # Killed while it wrote a line, called again with more to write, in other batches.
+        assert document["truncated"] == (len(ids) == 24)
+    # As many as are wanted, the last of them whole.
+    assert 100 <= sum(each["tokens"] for each in first) < 100 + first[-1]["tokens"]
+    # Killed while it wrote a line, called again with more to write, other documents beside them.
     out.write_text(out.read_text() + '{"number": 6, "te')
     call(*flags, "--tokens", 300, "--batch", 4, "--out", out)
     call(*flags, "--tokens", 300, "--batch", 8, "--out", other)
     longer = lines(out)
+    assert len(longer) > len(first)
     assert longer[: len(first)] == first
-    both = min(len(longer), len(lines(other)))
-    assert both > len(first)
-    assert longer[:both] == lines(other)[:both]
+    assert longer == lines(other)
     # Enough is there: the model is not even read.
     content = out.read_bytes()
     call(*flags, "--tokens", 200, "--out", out)
     assert out.read_bytes() == content
-    assert [each.text for each in read(Corpus(name="own", spec=str(out)), SkipCounts())] == [e["text"] for e in longer]
+    again = read(Corpus(name="own", spec=str(out)), SkipCounts())
+    assert [(each.text, each.truncated) for each in again] == [(each["text"], each["truncated"]) for each in longer]
+    assert {each["truncated"] for each in longer} == {True, False}
     # Of another seed, or anything else: nothing is mixed, nothing lost.
     with pytest.raises(SystemExit) as stop:
         main(["data", "generate", *map(str, flags), "--tokens", "900", "--seed", "4", "--out", str(out)])
