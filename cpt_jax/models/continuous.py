@@ -145,14 +145,12 @@ class ContinuousGeneration:
         self._longest, self._new_tokens, self._end_ids = longest, new_tokens, frozenset(end_ids)
         self._seed, self._heard, self._drawn = np.uint32(sampling.seed), heard, 0
         # What is compiled does not depend on the seed.
-        self._how: Any = dict(
-            network=network, sampling=dataclasses.replace(sampling, seed=0), dtype=jnp.dtype(compute_dtype)
-        )
+        self._sampling, self._dtype = dataclasses.replace(sampling, seed=0), jnp.dtype(compute_dtype)
 
     def __iter__(self) -> Iterator[Written]:
         # With a quarter more room than a text needs, the cache is moved once in so many tokens.
         room = rounded(self._longest + self._longest // 4)
-        caches = empty_caches(self._network.config, len(self._rows), room, self._how["dtype"])
+        caches = empty_caches(self._network.config, len(self._rows), room, self._dtype)
         chosen, index, drawing = jnp.zeros(len(self._rows), jnp.int32), 0, []
         while True:
             self._take(index)
@@ -164,7 +162,8 @@ class ContinuousGeneration:
                     for row in self._rows:
                         row.first -= room - index
                 inputs, drawing = self._inputs(index)
-                chosen, caches = _step(self._weights, chosen, *inputs, caches, np.int32(index), self._seed, **self._how)
+                place, how = np.int32(index), (self._network, self._sampling, self._dtype)
+                chosen, caches = _step(self._weights, chosen, *inputs, caches, place, self._seed, *how)
                 index += 1
             elif drew:
                 drawing = []
@@ -193,7 +192,7 @@ class ContinuousGeneration:
             if row.request is None:
                 continue
             given[number] = row.waiting.popleft() if row.waiting else -1
-            if not row.waiting and row.draws < self._new_tokens:
+            if not row.waiting:
                 drawing[number], numbers[number], counts[number] = row.request, row.request.number, row.draws
                 row.draws += 1
         return (given, first, numbers, counts), drawing

@@ -1,6 +1,7 @@
 """Many texts from a few rows: each is what it is alone, wherever in the cache it is written, whatever lay there before."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def places(monkeypatch) -> list[int]:
     """Those of the cache in which tokens are written, and -1 where it is moved."""
     found, step, moved = [], continuous._step, continuous._moved
 
-    def stepped(*arguments, **how):
-        found.append(int(arguments[-2]))
-        return step(*arguments, **how)
+    def stepped(*arguments):
+        found.append(int(arguments[7]))
+        return step(*arguments)
 
     def told(caches, by):
         found.append(-1)
@@ -114,11 +115,14 @@ def test_a_prompt_that_begins_with_a_text_goes_on_in_its_row(tiny, places, monke
     end, times = collections.Counter(token for text in drawn for token in text[1:]).most_common(1)[0]
     assert 1 < times < count
 
-    def asked() -> tuple[list, int]:
-        answers, numbers, found = [], iter(range(count)), []
+    def asked(late: int = 0) -> tuple[list, int]:
+        """What was written, and the steps that it took; answers are asked for a while after their questions are there."""
+        answers, numbers, found, calls = [], iter(range(count)), [], itertools.count()
 
         def following():
-            return answers.pop() if answers else next((Request(number=n, prompt=beginning) for n in numbers), None)
+            if answers and next(calls) % (late + 1) == late:
+                return answers.pop()
+            return next((Request(number=n, prompt=beginning) for n in numbers), None)
 
         places.clear()
         how = dict(rows=2, longest=40, new_tokens=NEW, sampling=sampling, end_ids=[end])
@@ -132,6 +136,8 @@ def test_a_prompt_that_begins_with_a_text_goes_on_in_its_row(tiny, places, monke
     found, steps = asked()
     assert [tokens for _, tokens in found[:count]] == [text[: (*text, end).index(end)] for text in drawn]
     assert len(found) == 2 * count
+    # A row that has waited has read other things since.
+    assert asked(late=3)[0] == found
     monkeypatch.setattr(continuous._Row, "continues", lambda *_: False)
     anew, more = asked()
     assert anew == found
@@ -144,6 +150,8 @@ def test_texts_that_outgrow_a_rotation_are_refused():
     config = family_for(raw).config_from_hf(raw)
     network = abstract_decoder(config)
     how = dict(rows=1, new_tokens=8, sampling=GREEDY, end_ids=())
-    with pytest.raises(UserError, match=r"texts of 17 tokens may become longer than 16, .* \(LongRoPE\): ask for fewer"):
+    with pytest.raises(
+        UserError, match=r"texts of 17 tokens may become longer than 16, .* \(LongRoPE\): ask for fewer"
+    ):
         ContinuousGeneration(network, network.shapes, lambda: None, longest=17, **how)
     assert not list(ContinuousGeneration(network, network.shapes, lambda: None, longest=16, **how))
