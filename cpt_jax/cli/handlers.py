@@ -20,7 +20,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from cpt_jax.core.stores import cache_of, is_address
     from cpt_jax.recipe.defaults import adapt_recipe, explain
-    from cpt_jax.recipe.run import run
+    from cpt_jax.recipe.run import claim, run
     from cpt_jax.training.memory import accelerator_memory
 
     names = (
@@ -56,7 +56,10 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
         given["fit"] = functools.partial(fitted, memory=memory, shape=machine["mesh"])
     recipe, reasons = adapt_recipe(**given, overrides=overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
-    run(recipe, arguments.workdir, update=arguments.update, **machine)
+    if arguments.dry_run:
+        claim(recipe, arguments.workdir, update=arguments.update)
+    else:
+        run(recipe, arguments.workdir, update=arguments.update, **machine)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -138,6 +138,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--update", action="store_true", help="go on with changed settings; what they do not touch is kept"
     )
+    sub.add_argument(
+        "--dry-run", action="store_true", help="print the choices and write them to WORKDIR/config.json; run nothing"
+    )
     machine(sub)
     text_field_of(sub)
     chat_of(sub)

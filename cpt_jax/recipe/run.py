@@ -77,6 +77,21 @@ def run(
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
+def claim(recipe: Recipe, workdir: Location, *, update: bool = False) -> None:
+    """Writes a recipe into its work directory and says what can be done with it.
+
+    Raises:
+      UserError: the directory is not free for it.
+    """
+    with Workdir(workdir, recipe, update=update):
+        pass
+    config = f"{workdir}/config.json"
+    if processes.is_first():
+        print(f"{config}: nothing was run yet")
+        print(f"run it:              cpt run {config} --workdir {workdir}")
+        print(f"values side by side: cpt sweep {config} --vary FIELD VALUE VALUE")
+
+
 class Pipeline(VocabularyStations, Stages):
     """The stations of one run, in order. Each method makes sure that its station is done."""
 

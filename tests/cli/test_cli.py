@@ -15,6 +15,9 @@ from inputs import chinese, english, write_jsonl
 from cpt_jax.cli import main
 from cpt_jax.cli.arguments import whole_number
 from cpt_jax.cli.parser import parser
+from cpt_jax.recipe.find import find_recipe
+from cpt_jax.recipe.stations import Workdir
+from cpt_jax.training.retention import Anchor
 
 ADAPT = ("adapt", "--base", "{model}", "--new", "zh=zh.jsonl", "--replay", "en=en.jsonl", "--workdir", "run")
 NEW = ("adapt", "--base", "{model}", "--workdir", "run", "--new")
@@ -113,6 +116,24 @@ def test_wrong_input_is_told_in_one_line(place, tiny_model, capsys, arguments, m
     assert not any("usage:" in line for line in lines)
     assert told.out == ""
     assert {path: path.read_bytes() for path in (place / "kept").iterdir()} == before
+
+
+def test_a_dry_run_tells_the_choices_and_writes_the_recipe_alone(place, tiny_model, capsys):
+    given = [argument.format(model=tiny_model) for argument in ADAPT]
+    main([*given, "--dry-run", "--tokens", "4096"])
+    told = capsys.readouterr()
+    assert "replay       25% of the tokens" in told.err
+    assert "cpt sweep run/config.json --vary FIELD VALUE VALUE" in told.out
+    first = find_recipe("run/config.json")
+    assert sum(stage.tokens for stage in first.stages) == 4096
+    # Nothing was done: other choices take its place, and it is a run that can be begun.
+    main([*given, "--dry-run", "--tokens", "8192", "--anchor", "0.5"])
+    second = find_recipe("run/config.json")
+    assert sum(stage.tokens for stage in second.stages) == 8192
+    assert second.stages[-1].retention == (Anchor(weight=0.5, domains=("en",)),)
+    assert {path.name for path in (place / "run").iterdir()} <= {"config.json", "events.jsonl", "sample.json", ".lock"}
+    with Workdir(Path("run"), second) as claimed:
+        assert not claimed.seconds
 
 
 @pytest.mark.parametrize(
