@@ -1,7 +1,8 @@
 """A corpus tokenised once, into sharded ArrayRecord files with a manifest.
 
 A record is one document's token ids, uint32, without start and end tokens: those belong to the packing. The highest bit
-of a token that is not to be learnt (a conversation's prompt, where an excerpt is cut) is set. TFDS reads it too (`tfds_format`).
+of a token that is not to be learnt (a conversation's prompt, the last one of a text that was cut) is set. TFDS reads it
+too (`tfds_format`).
 """
 
 import collections

@@ -23,7 +23,7 @@ Format = Literal["text", "chat"]
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Why a document may not be learnt from.
 HELD_OUT = "held out"
-# Of a text that goes on where the record ends: true.
+# The field that is true where a text is cut before its end.
 TRUNCATED = "truncated"
 _NAME_IT = "name the one with text: --text-field NAME, or of one corpus of a run --domains.0.corpus.text_field NAME"
 
@@ -34,9 +34,10 @@ class Corpus:
     in a store (s3://, gs://, hf://; no .arrayrecord), `tfds:NAME_OR_DIR[/config][:split]`, `hf:ORG/NAME[/config][:split]`,
     or `hf:DIR[:split]` (the split is `train` unless told otherwise; of `hf:`, `train[:1000]` is a part of it).
 
-    A record's text is in `text_field`; where it is an excerpt, `truncated` is true. Records with the same `group_field` (a book's pages, a law's articles) are
-    held out together. In a .txt file, documents are separated by empty lines. A record of the format "chat" holds a
-    conversation instead (`conversations.conversation_of`), of which the assistant's part is learnt.
+    A record's text is in `text_field`; where that is cut before its end, `truncated` is true. Records with the same
+    `group_field` (a book's pages, a law's articles) are held out together. In a .txt file, documents are separated by
+    empty lines. A record of the format "chat" holds a conversation instead (`conversations.conversation_of`), of which
+    the assistant's part is learnt.
     """
 
     name: str
