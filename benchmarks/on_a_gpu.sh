@@ -21,3 +21,5 @@ python=${PYTHON:-.venv/bin/python}
 "$python" -m benchmarks.attention --heads 16 4 --head-dim 256 --lengths 8192 2048 --compute bfloat16
 # Runs as one program against one by one and two processes at once: `--together auto` stands on it.
 "$python" -m benchmarks.sweep --steps 200 --rows 16 --runs 8
+# Generation was not run on a GPU yet (blocks of the cache: models/kernels/cached.py).
+time "$python" -m cpt_jax data generate --model .cache/quickstart/SmolLM2-135M-Instruct.Q4_1.gguf --tokens 100000 --batch 128 --out "$(mktemp -d)/own.jsonl"

@@ -174,14 +174,13 @@ def generate_data(*, model: str, tokens: int, rehearsal: Rehearsal, out: Path) -
     with disk_full_is_told(out), progress("generate", max(done, tokens), "tokens", first=done) as bar:
         if done < tokens:
             author = Author(find_model(model), rehearsal, lambda drawn: bar.advance(0, drawn=drawn))
-            with out.open("a", encoding="utf-8") as file:
-                for document in author.documents(following):
+            for document in author.documents(following):
+                with out.open("a", encoding="utf-8") as file:
                     file.write(json_line(document | {"of": of}))
-                    file.flush()
-                    bar.advance(min(document["tokens"], tokens - done))
-                    done, count = done + document["tokens"], count + 1
-                    if done >= tokens:
-                        break
+                bar.advance(min(document["tokens"], tokens - done))
+                done, count = done + document["tokens"], count + 1
+                if done >= tokens:
+                    break
             if author.skipped:
                 say(f"left out: {counted(author.skipped)}")
     print(f"{out}: {number_of(count, 'document')}, {number_of(done, 'token')}")

@@ -169,3 +169,4 @@ def test_a_model_that_writes_nothing_is_told(tiny_model, tmp_path, monkeypatch, 
         )
     assert stop.value.code == 2
     assert "of 8 documents none can be used (8 x empty)" in capsys.readouterr().err
+    assert not (tmp_path / "own.jsonl").exists()
