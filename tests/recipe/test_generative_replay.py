@@ -80,7 +80,7 @@ def test_documents_are_what_the_model_draws_and_it_goes_on(tiny_model, tmp_path,
     assert 100 <= sum(each["tokens"] for each in first) < 100 + first[-1]["tokens"]
     # Killed while it wrote a line, called again with more to write, other documents beside them.
     out.write_text(out.read_text() + '{"number": 6, "te')
-    call(*flags, "--tokens", 300, "--batch", 4, "--out", out)
+    call(*flags, "--tokens", 300, "--batch", 2, "--out", out)
     call(*flags, "--tokens", 300, "--batch", 8, "--out", other)
     longer = lines(out)
     assert len(longer) > len(first)
