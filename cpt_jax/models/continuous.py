@@ -15,9 +15,8 @@ from jaxtyping import Array, Int
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.tree import Tree
 from cpt_jax.models.decoder import Network
-from cpt_jax.models.generate import read, rounded
+from cpt_jax.models.generate import read, rounded, turned_otherwise_beyond
 from cpt_jax.models.kernels.cached import KeyCache
-from cpt_jax.models.rope import LongRoPE
 from cpt_jax.models.sampling import Sampling, choose, row_keys
 from cpt_jax.models.stack import Caches, empty_caches
 
@@ -133,9 +132,7 @@ class ContinuousGeneration:
         compute_dtype: Any = "float32",
         heard: Callable[[int], None] = lambda drawn: None,
     ) -> None:
-        scalings = [rope.scaling for rope in network.config.ropes]
-        limits = [scaling.original_length for scaling in scalings if isinstance(scaling, LongRoPE)]
-        if limits and longest > min(limits):
+        if (limits := turned_otherwise_beyond(network.config)) and longest > min(limits):
             raise UserError(
                 f"texts of {longest:,} tokens may become longer than {min(limits):,}, where this model turns them otherwise "
                 "(LongRoPE): ask for fewer tokens"

@@ -79,6 +79,12 @@ def _functions(network: Network, dtype: jnp.dtype) -> _Functions:
     return _Functions(read_prompts, read_tokens)
 
 
+def turned_otherwise_beyond(config: DecoderConfig) -> list[int]:
+    """Lengths beyond which all of a text's tokens are turned otherwise than in a shorter one (LongRoPE)."""
+    scalings = [rope.scaling for rope in config.ropes]
+    return [scaling.original_length for scaling in scalings if isinstance(scaling, LongRoPE)]
+
+
 def check_room(config: DecoderConfig, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
     """Raises UserError when a prompt is empty, or leaves no room in the model's context."""
     if new_tokens < 1:
@@ -181,9 +187,8 @@ class Generation:
 
     def _crosses(self, lengths: np.ndarray) -> bool:
         """Whether a row has just grown past the length from which all its tokens are turned otherwise."""
-        scalings = [rope.scaling for rope in self._network.config.ropes]
-        originals = [each.original_length for each in scalings if isinstance(each, LongRoPE)]
-        return any(lengths[row] == original + 1 for row in self._live for original in originals)
+        limits = turned_otherwise_beyond(self._network.config)
+        return any(lengths[row] == limit + 1 for row in self._live for limit in limits)
 
 
 def _filled(tokens: np.ndarray) -> np.ndarray:
