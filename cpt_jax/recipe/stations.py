@@ -85,7 +85,8 @@ class Workdir:
             raise UserError(refusal)
         path.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(path / JOURNAL if processes.is_first() else None)
-        self.journal.write("run", started=round(process_started(), 3))
+        # A start that does nothing is not told.
+        self._started: float | None = round(process_started(), 3)
 
     def _claimed(self, recipe: Recipe, update: bool) -> str | None:
         """Makes it this run's, in the store too; or says why not."""
@@ -237,6 +238,9 @@ class Workdir:
         under_way = {"fingerprint": expected, "fixed": fixed, "sources": sources, "done": False, "seconds": before}
         self._write_mark(name, under_way)
         processes.wait(f"{name} begins")
+        if self._started is not None:
+            self.journal.write("run", started=self._started)
+            self._started = None
         self.journal.write("begin", station=name)
         return Begun(name, expected, fixed, outputs, False, before, time.monotonic())
 

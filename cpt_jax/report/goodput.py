@@ -33,9 +33,6 @@ def goodput(run: Path) -> dict[str, float]:
     # Starts that found all done, as one that exports, are not the run's.
     while len(events) > 1 and events[-1]["event"] == "run":
         events.pop()
-    # Nor are those before the first that did anything, as a dry run.
-    while len(events) > 1 and events[0]["event"] == events[1]["event"] == "run":
-        events.pop(0)
     if not events or events[0]["event"] != "run":
         return {}
     seconds = dict.fromkeys(CAUSES, 0.0)

@@ -30,9 +30,7 @@ STEPS = [
 
 
 def test_every_second_has_a_cause(tmp_path):
-    # A dry run, long before, did nothing.
-    dry = {"at": 21, "event": "run", "started": 20}
-    lines = [*map(json.dumps, [dry, *EVENTS]), '{"at": 231, "eve']
+    lines = [*map(json.dumps, EVENTS), '{"at": 231, "eve']
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     metrics = tmp_path / "stages" / "1-lora" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
