@@ -134,6 +134,10 @@ def test_a_dry_run_tells_the_choices_and_writes_the_recipe_alone(place, tiny_mod
     assert {path.name for path in (place / "run").iterdir()} == {"config.json", "sample.json", ".lock"}
     with Workdir(Path("run"), second) as claimed:
         assert not claimed.seconds
+        for name in ("one", "two"):
+            claimed.station(name, [], [], lambda: None)
+    events = [json.loads(line)["event"] for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert events == ["run", "begin", "done", "begin", "done"]
 
 
 @pytest.mark.parametrize(
