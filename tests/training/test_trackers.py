@@ -1,4 +1,3 @@
-"""What the trackers hold after a run that was killed and continued: each step once, with the figures of its files."""
 
 import json
 import math
@@ -93,7 +92,8 @@ def told_at_once(tmp_path, kind, count=3):
         opened = threading.Event()
         trackers[-1]._work.put(opened.set)
         assert opened.wait(60)
-    told = [[(10 * number + step) / 64 for step in range(1, 5)] for number in range(count)]
+    # So many digits that no clock's reading beside them in a file has the same ones.
+    told = [[1 + (10 * number + step) / 2**20 for step in range(1, 5)] for number in range(count)]
     for step in range(1, 5):
         for own, losses in zip(trackers, told, strict=True):
             own.log({"step": step, "loss": losses[step - 1]})
