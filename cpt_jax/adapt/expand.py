@@ -8,14 +8,17 @@ from cpt_jax.models.config import DecoderConfig
 from cpt_jax.models.families import family_for
 from cpt_jax.models.families.composite import Composite, text_fields, with_text_fields
 from cpt_jax.models.linear import CONSTANTS, LoRAConfig
+from cpt_jax.models.vocab_table import NEW_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expand:
     """Copies of `blocks` blocks, at equal distances, each behind its original; their output projections begin at zero,
-    so that the model's logits are unchanged. Only the copies train, and the model stays that much deeper."""
+    so that the model's logits are unchanged. The copies train, and besides the new rows, where there are any; the model
+    stays that much deeper."""
 
     blocks: int
+    new_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
@@ -54,7 +57,8 @@ class Expand:
         )
 
     def trains(self, path: str) -> bool:
-        return path.startswith("layers/added_") and not path.endswith(CONSTANTS)
+        added = path.startswith("layers/added_") and not path.endswith(CONSTANTS)
+        return added or (self.new_rows and path in NEW_ROWS)
 
 
 def usual_blocks(layers: int) -> int:

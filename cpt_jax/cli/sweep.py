@@ -33,7 +33,7 @@ def sweep_of(sub: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar=("FIELD", "VALUE"),
-        help="a field of the recipe and its values, a run each; given again, all combinations",
+        help="a field of the recipe and its values, a run each, or replay-share and shares of all replayed text; given again, all combinations",
     )
     sub.add_argument("--workdir", type=location, help="a directory (default: runs/NAME)")
     sub.add_argument(

@@ -45,7 +45,7 @@ CPU_TOKENS = 150_000
 ACCELERATOR_TOKENS = 1_000_000_000
 # Fewer are a mistake: both stages want a step.
 MIN_TOKENS = 100
-# As ROWS_STEP, of new rows beside adapters, and of old rows (LOG.md).
+# As ROWS_STEP, of new rows beside other weights, and of old rows (LOG.md).
 CALMER_ROWS_STEP = 0.037
 
 
@@ -125,7 +125,7 @@ def _method(name: str, grows: bool, layers: int) -> Method:
     if name in ("lora", "dora"):
         return LoRA(rank=16, alpha=32, new_rows=grows, dora=name == "dora")
     if name == "expand":
-        return Expand(blocks=usual_blocks(layers))
+        return Expand(blocks=usual_blocks(layers), new_rows=grows)
     return Full() if name == "full" else Embeddings(rows="new" if grows else "all")
 
 
@@ -134,12 +134,12 @@ def _rounded(rate: float) -> float:
 
 
 def _optimizer(name: str, method: str, size: int, rows: float) -> Optimizer:
-    """By the number of weights, and the rate of rows that train alone or beside adapters."""
+    """By the number of weights, and the rate of rows: of all that train, or of new ones beside the method's own weights."""
     # LoRA's rate falls with size: 2e-3 was found best for SmolLM2-135M, at which Gemma 3 270M learns no more than at 5e-4, and
     # forgets (LOG.md); 2e-4 is what others use at 7B, and for added blocks.
     adapters = 2e-3 if size < 2e8 else 5e-4 if size < 3e9 else 2e-4
     peak = {"lora": adapters, "dora": adapters, "full": 5e-5, "embeddings": rows, "expand": 2e-4}[method]
-    multiplier = _rounded(rows / peak) if method in ("lora", "dora") else 1.0
+    multiplier = _rounded(rows / peak)
     # Lion's steps are whole ones; the new rows get AdamW in any case.
     slower = 5 if name == "lion" else 1
     return OPTIMIZERS[name](learning_rate=peak / slower, new_rows_multiplier=multiplier * slower)
@@ -341,7 +341,7 @@ def adapt_recipe(
     }
     if pieces:
         reasons["new rows"] = (
-            f"{alone:g} a step alone, {calmer:g} beside adapters: {ROWS_STEP:.1%} and {CALMER_ROWS_STEP:.1%} of the size of the base's ({sample.row_size:.2g})"
+            f"{alone:g} a step alone, {calmer:g} beside other weights: {ROWS_STEP:.1%} and {CALMER_ROWS_STEP:.1%} of the size of the base's ({sample.row_size:.2g})"
         )
     if context is not None:
         reasons["context"] = (

@@ -3,16 +3,19 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cpt_jax.core.config import override, short_names
 from cpt_jax.core.errors import UserError
+from cpt_jax.data.mixture import domains_of
 from cpt_jax.recipe.experiment import Runs, find_experiment, named_runs
 from cpt_jax.recipe.find import find_recipe, names_one_recipe, overrides_of
-from cpt_jax.recipe.recipe import Recipe
+from cpt_jax.recipe.recipe import Recipe, Stage
 
 Vary = Sequence[Sequence[str]]
+# As `cpt adapt` calls it: no field of a recipe, but of all its stages' mixtures.
+REPLAY_SHARE = "replay_share"
 
 
 class Swept(NamedTuple):
@@ -28,7 +31,8 @@ def find_swept(name: str, vary: Vary = (), overrides: Sequence[str] = ()) -> Swe
     of their values.
 
     Args:
-      vary: of each field its path and its values, as in ("stages.0.optimizer.learning_rate", "1e-4", "5e-4").
+      vary: of each field its path and its values, as in ("stages.0.optimizer.learning_rate", "1e-4", "5e-4"); "replay-share" is
+        that of all replayed domains together (`replaying`).
       overrides: as `cpt run` takes them, for all runs.
 
     Raises:
@@ -68,7 +72,10 @@ def _grid(recipe: Recipe, fields: dict[str, Sequence[str]], overrides: Sequence[
     short, names, made = short_names([*fields]), [], []
     for values in itertools.product(*fields.values()):
         name = "-".join(f"{short[field]}-{_legible(value)}" for field, value in zip(fields, values, strict=True))
-        run = override(recipe, *overrides, *zip(fields, values, strict=True))
+        given = dict(zip(fields, values, strict=True))
+        share = given.pop(REPLAY_SHARE, None)
+        run = override(recipe, *overrides, *given.items())
+        run = run if share is None else replaying(run, share)
         if run in made:
             raise UserError(f"--vary: {names[made.index(run)]} and {name} are the same run: leave one out")
         names.append(name)
@@ -76,6 +83,44 @@ def _grid(recipe: Recipe, fields: dict[str, Sequence[str]], overrides: Sequence[
     if len(made) == 1:
         raise UserError(f"--vary {' '.join(fields)} makes one run, {names[0]}: give more values, or use `cpt run`")
     return named_runs([dataclasses.replace(run, name=name) for run, name in zip(made, names, strict=True)], recipe.name)
+
+
+def replaying(recipe: Recipe, share: str) -> Recipe:
+    """The recipe with this share of replayed tokens in each stage that replays; what is new, and what is replayed, is
+    divided among domains as before.
+
+    Raises:
+      UserError: it is no share from 0 up to 1, no stage replays, or one whose shares change or follow from sizes.
+    """
+    try:
+        old = float(share)
+    except ValueError:
+        old = -1.0
+    if not 0 <= old < 1:
+        raise UserError(f"--vary replay-share {share}: give shares from 0 up to, not including, 1")
+    replayed = set(recipe.named("replay"))
+    if not any(replayed.intersection(domains_of(stage.mixture)) for stage in recipe.stages):
+        raise UserError(
+            "--vary replay-share: no stage of this recipe replays: give one a mixture with a replayed domain"
+        )
+    stages = [_replaying(stage, f"stages.{n}.mixture", replayed, old) for n, stage in enumerate(recipe.stages)]
+    return dataclasses.replace(recipe, stages=tuple(stages))
+
+
+def _replaying(stage: Stage, field: str, replayed: set[str], share: float) -> Stage:
+    mixture = stage.mixture
+    if not replayed.intersection(domains_of(mixture)):
+        return stage
+    if not isinstance(mixture, Mapping):
+        raise UserError(
+            f"--vary replay-share: stage {stage.name!r} mixes by a {type(mixture).__name__}, without a share of its own: vary {field}"
+        )
+    before = sum(part for name, part in mixture.items() if name in replayed)
+    if before > 1 - 1e-6:
+        raise UserError(f"--vary replay-share: stage {stage.name!r} mixes nothing new: vary {field}")
+    factors = {True: share / before, False: (1 - share) / (1 - before)}
+    parts = {name: round(part * factors[name in replayed], 12) for name, part in mixture.items()}
+    return dataclasses.replace(stage, mixture={name: part for name, part in parts.items() if part})
 
 
 def _legible(value: str) -> str:

@@ -20,6 +20,8 @@ ROWS_AT_ONCE = 256
 # A good rate for new rows alone, by the size of the base's (0.13 in SmolLM2-135M, 0.017 in Qwen 2.5 0.5B): AdamW's steps are
 # as large whatever they change, and throw small rows about before these learn (LOG.md).
 ROWS_STEP = 0.065
+# As that, of rows that are fitted to what the frozen model does.
+FITTED_STEP = 0.015
 # The size is that of so many rows in so many places.
 _STRETCH, _STRETCHES = 64, 16
 
@@ -185,17 +187,20 @@ class Distilled:
     and gives each new piece the probability that it gives its old pieces in a row (after AweDist, Dobler et al. 2025,
     arXiv 2505.20133). They start as their pieces' mean.
 
-    `steps` of `batch_size` rows of `sequence_length` new tokens of the new domain's training text, with Adam.
+    `steps` of `batch_size` rows of `sequence_length` new tokens of the new domain's training text, with Adam, at
+    `learning_rate` (None: `FITTED_STEP` of the size of the base's rows).
     """
 
     steps: int = 50
     batch_size: int = 2
     sequence_length: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     probability_weight: float = 0.1
 
     def build(self, tables: Tables, context: RowContext) -> dict[str, Rows]:
-        return distilled_rows(self, SubwordMean().build(tables, context), context)
+        rate = self.learning_rate or FITTED_STEP * size_of_rows(tables.values())
+        settings = dataclasses.replace(self, learning_rate=rate)
+        return distilled_rows(settings, SubwordMean().build(tables, context), context)
 
 
 InitRows = SubwordMean | Mean | Random | Focus | Wechsel | Distilled

@@ -105,7 +105,8 @@ def test_each_method_trains_what_it_says():
     }
     chosen = ByPath(patterns=("layers/*",), layers=(1, 3)).layout(tiny_config(num_layers=4))
     assert chosen.layer_groups == (("before", 1), ("chosen", 2), ("after", 1))
-    added = paths(Expand(blocks=2))
+    added = paths(Expand(blocks=2, new_rows=False))
+    assert paths(Expand(blocks=2)) == added | {"embed/new", "head/new"}
     assert {path.split("/")[1] for path in added} == {"added_0", "added_1"}
     assert len(added) == 2 * sum(path.startswith("layers/") for path in flatten(abstract_decoder(config).shapes))
 

@@ -79,13 +79,12 @@ def test_adapting_then_looking_inside(texts):
 
 def test_choosing_a_replay_share(texts):
     root, given = texts
-    # Its recipe evaluates with rows of 512, as recipes do by default.
-    base = shutil.copytree(given["BASE"], root / "longer")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    changes = {"BASE": str(base), "TOKENS": 2048, "LEARNING_RATE": 1e-2, "HELDOUT_BYTES": 1000, "WORKDIR": "shares"}
-    shown = execute("choose_a_replay_share.ipynb", root, given | changes)
-    statuses = [run["status"] for run in json.loads((root / "shares/sweep.json").read_text())["runs"]]
+    small = [f"--domains.{number}.heldout.max_bytes 1000" for number in (0, 1)]
+    options = " ".join(["--stages.0.optimizer.learning_rate 1e-2 --stages.0.ema null", *small])
+    shown = execute(
+        "choose_a_replay_share.ipynb", root, given | {"TOKENS": 2048, "OPTIONS": options, "WORKDIR": "shares"}
+    )
+    statuses = [run["status"] for run in json.loads((root / "shares/runs/sweep.json").read_text())["runs"]]
     assert statuses == ["done"] * 5
     assert json.loads((root / "shares/law.json").read_text())["answer"] in " ".join(shown.split())
     assert "3 pictures" in shown

@@ -222,7 +222,8 @@ def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, f
     (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
     words = ["adapt", "--base", str(base), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
     alone, calmer = (step * size for step in (ROWS_STEP, CALMER_ROWS_STEP))
-    for method, given, last in (("lora", "10", calmer), ("embeddings", "10", alone), ("embeddings", "0", calmer)):
+    beside = [(method, "10", calmer) for method in ("lora", "expand", "full")]
+    for method, given, last in (*beside, ("embeddings", "10", alone), ("embeddings", "0", calmer)):
         arguments, _ = parser().parse_known_args(
             [*words, "--new-tokens", given, "--tokens", "1000", "--method", method]
         )

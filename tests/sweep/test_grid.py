@@ -1,5 +1,6 @@
 """A grid of one recipe's runs: their names, what is refused before anything is written, and a sweep that grows."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe import grid
 from cpt_jax.recipe.find import find_recipe
-from cpt_jax.recipe.grid import find_swept
+from cpt_jax.recipe.grid import find_swept, replaying
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Stage, saved_form
 from cpt_jax.report.many import find_runs
 from cpt_jax.sweep import at_once
@@ -77,6 +78,13 @@ def test_runs_are_named_by_what_varies(place):
         ("mixture-zh-1", {"zh": 1.0}),
         ("mixture-zh-0.95-en-0.05", {"zh": 0.95, "en": 0.05}),
     ]
+    shared = find_swept(RECIPE, [("replay-share", "0", "0.05", "0.5")])
+    assert (shared.experiment, shared.name) == (f"{RECIPE} by replay_share", "one-replay_share")
+    assert [(name, run.stages[0].mixture) for name, run in shared.runs.items()] == [
+        ("replay_share-0", {"zh": 1.0}),
+        ("replay_share-0.05", {"zh": 0.95, "en": 0.05}),
+        ("replay_share-0.5", {"zh": 0.5, "en": 0.5}),
+    ]
     held = find_swept(RECIPE, [("stages.0.retention", "[]", '[{"kind": "Anchor", "weight": 0.5}]')]).runs
     assert {name: len(run.stages[0].retention) for name, run in held.items()} == {
         "retention-none": 0,
@@ -103,6 +111,27 @@ WRONG = {
     "named": (("--vary", "seed", "0", "1", "--name", "x"), "--name is given for all runs, which differ in it"),
     "one name": (("--vary", "base", "a/b", "a-b"), "has 2 runs named 'base-a-b': names must differ"),
     "a long name": (("--vary", "base", "a", "b" * 250), "is too long: give one of at most 250 bytes"),
+    "no share": (("--vary", "replay-share", "0.1", "1"), "--vary replay-share 1: give shares from 0 up to, not incl"),
+    "share of words": (("--vary", "replay-share", "some", "0"), "--vary replay-share some: give shares from 0 up to"),
+    "nothing replayed": (
+        ("--vary", "replay-share", "0", "0.1", "--stages.0.mixture", '{"zh": 1}'),
+        "no stage of this recipe replays: give one a mixture with a replayed domain",
+    ),
+    "nothing new": (
+        ("--vary", "replay-share", "0", "0.1", "--stages.0.mixture", '{"en": 1}'),
+        "stage 'lora' mixes nothing new: vary stages.0.mixture",
+    ),
+    "by size": (
+        (
+            "--vary",
+            "replay-share",
+            "0",
+            "0.1",
+            "--stages.0.mixture",
+            '{"kind": "Temperature", "domains": ["zh", "en"]}',
+        ),
+        "stage 'lora' mixes by a Temperature, without a share of its own: vary stages.0.mixture",
+    ),
     "nothing varies": ((), f"{RECIPE} is one recipe: say in what its runs differ, as in --vary seed 0 1 2"),
 }
 
@@ -116,6 +145,19 @@ def test_wrong_grids_are_told_before_anything_is_written(place, capsys, words, m
     assert line.startswith("error: ")
     assert message in line
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_replay_share_leaves_the_rest_in_proportion():
+    domains = [Domain(corpus=Corpus(name=name, spec=name), role="new") for name in ("zh", "km")]
+    domains += [Domain(corpus=Corpus(name=name, spec=name), role="replay") for name in ("en", "code")]
+    stage = find_recipe("quickstart").stages[1]
+    new, mixed = {"zh": 0.5, "km": 0.5}, {"en": 0.1, "zh": 0.45, "km": 0.15, "code": 0.3}
+    stages = [dataclasses.replace(stage, name=str(n), mixture=each) for n, each in enumerate((new, mixed, mixed))]
+    recipe = Recipe(name="many", base="base", domains=tuple(domains), stages=tuple(stages))
+    found = [stage.mixture for stage in replaying(recipe, "0.2").stages]
+    assert found == [new, *[{"en": 0.05, "zh": 0.6, "km": 0.2, "code": 0.15}] * 2]
+    assert [[*stage.mixture] for stage in replaying(recipe, "0").stages] == [["zh", "km"]] * 3
+    assert replaying(recipe, "0.4").stages == recipe.stages
 
 
 def test_a_recipe_by_its_name_is_told_what_it_lacks():

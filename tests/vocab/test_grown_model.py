@@ -19,7 +19,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten
 from cpt_jax.models.decoder import apply
 from cpt_jax.recipe.rows import Growth, Probe, RowProbe, grow_model
-from cpt_jax.vocab.init_rows import ROWS_STEP, Distilled, Focus, Mean, Random, SubwordMean, size_of_rows
+from cpt_jax.vocab.init_rows import FITTED_STEP, ROWS_STEP, Distilled, Focus, Mean, Random, SubwordMean, size_of_rows
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
@@ -203,6 +203,15 @@ def test_a_probe_takes_steps_by_the_size_of_the_old_rows(grown, tmp_path):
     growth = Growth(write_model(tmp_path, grown[0], num_layers=1), grown[1], texts=lambda: TEXTS)
     probe = RowProbe(growth, TEXTS[:2], Probe(steps=(0, 3), sequence_length=32))
     assert probe._rate(1) == pytest.approx(ROWS_STEP * size_of_rows(growth.tables.values()))
+
+
+@pytest.mark.parametrize("given", [None, 1e-3])
+def test_rows_are_fitted_by_steps_of_the_size_of_the_old_rows(grown, tmp_path, given):
+    growth = Growth(write_model(tmp_path, grown[0], num_layers=1), grown[1], texts=lambda: TEXTS)
+    fitted = growth.rows(Distilled(steps=1, batch_size=1, sequence_length=32, learning_rate=given))["embed"]
+    # Adam's first step is the whole rate, whatever the gradient.
+    moved = np.abs(fitted - growth.rows(SubwordMean())["embed"]).max()
+    assert moved == pytest.approx(given or FITTED_STEP * size_of_rows(growth.tables.values()), rel=0.01)
 
 
 def test_the_step_that_fits_rows_is_compiled_once(grown, tmp_path):
