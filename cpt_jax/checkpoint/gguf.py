@@ -84,10 +84,12 @@ def import_gguf(file: Path, out: Path, *, weights: bool = True) -> None:
             write_weights(directory, [(weight, dtype) for weight in found], SHARD_BYTES)
         write_json_atomic(directory / "config.json", config | {"dtype": dtype.name})
         write_tokenizer(metadata, config["max_position_embeddings"], directory)
-        write_json_atomic(
-            directory / "generation_config.json",
-            {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        )
+        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        end, turn = config["eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")
+        # What ends a turn, where that is not what ends a text.
+        if turn not in (None, end) and turn < len(metadata["tokenizer.ggml.tokens"]):
+            generation["eos_token_id"] = turn if end is None else [end, turn]
+        write_json_atomic(directory / "generation_config.json", generation)
 
 
 def read_gguf(file: Path) -> tuple[Metadata, dict[str, Any]]:

@@ -145,9 +145,9 @@ class ResponseFinder:
         if not self._blocks:
             text = self.template.render(messages)
             ends = len(self.end_of_turn)
+            located = [(start, self._content_end(text, start, end)) for start, end in self._located(messages, text)]
             return text, [
-                Response(start, end, end + ends * text.startswith(self.end_of_turn, end))
-                for start, end in self._located(messages, text)
+                Response(start, end, end + ends * text.startswith(self.end_of_turn, end)) for start, end in located
             ]
         text, spans = self.template.answers(messages)
         token = self.end_of_turn.strip()
@@ -156,6 +156,12 @@ class ResponseFinder:
             Response(start, place if place >= 0 else end, end)
             for (start, end), place in zip(spans, places, strict=True)
         ]
+
+    def _content_end(self, text: str, start: int, end: int) -> int:
+        """Where the end of the turn follows: of an answer that ends in white space, which the template strips and writes
+        some of its own, that may be earlier."""
+        stripped = start + len(text[start:end].rstrip())
+        return stripped if text.startswith(self.end_of_turn, stripped) else end
 
     def _located(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """The borders of each assistant's content."""
@@ -205,6 +211,12 @@ def _borders(parts: Sequence[str], text: str) -> list[int]:
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
     """Matches the first of these in a text, the longest one where several begin."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def written_by(tokenizer: Tokenizer, path: Path | None) -> list:
+    """What decides how conversations are written: the template, and the special tokens that it may name."""
+    template = tokenizer.chat_template if path is None else read_template(path)
+    return [template, tokenizer.named_special_tokens]
 
 
 def read_template(path: Path) -> str:

@@ -36,9 +36,9 @@ class Cleaning:
     evaluation_words: int | None = None
 
     def __post_init__(self) -> None:
-        if self.near_duplicates is not None and not 0.3 <= self.near_duplicates <= 1:
+        if self.near_duplicates is not None and not 0.3 <= self.near_duplicates <= 0.99:
             raise UserError(
-                f"near duplicates of {self.near_duplicates}: give what they have in common, 0.3 to 1 (0.8 is usual)"
+                f"near duplicates of {self.near_duplicates}: give what they have in common, 0.3 to 0.99 (0.8 is usual; equal ones are duplicates)"
             )
         if self.evaluation_words is not None and self.evaluation_words < 3:
             raise UserError(f"evaluation_words is {self.evaluation_words}: give at least 3 (13 is usual)")

@@ -20,8 +20,8 @@ def _unit_hash(text: str) -> float:
 
 
 def text_hash(text: str) -> bytes:
-    """What tells two texts apart, in 16 bytes."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+    """What tells two texts apart, in 16 bytes, whatever their white space."""
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class Holdout:
                 f"holdout share is {self.share}: give a share above 0, at most 1 (1: the domain is only measured)"
             )
         if self.max_bytes < 1 or self.max_document_bytes < 1:
-            raise UserError("holdout max_bytes and max_document_bytes must be at least 1")
+            raise UserError(
+                f"holdout max_bytes and max_document_bytes are {self.max_bytes} and {self.max_document_bytes}: give at least 1"
+            )
 
     def holds_out(self, document: Document) -> bool:
         return _unit_hash(document.key) < self.share
@@ -57,8 +59,9 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     chosen: list[tuple[float, str, Document]] = []
     size, shortest = 0, None
     # Of what is only measured, all may be one document.
-    first, several = None, holdout.share == 1
+    first, several, count = None, holdout.share == 1, 0
     for document in read(corpus, SkipCounts()):
+        count += 1
         first = document.key if first is None else first
         several = several or document.key != first
         if not holdout.holds_out(document):
@@ -75,7 +78,7 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
         while size > holdout.max_bytes and len(chosen) > 1:
             size -= len(heapq.heappop(chosen)[1].encode())
     if not several:
-        raise _one_document(corpus)
+        raise _one_document(corpus, count)
     if not chosen:
         raise _nothing_held_out(corpus, holdout, shortest)
     records = [
@@ -88,12 +91,13 @@ def write_heldout(corpus: Corpus, holdout: Holdout, directory: Path) -> None:
     write_text_atomic(directory / "heldout.jsonl", "".join(lines))
 
 
-def _one_document(corpus: Corpus) -> UserError:
-    group = corpus.group_field
-    what = "it is one document" if group is None else f"all its documents have the same {group!r}"
-    cut = (
-        "cut it into several (in .txt, empty lines part them)" if group is None else "give another group_field, or none"
-    )
+def _one_document(corpus: Corpus, count: int) -> UserError:
+    if corpus.group_field is not None:
+        what, cut = f"all its documents have the same {corpus.group_field!r}", "give another group_field, or none"
+    elif count > 1:
+        what, cut = f"its {count:,} documents are one text", "give others"
+    else:
+        what, cut = "it is one document", "cut it into several (in .txt, empty lines part them)"
     return UserError(
         f"corpus {corpus.name}: {what}, which is held out or learnt from, not both: {cut}; where it is only measured, hold out "
         "all of it (heldout.share 1 of the domain; --heldout-share 1 of a tokenizer)"

@@ -197,12 +197,12 @@ def files_of(corpus: Corpus) -> list[Location]:
         if not (addresses := glob_addresses(corpus.spec)):
             raise UserError(f"corpus {corpus.name}={corpus.spec}: there is no such file")
         return list(addresses)
-    paths = sorted(Path(name) for name in glob.glob(str(Path(corpus.spec).expanduser()), recursive=True))
-    paths = [path for path in paths if path.is_file()]
-    if not paths and (directory := Path(corpus.spec).expanduser()).is_dir():
-        there = next(
-            (path.suffix for path in sorted(directory.rglob("*")) if path.suffix.lower() in SUFFIXES), ".jsonl"
-        )
+    given = Path(corpus.spec).expanduser()
+    # A name may hold what a pattern means something by, as in data[1].jsonl.
+    named = [given] if given.is_file() else map(Path, glob.glob(str(given), recursive=True))
+    paths = sorted(path for path in named if path.is_file())
+    if not paths and given.is_dir():
+        there = next((path.suffix for path in sorted(given.rglob("*")) if path.suffix.lower() in SUFFIXES), ".jsonl")
         raise UserError(
             f"corpus {corpus.name}={corpus.spec} is a directory: name its files, as in "
             f"{corpus.name}='{corpus.spec.rstrip('/')}/**/*{there}' (with its quotes)"

@@ -23,7 +23,7 @@ from cpt_jax.core.place import Place
 from cpt_jax.core.storage import json_bytes
 from cpt_jax.core.stores import Location
 from cpt_jax.data.chat import ChatEncoder
-from cpt_jax.data.chat_template import ChatTemplate
+from cpt_jax.data.chat_template import ChatTemplate, written_by
 from cpt_jax.data.cleaning import Cleaning, Judge, MeasuredApart
 from cpt_jax.data.duplicates import KEPT, PERMUTATIONS, REASONS, Signer, exact_duplicates, near_duplicates
 from cpt_jax.data.holdout import text_hash
@@ -117,7 +117,7 @@ def identity(task: Task, splits: Sequence[Split]) -> str:
     tokenizer = None if tools.tokenizer is None else tools.tokenizer.fingerprint
     template = None
     if task.corpus.format == "chat" and tools.tokenizer is not None:
-        template = tools.tokenizer.chat_template if task.template is None else task.template.read_text(encoding="utf-8")
+        template = written_by(tools.tokenizer, task.template)
     held = None
     if apart is not None:
         hashes = hashlib.sha256((apart.directory / "heldout_hashes.bin").read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import number_of
 from cpt_jax.core.storage import write_json_atomic
 from cpt_jax.core.tree import flatten
+from cpt_jax.data.chat_template import read_template
 from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
 from cpt_jax.data.sources import Corpus, SkipCounts, corpus_state, named_corpora, read
 from cpt_jax.models.decoder import abstract_decoder
@@ -40,6 +41,8 @@ SAMPLE_BYTES = 16 << 20
 # Below this many bytes a token the base's tokenizer wastes tokens on the text (English: 4 to 5; Chinese with an
 # English one: 1.7).
 WASTEFUL_BYTES_PER_TOKEN = 3.0
+# A share of tokens; more is text that is lost.
+MOST_UNKNOWN = 0.001
 # What some ten minutes on a small CPU machine hold for a 135M model.
 CPU_TOKENS = 150_000
 ACCELERATOR_TOKENS = 1_000_000_000
@@ -51,13 +54,15 @@ CALMER_ROWS_STEP = 0.037
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a look at the new text found, and one at the base: the `row_size` of its vocabulary."""
+    """What a look at the new text found, and one at the base: the `row_size` of its vocabulary; `unknown`: the share of
+    tokens that stand for what its tokenizer cannot spell."""
 
     bytes: int
     tokens: int
     whole: bool
     first: str
     row_size: float
+    unknown: float = 0.0
 
     @property
     def bytes_per_token(self) -> float:
@@ -78,12 +83,14 @@ def _sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, directory: Path) ->
     _, weights, _ = load(directory)
     probe = texts[:: max(1, len(texts) // 500)]
     probe_bytes = sum(len(text.encode()) for text in probe)
-    probe_tokens = sum(len(ids) for ids in tokenizer.encode_documents(probe))
+    tokens = tokenizer.count(probe)
+    probe_tokens = tokens.total()
     return Sample(
         bytes=size,
         tokens=max(1, probe_tokens * size // max(1, probe_bytes)),
         whole=whole,
         first=texts[0],
+        unknown=tokens[tokenizer.unknown_id] / max(1, probe_tokens),
         row_size=size_of_rows(weights[name]["base"] for name in ("embed", "head") if name in weights),
     )
 
@@ -105,9 +112,13 @@ def _new_pieces(sample: Sample, given: int | None) -> tuple[int, str]:
     rate = f"the base's tokenizer makes a token of every {sample.bytes_per_token:.2f} bytes of the new text"
     if given is not None:
         return given, f"as given; {rate}"
+    pieces = 2000 if sample.whole else 8000
+    if sample.unknown > MOST_UNKNOWN:
+        return pieces, (
+            f"of the tokens that the base's tokenizer makes of the new text {sample.unknown:.1%} stand for what it cannot spell"
+        )
     if sample.bytes_per_token >= WASTEFUL_BYTES_PER_TOKEN:
         return 0, f"{rate}: good enough (from {WASTEFUL_BYTES_PER_TOKEN:.1f} on)"
-    pieces = 2000 if sample.whole else 8000
     return pieces, f"{rate}: wasteful (below {WASTEFUL_BYTES_PER_TOKEN:.1f})"
 
 
@@ -251,6 +262,8 @@ def adapt_recipe(
         raise UserError("nothing is there that may be forgotten: give --replay or --watch with the forgetting watch")
     if rope is not None and context is None:
         raise UserError(f"--rope {rope} is for a longer context: give --context N")
+    if chat_template is not None:
+        read_template(chat_template)
     rope = rope or "yarn"
     share = replay_share if replay else 0.0
     given: dict[Role, Sequence[tuple[str, str]]] = {"new": new, "replay": replay, "watch": watch}

@@ -142,7 +142,8 @@ class Patient:
         if written != list(range(1, len(written) + 1)):
             raise UserError(f"metrics.jsonl has {len(written)} lines that do not count the steps from 1")
         if not self._done(f"stage-{stage.name}"):
-            return f"not finished; {number_of(len(there), 'checkpoint')}, the newest of step {there[0] if there else 0}"
+            newest = f", the newest of step {there[0]}" if there else ""
+            return f"not finished; {number_of(len(there), 'checkpoint')}{newest}"
         last, why = ended_early(directory) or (stage.steps, "")
         if not there or there[0] != last:
             raise UserError(

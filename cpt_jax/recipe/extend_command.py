@@ -52,6 +52,8 @@ def model_extend(
             growth = Growth(find_model(model), directory, seed, lambda: texts_of(corpora_of(corpora, text_field)))
             growth.save(growth.rows(next(iter(candidates.values()))), local)
         print(out)
+        if json_path is not None:
+            write_json(json_path, {"chosen": next(iter(candidates)), "probe": []})
         return
     if not corpora:
         raise UserError("--probe trains on text of the new domain: give --corpus SPEC")

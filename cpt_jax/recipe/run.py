@@ -13,6 +13,7 @@ from cpt_jax.core.place import Place
 from cpt_jax.core.progress import Plan, quiet_libraries, say
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.core.stores import Location, refuse_existing, written_to
+from cpt_jax.data.chat_template import written_by
 from cpt_jax.data.cleaning import MeasuredApart, evaluation_state
 from cpt_jax.data.holdout import read_heldout, write_heldout
 from cpt_jax.data.mixture import domains_of
@@ -162,7 +163,8 @@ class Pipeline(VocabularyStations, Stages):
 
         heldout = [self.marks[f"hold-out-{each.name}"] for each in others]
         cleaning = [to_json(domain.cleaning), heldout, evaluation_state(domain.cleaning)]
-        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, self.template_given(), cleaning]
+        written = written_by(self.tokenizer, self.template_file) if domain.corpus.format == "chat" else None
+        inputs = [self.marks[f"hold-out-{domain.name}"], self.tokenizer.fingerprint, written, cleaning]
         outputs = [out / name for name in (MANIFEST, STATISTICS, DATASET_INFO, FEATURES)]
         self._station(f"data-{domain.name}", inputs, outputs, tokenise, beside="train-*.arrayrecord", common=True)
 

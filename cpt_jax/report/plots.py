@@ -18,6 +18,8 @@ def new_figure(columns: int, width: float, height: float):
     matplotlib.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "cpt_jax", "font.family": "DejaVu Sans", "font.size": 9}
     )
+    # A name with two dollar signs is no formula.
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
@@ -29,11 +31,12 @@ def new_figure(columns: int, width: float, height: float):
 
 
 def saved(figure, directory: Path, name: str) -> str:
-    """Writes the figure as NAME.png into a directory; its SVG text, to be put into a page."""
+    """Writes the figure as NAME.png into a directory, a slash in the name as a dash; its SVG text, to be put into a
+    page."""
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
-    figure.savefig(directory / f"{name}.png", dpi=160, facecolor="white")
+    figure.savefig(directory / f"{name.replace('/', '-')}.png", dpi=160, facecolor="white")
     svg = svg_text(figure)
     pyplot.close(figure)
     return svg

@@ -116,11 +116,25 @@ def alike(runs: Sequence[RunFacts]) -> tuple[list[RunFacts], list[RunFacts]]:
         for run in runs
     ]
     families = [
-        [run for run, rest in zip(runs, rests, strict=True) if rest == its_rest and _divided_alike(run, one)]
+        _of_one_base_a_size(
+            one,
+            [run for run, rest in zip(runs, rests, strict=True) if rest == its_rest and _divided_alike(run, one)],
+        )
         for one, its_rest in zip(runs, rests, strict=True)
     ]
     largest = max(families, key=lambda family: (len({run.planned for run in family}), len(family)))
     return largest, [run for run in runs if run not in largest]
+
+
+def _of_one_base_a_size(one: RunFacts, runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """Those on the base of `one`, or, of another size, of the first run: models of one size differ in what they forget."""
+    firsts = {one.parameters: one}
+    return [run for run in runs if _of_one_base(run, firsts.setdefault(run.parameters, run))]
+
+
+def _of_one_base(run: RunFacts, other: RunFacts) -> bool:
+    """It may be called otherwise."""
+    return run.settings["base"] == other.settings["base"] or run.base == other.base
 
 
 def _divided_alike(run: RunFacts, one: RunFacts) -> bool:

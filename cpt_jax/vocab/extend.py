@@ -64,7 +64,7 @@ def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected
     """
     kind = kind_of(base)
     if isinstance(extension, ContinuedBPE):
-        learning = ContinuedLearning(segmentation_of(base), extension, texts, protected)
+        learning = ContinuedLearning(segmentation_of(base), extension, texts, _sampled(protected, extension))
         return _checked(_from_pieces(_shown(learning.pieces(), extension), kind))
     if extension.candidates:
         raise UserError("candidates go with continued-bpe: --method continued-bpe")
@@ -73,9 +73,21 @@ def learn(base: Tokenizer, extension: Extension, texts: Sequence[str], protected
             raise UserError(
                 f"scores {extension.scores!r} are for SentencePiece: a byte-level BPE has an order of merges only"
             )
-        return _checked(_from_pieces(_shown(byte_level_union(base, extension, texts, protected), extension), kind))
+        some = _sampled(protected, extension)
+        return _checked(_from_pieces(_shown(byte_level_union(base, extension, texts, some), extension), kind))
     found = sentencepiece_union(base, extension, texts)
     return _checked(Additions(pieces=[piece for piece, _ in found], scores=_scores(base, extension, found)))
+
+
+def _sampled(protected: Iterable[str], extension: Extension) -> list[str]:
+    texts, size, whole = sampled(protected, extension.sample_bytes)
+    if size < whole:
+        say(f"tokenizer: protecting {_part(size, whole)}")
+    return texts
+
+
+def _part(size: int, whole: int) -> str:
+    return f"{size:,} of {whole:,} bytes, whole documents chosen by hash"
 
 
 def _shown(pieces: Iterable[NewPiece], extension: Extension) -> list[NewPiece]:
@@ -146,7 +158,7 @@ def extend(
     kind_of(base)
     corpus, learnt_bytes, corpus_bytes = sampled(texts, extension.sample_bytes)
     if learnt_bytes < corpus_bytes:
-        say(f"tokenizer: learning from {learnt_bytes:,} of {corpus_bytes:,} bytes, whole documents chosen by hash")
+        say(f"tokenizer: learning from {_part(learnt_bytes, corpus_bytes)}")
     additions = learn(base, extension, corpus, protected)
     wanted = len(additions.pieces)
     with atomic_directory(Path(out)) as directory:

@@ -31,7 +31,7 @@ class Selection:
       tolerance: how frequent a pair of tokens may be in the old text, per token, against the new text, and still be merged
         by `continued-bpe`. 0: old text is cut as before. With 0.01, old text that holds a little of the new language (a
         few pages, or names) is cut otherwise there, and does not keep that language's characters apart everywhere.
-      sample_bytes: of a larger corpus, whole documents chosen by hash up to this size are learnt from.
+      sample_bytes: of a larger corpus, whole documents chosen by hash up to this size are learnt from, or protected.
     """
 
     new_tokens: int

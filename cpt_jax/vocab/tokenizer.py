@@ -54,14 +54,19 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:
             raise UserError(f"{path} cannot be read ({error}): fetch the tokenizer again") from error
+        # Of whom it was saved by, for batches of theirs; transformers drops them too.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         # Text that speaks of a special token is text.
         self._tokenizer.encode_special_tokens = True
 
     @functools.cached_property
     def document(self) -> dict:
         """tokenizer.json as JSON, added tokens with the ids that they have: `tokenizers`, and so transformers, gives the
-        next free ones to those that the vocabulary lacks, whatever the file says."""
+        next free ones to those that the vocabulary lacks, whatever the file says. Without a length that texts would be
+        cut or filled up to."""
         document = json.loads(self._text)
+        document |= {name: None for name in ("truncation", "padding") if document.get(name)}
         for token in document["added_tokens"]:
             token["id"] = self._tokenizer.token_to_id(token["content"])
         return document
@@ -222,6 +227,13 @@ class Tokenizer:
         raise UserError(
             f"{self.directory}: the tokenizer has no {DOCUMENT_SEPARATOR}, eos or bos token to separate documents with"
         )
+
+    @functools.cached_property
+    def unknown_id(self) -> int | None:
+        """The token that stands for any text which the vocabulary cannot spell, where there is one."""
+        model = self.document["model"]
+        name = model.get("unk_token")
+        return model.get("unk_id") if name is None else self._tokenizer.token_to_id(name)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:

@@ -54,6 +54,18 @@ def test_an_imported_model_computes_what_the_original_did(tmp_path, config):
         assert getattr(again.config, field, None) == getattr(config, field, None), field
 
 
+@pytest.mark.parametrize("turn", [None, 5, 10**6])
+def test_what_ends_a_turn_ends_what_is_generated(tmp_path, turn):
+    model = MODELS["llama"]
+    given = {} if turn is None else {"tokenizer.ggml.eot_token_id": turn}
+    pairs = hyperparameters(model) | placeholder_tokenizer() | given
+    write_gguf(tmp_path / "model.gguf", pairs, gguf_tensors(build(model)))
+    import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    end = json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"]
+    assert generation["eos_token_id"] == ([end, 5] if turn == 5 else end)
+
+
 KINDS = [Kind[name] for name in ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32"]]
 
 

@@ -115,6 +115,23 @@ def test_answers_are_found_whatever_they_say(directory, tmp_path_factory, conten
     assert sum(learnt) - chat.counted.sum() == len(contents), "the end of each turn is learnt and not measured"
 
 
+@pytest.mark.parametrize("space", [" ", "\\n"], ids=["space", "line"])
+def test_the_end_of_a_turn_is_learnt_where_the_template_writes_white_space_of_its_own_before_it(
+    directory, tmp_path, space
+):
+    """As Llama 2's does; whatever the answer ends with."""
+    template = """{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + 'SPACE<|im_end|>' }}{% endif %}{% endfor %}"""
+    encoder = encoder_of(with_template(directory, template.replace("SPACE", space), tmp_path))
+    for answer in ("the old city", "the old city ", "the old city \n", " the old city\n"):
+        conversation = Document("", "", tuple(messages([("user", "which?"), ("assistant", answer)])))
+        [rendering] = encoder.rendered([conversation], SkipCounts())
+        [response] = rendering.responses
+        assert rendering.text[response.start : response.content_end].strip() == "the old city"
+        assert rendering.text[response.start : response.end].endswith(
+            "the old city" + space.replace("\\n", "\n") + "<|im_end|>"
+        )
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_an_answer_of_weight_0_is_not_learnt(directory, tmp_path, template):
     encoder = encoder_of(with_template(directory, template, tmp_path))

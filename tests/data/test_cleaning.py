@@ -214,7 +214,10 @@ def test_a_function_is_a_filter(tmp_path, monkeypatch):
         (dict(filters=("language",)), "names no language"),
         (dict(filters=("language=zh,xx",)), "there is no language 'xx'"),
         (dict(filters=("gopher=3",)), "takes no argument"),
-        (dict(near_duplicates=1.2), "near duplicates of 1.2"),
+        (
+            dict(near_duplicates=1.0),
+            r"near duplicates of 1.0: give what they have in common, 0.3 to 0.99 .* equal ones are",
+        ),
         (dict(evaluation_words=1), "at least 3"),
         (dict(evaluation_sets=("a.jsonl",)), "but not evaluation_words"),
     ],

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,14 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(place, tmp_path, mon
 def test_all_that_decides_the_shards_tells_two_tasks_apart(place, tmp_path):
     for name in ("tokenizer", "other"):
         write_tokenizer(tmp_path / name, english(200 if name == "tokenizer" else 100), kind="qwen")
+    # The same tokens, and other words for a chat.
+    for name, named in (
+        ("template", {"chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"}),
+        ("eos", {"eos_token": "<think>"}),
+    ):
+        shutil.copytree(tmp_path / "tokenizer", tmp_path / name)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text()) | named
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
     write_jsonl(tmp_path / "evaluation.jsonl", english(3))
     texts, talk = Corpus(name="mixed", spec=str(place / "?.jsonl")), tmp_path / "talk.jsonl"
@@ -225,9 +234,11 @@ def test_all_that_decides_the_shards_tells_two_tasks_apart(place, tmp_path):
         "other texts": of(apart=apart(0.3, "other held")),
         "chat": of(chat),
         "by another template": of(chat, template=tmp_path / "chat.jinja"),
+        "by the tokenizer's own": of(chat, tokenizer=tmp_path / "template"),
+        "with another end": of(chat, tokenizer=tmp_path / "eos"),
     }
     assert len(set(found.values())) == len(found)
-    assert of() == found["text"]
+    assert of() == of(tokenizer=tmp_path / "eos") == found["text"]
     write_jsonl(tmp_path / "evaluation.jsonl", english(4))
     assert of(cleaning=evaluation) != found["against an evaluation set"]
     # As large as it was.

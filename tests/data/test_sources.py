@@ -247,6 +247,12 @@ def test_held_out_documents_are_never_trained_on(tmp_path):
     assert 1500 < sum(len(text.encode()) for text in heldout) <= 3000
     assert skipped["equal to a held-out text"] > 0
     assert len(training) + sum(skipped.values()) == len(records)
+    # Nor what differs by its white space alone.
+    spaced = [{"text": text.replace(" ", " \n") + "\n", "book": "again"} for text in heldout]
+    path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in spaced))
+    again = SkipCounts()
+    assert list(training_documents(corpus, holdout, tmp_path, again)) == training
+    assert sum(again.values()) == sum(skipped.values()) + len(spaced)
     # Of a group, all or none is held out.
     learnt = {record["book"] for record in records if record["text"] in set(training)} - {"doubles"}
     assert not any(holdout.holds_out(Document("", book)) for book in learnt)
@@ -278,6 +284,20 @@ def test_a_corpus_of_one_document_is_told_to_be_cut_and_may_be_measured_alone(tm
     assert len(read_heldout(tmp_path)) == len(records)
     with pytest.raises(UserError, match=r"x held out\): give more documents"):
         raise nothing_usable(corpus, {"held out": 3})
+
+
+def test_a_corpus_of_one_text_many_times_is_told_so(tmp_path):
+    corpus = Corpus(name="c", spec=str(write_jsonl(tmp_path / "c.jsonl", ["one text"] * 500)))
+    with pytest.raises(UserError, match="corpus c: its 500 documents are one text, which is held out or learnt from"):
+        write_heldout(corpus, Holdout(), tmp_path)
+
+
+def test_a_file_whose_name_is_a_pattern_is_itself(tmp_path):
+    for name in ("data[1].jsonl", "data1.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    for name, expected in (("data[1].jsonl", ["data[1].jsonl"]), ("data[12].jsonl", ["data1.jsonl"])):
+        found = read(Corpus(name="c", spec=str(tmp_path / name)), SkipCounts())
+        assert [document.text for document in found] == expected
 
 
 def test_a_corpus_that_grows_keeps_its_held_out_documents(tmp_path):

@@ -57,7 +57,8 @@ def test_tokenizer_model_eval_and_data(cpt, place, tiny_model):
     rates = {corpus["name"]: corpus for corpus in report["corpora"]}
     assert rates["zh"]["extended"]["tokens_per_character"] < rates["zh"]["base"]["tokens_per_character"]
     assert report["new_pieces"] == 25
-    cpt("model", "extend", "--model", tiny_model, "--tokenizer", "tokenizer", "--out", "grown")
+    cpt("model", "extend", "--model", tiny_model, "--tokenizer", "tokenizer", "--out", "grown", "--json", "g.json")
+    assert json.loads((place / "g.json").read_text()) == {"chosen": "default", "probe": []}
     old, new = (load_file(d / "model.safetensors")["model.embed_tokens.weight"] for d in (tiny_model, place / "grown"))
     np.testing.assert_array_equal(new[: len(old)], old)
     assert len(new) == len(old) + 25

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from inputs import chinese, english
+from inputs import chinese, english, write_sentencepiece
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT64, Precision
@@ -57,6 +57,16 @@ def test_documents_packed_are_documents_alone(tiny_model):
     assert result.tokens == sum(len(tokenizer.encode(document)) for document in documents)
     assert result.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert result.nats_per_token == pytest.approx(nats / result.tokens, rel=1e-5)
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_told(tmp_path, tiny_model, capsys):
+    write_sentencepiece(tmp_path, english(300), "unigram", 60, byte_fallback=False)
+    pack_documents(Tokenizer(tmp_path), ["the 国务院 of the 城市"], 64)
+    told = capsys.readouterr().err
+    assert told.startswith("evaluation: 3 of 9 tokens ")
+    assert "stand for text that the tokenizer cannot spell (<unk>)" in told
+    pack_documents(Tokenizer(tiny_model), ["the 国务院 of the 城市"], 64)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_long_document_counts_every_token_once(tiny_model):

@@ -4,14 +4,16 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from inputs import chinese
+from inputs import chinese, english, hf_config, random_weights, tiny_config, write_jsonl, write_sentencepiece
 from safetensors.numpy import load_file, save_file
 
 from cpt_jax.adapt import POSITIONS, Context, Full, Theta
+from cpt_jax.checkpoint.hf_write import save
 from cpt_jax.cli import main
 from cpt_jax.cli.parser import ROPES, parser
 from cpt_jax.core.errors import UserError
@@ -26,6 +28,7 @@ from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, S
 from cpt_jax.recipe.run import Pipeline, export_run
 from cpt_jax.recipe.stations import Workdir
 from cpt_jax.vocab.init_rows import ROWS_STEP
+from cpt_jax.vocab.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,32 @@ def adapting(arguments) -> dict:
     """What `cpt adapt` gives to its recipe."""
     names = inspect.signature(adapt_recipe).parameters.keys() - {"overrides", "fit"}
     return {name: getattr(arguments, name) for name in names} | {"workdir": Path(arguments.workdir)}
+
+
+def test_a_base_that_cannot_spell_the_new_text_is_to_grow(tmp_path):
+    """Though its tokens for that are few."""
+    write_sentencepiece(tmp_path / "tokenizer", english(300), "unigram", 60, byte_fallback=False)
+    config = tiny_config(vocab_size=Tokenizer(tmp_path / "tokenizer").size)
+    save(tmp_path / "base", config, random_weights(config), hf_config(config), tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "zh.jsonl", chinese(40))
+    words = [
+        "adapt",
+        "--base",
+        str(tmp_path / "base"),
+        "--new",
+        f"zh={tmp_path}/zh.jsonl",
+        "--workdir",
+        f"{tmp_path}/run",
+    ]
+    arguments, _ = parser().parse_known_args([*words, "--tokens", "1000"])
+    recipe, reasons = adapt_recipe(**adapting(arguments))
+    assert recipe.vocabulary.extension.new_tokens == 2000
+    assert re.match(
+        r"2,000: of the tokens that the .* makes of the new text 50.0% stand for what it cannot", reasons["new pieces"]
+    )
+    missing, _ = parser().parse_known_args([*words, "--chat-template", "nosuch.jinja"])
+    with pytest.raises(UserError, match=r"chat template nosuch\.jinja cannot be read"):
+        adapt_recipe(**adapting(missing))
 
 
 def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_model, tmp_path):

@@ -129,6 +129,13 @@ def test_a_wide_picture_does_not_shrink_beyond_reading(tmp_path):
     assert 'style="min-width: 504px"' in saved(figure, tmp_path, "wide").partition(">")[0]
 
 
+def test_names_with_slashes_and_dollar_signs_can_be_drawn(tmp_path):
+    figure, [axis] = new_figure(1, 3.0, 2.0)
+    axis.set_title("cost_$5_$10")
+    assert "cost_$5_$10" in saved(figure, tmp_path, "law-c4/en")
+    assert (tmp_path / "law-c4-en.png").exists()
+
+
 def test_the_page_holds_the_answer(sweep):
     page = write_runs_report([sweep], sweep / "report.html").read_text()
     assert "With at most 1% more loss on en, replay 1" in page

@@ -1,5 +1,6 @@
 """What a run counts with in a law: its share of replay, its tokens, and which other runs it goes with."""
 
+import dataclasses
 import json
 
 import pytest
@@ -93,6 +94,23 @@ def test_seeds_that_read_near_one_share_are_one_share_of_the_law(tmp_path):
     assert [each.share for each in law.held_out] == [share for share in shares for _ in range(3)]
     with pytest.raises(UserError, match="shares of replay, and there are 2"):
         fit_law([point for point in points if point.asked in (0.1, 0.25)], "en", is_new=False)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_law_is_of_one_base_a_size(tmp_path, first):
+    """Which may lie in several places."""
+    runs = []
+    for base, loss, at in (("a", 1.0, 100), ("b", 1.3, 100), ("elsewhere", 1.0, 100), ("large", 0.9, 200)):
+        for share in (0.0, 0.1, 0.25, 0.5):
+            write_run(tmp_path / base / f"{share}", share)
+            run = read_run(tmp_path / base / f"{share}")
+            settings = {**run.settings, "base": base}
+            runs.append(dataclasses.replace(run, settings=settings, parameters=at, base={"en": loss, "zh": 2.0}))
+    runs.sort(key=lambda run: run.settings["base"] != first)
+    of_law, others = alike(runs)
+    assert {run.settings["base"] for run in of_law} == {"a", "elsewhere", "large"}
+    assert {run.settings["base"] for run in others} == {"b"}
+    assert [point.losses["en"] for point in points_of(of_law) if point.tokens == 0] == [1.0, 0.9]
 
 
 def test_a_law_is_of_runs_that_divide_what_is_new_alike(tmp_path):

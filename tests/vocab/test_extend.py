@@ -1,7 +1,9 @@
 """Byte-level tokenizers extended: nothing is taken from the base, and what cannot be extended is refused."""
 
+import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 from inputs import chinese, compounds, english, write_tokenizer
@@ -145,6 +147,16 @@ def test_merges_never_join_what_stands_together_in_old_text(bases, tmp_path):
         with pytest.raises(UserError, match="nothing in the corpus is worth adding"):
             extend(bases["gpt2"], method, texts, texts, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_of_much_old_text_a_sample_is_protected(bases, tmp_path, capsys):
+    old = english(2000)
+    whole = sum(len(text.encode()) for text in old)
+    for method in METHODS.values():
+        extend(bases["gpt2"], dataclasses.replace(method, sample_bytes=40_000), chinese(100), old, tmp_path / "out")
+        told = capsys.readouterr().err
+        [size] = re.findall(rf"tokenizer: protecting ([\d,]+) of {whole:,} bytes", told)
+        assert 35_000 < int(size.replace(",", "")) <= 40_000
 
 
 def test_a_refused_extension_leaves_an_earlier_one_as_it_was(bases, tmp_path):
