@@ -54,19 +54,36 @@ def join_layers(weights: Tree, groups: LayerGroups) -> Tree:
 
 def with_copies(weights: Tree, config, order: Sequence[tuple[int, bool]]) -> Tree:
     """Whole stacks of other layers: each a layer of the DecoderConfig's, and whether it is a copy that adds nothing to
-    the residual stream yet, as its output projections are zero."""
+    the residual stream yet, as what comes last in each of its branches is zero."""
     flat = flatten(weights)
     for path, leaf in flat.items():
         if path.startswith("layers/"):
             places = {layer: place for place, layer in enumerate(config.layers_with(path.removeprefix("layers/")))}
-            # Its factor of the whole stream is one.
-            of_copies = (
-                1 if path.endswith(LAYER_SCALAR) else 0 if path.split("/")[-2] in ("o", "down", "latent_out") else None
-            )
+            of_copies = _of_copies(path, config)
             other = of_copies is not None
             kept = [(None if copy and other else leaf, places[layer]) for layer, copy in order if layer in places]
             flat[path] = _stack(kept, like=leaf, filled=of_copies)
     return unflatten(flat)
+
+
+def _of_copies(path: str, config) -> float | None:
+    """What a weight of a copy that adds nothing is filled with; None: it is its original's.
+
+    Zero is the norm behind a branch, where there is one: in front of it, where a norm's slope is up to
+    1 / sqrt(epsilon), a first step would be far too long. Otherwise the output projection, and of two in a row the last
+    alone, or neither would have a gradient."""
+    *_, module, leaf = path.split("/")
+    if path.endswith(LAYER_SCALAR):
+        # Its factor of the whole stream is one.
+        return 1.0
+    if config.norm_placement in ("after", "both"):
+        if module not in ("attention_out_norm", "mlp_out_norm"):
+            return None
+        return -config.norm_offset if leaf == "scale" and config.norm == "rms" else 0.0
+    latent = config.experts is not None and config.experts.latent_size is not None
+    if latent and path.startswith(f"layers/{config.experts_name}/down/"):
+        return None
+    return 0.0 if module in ("o", "down", "latent_out") else None
 
 
 def without_group(path: str, groups: Sequence[str]) -> str:
@@ -76,7 +93,7 @@ def without_group(path: str, groups: Sequence[str]) -> str:
     return f"layers/{inner}" if first == "layers" and group in groups else path
 
 
-def _stack(sources: _Sources, like: Any = None, filled: int | None = None) -> LazyArray:
+def _stack(sources: _Sources, like: Any = None, filled: float | None = None) -> LazyArray:
     leaves = [leaf for leaf, _ in sources if leaf is not None] or [like]
     dtype = np.dtype(leaves[0].dtype)
     for leaf in leaves:
