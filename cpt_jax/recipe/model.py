@@ -105,10 +105,9 @@ class Model:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, layer_loop=loop, remat=remat))
 
     def looped(self) -> "Model":
-        """This model compiled as a loop over its layers, which is quickly done."""
-        return dataclasses.replace(
-            self, config=dataclasses.replace(self.config, layer_loop="scan", remat=None, documents=None)
-        )
+        """This model compiled as a loop over its layers, which is quickly done, for rows of any kind."""
+        config = dataclasses.replace(self.config, layer_loop="scan", remat=None, documents=None, attention="auto")
+        return dataclasses.replace(self, config=config)
 
     def attending(
         self, asked: AttentionChoice, length: int, dtype: Any, documents: int | None = None, context: int = 1

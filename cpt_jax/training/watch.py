@@ -82,7 +82,8 @@ class Watching:
     """A watch with all that it needs, built.
 
     Args:
-      network: as it is compiled for reading: the layout of the stage's weights, without its limit of documents a row.
+      network: as it is compiled for reading: the layout of the stage's weights, without its kernel of attention and its limit
+        of documents a row, which are of the stage's rows.
       base: bits per byte of the base, by domain.
       old: the domains that the budget is about; replayed: those of which there may be more.
       average: the EMA whose weights are exported, and measured too.

@@ -308,6 +308,20 @@ def test_a_run_takes_its_kernel_once():
         model.attending("splash", 1024, BFLOAT16)
 
 
+def test_what_reads_a_stage_s_weights_chooses_for_its_own_rows():
+    """Blocks take these rows in two parts, and not those of 640 tokens, on which forgetting may be watched."""
+    config = tiny_config()
+    model = Model(config=config, weights=random_weights(config), hf_config={}).attending("auto", 1024, FLOAT32, None, 2)
+    assert model.config.attention == "blocks"
+    tokens = jnp.zeros((4, 640), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(640)[None], tokens.shape)
+    with jax.set_mesh(make_mesh(shape=MeshShape(context=2))):
+        jax.eval_shape(
+            lambda weights: apply(model.looped().network, weights, tokens, positions, None, compute_dtype="float32"),
+            model.network.shapes,
+        )
+
+
 def test_a_run_of_a_model_with_sinks_takes_no_kernel_without(monkeypatch):
     monkeypatch.setattr(model_module.hardware, "backend", lambda: "gpu")
     monkeypatch.setattr(model_module.hardware, "compute_capability", lambda: 9.0)
