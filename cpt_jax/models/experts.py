@@ -26,7 +26,7 @@ from cpt_jax.models.quantised import OfStack, own_layer
 from cpt_jax.models.remat import recomputed
 from cpt_jax.models.router import RouterConfig
 from cpt_jax.sharding.mesh import AXES
-from cpt_jax.sharding.rules import RULES
+from cpt_jax.sharding.rules import RULES, parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +123,23 @@ class ExpertLinear(nnx.Module):
         )
         return {name: getattr(self, name).get_value() for name in names}
 
-    def specs(self, weights: dict[str, Any]) -> dict[str, Any]:
-        """How its arrays (quantised or not) are cut while it computes: by expert, and along the wide axis; whole along
-        `embed`. Of scales there may be one along an axis: all devices have it."""
-        cut = {"experts": "expert", "mlp": "tensor"}
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The logical axes of one of its arrays."""
+        return getattr(self, name).get_metadata("logical_axes")
+
+    def divides(self, weights: dict[str, Any], axis: str, parts: int) -> bool:
+        """Whether its arrays (quantised or not) can be cut along an axis; of scales there may be one along it."""
+        leaves = [(self.axes(name), leaf) for name, array in weights.items() for leaf in jax.tree.leaves(array)]
+        sizes = [leaf.shape[axes.index(axis)] for axes, leaf in leaves if axis in axes]
+        return max(sizes) % parts == 0 and all(size == 1 or size % parts == 0 for size in sizes)
+
+    def specs(self, weights: dict[str, Any], cut: dict[str, str]) -> dict[str, Any]:
+        """How its arrays are cut while it computes: logical axes over the mesh axis they are given, if there is more
+        than one scale along them; whole along the others."""
 
         def spec(name: str, array: Array) -> PartitionSpec:
-            axes = getattr(self, name).get_metadata("logical_axes")
-            return PartitionSpec(*(cut.get(axis) if n > 1 else None for axis, n in zip(axes, array.shape, strict=True)))
+            sizes = zip(self.axes(name), array.shape, strict=True)
+            return PartitionSpec(*(cut.get(axis) if size > 1 else None for axis, size in sizes))
 
         return {name: jax.tree.map(functools.partial(spec, name), array) for name, array in weights.items()}
 
@@ -215,13 +224,22 @@ class Experts(nnx.Module):
             rows = PartitionSpec(RULES["batch"], RULES["sequence"])
             # What is gathered from other devices is this layer's alone.
             weights = jax.tree.map(own_layer, weights, is_leaf=lambda leaf: isinstance(leaf, OfStack))
-            specs = {name: linear.specs(weights[name]) for name, linear in linears.items()}
-            in_rows = [part.reshape(*x.shape[:2], -1) for part in (tokens, chosen, shares)]
+            # What does not divide stays whole, as `partition_spec` has it.
+            cut = {
+                axis: over
+                for axis, over in (("experts", "expert"), ("mlp", "tensor"))
+                if all(each.divides(weights[name], axis, mesh.shape[over]) for name, each in linears.items())
+            }
+            specs = {name: linear.specs(weights[name], cut) for name, linear in linears.items()}
+            # Rows and tokens are filled up.
+            missing = [-size % parts(mesh, axis) for size, axis in zip(x.shape[:2], ("batch", "sequence"), strict=True)]
+            filling = ((0, missing[0]), (0, missing[1]), (0, 0))
+            in_rows = [jnp.pad(part.reshape(*x.shape[:2], -1), filling) for part in (tokens, chosen, shares)]
             mixed = jax.shard_map(
-                functools.partial(_spread, specs=(rows, specs), compute=compute),
+                functools.partial(_spread, specs=(rows, specs), cut=tuple(cut.values()), compute=compute),
                 in_specs=(rows, rows, rows, specs),
                 out_specs=rows,
-            )(in_rows[0], in_rows[1], in_rows[2], weights)
+            )(in_rows[0], in_rows[1], in_rows[2], weights)[: x.shape[0], : x.shape[1]]
         if last is not None:
             each = jax.nn.one_hot(chosen, settings.count, dtype=shares.dtype)
             mixed = mixed.reshape(tokens.shape) + matmul((each * shares[..., None]).sum(1), last, shares.dtype)
@@ -243,22 +261,31 @@ class Experts(nnx.Module):
         return share * self.shared(x, dtype)
 
 
-def _spread(tokens, chosen, shares, weights, *, specs, compute):
-    """On one device: all tokens of its row of the axis "expert", its own experts, its own part of the wide axis."""
+def _spread(tokens, chosen, shares, weights, *, specs, cut, compute):
+    """On one device: all tokens of its row of the axis "expert", its own experts, its own part of the wide axis. Where
+    experts are not `cut` over "expert", its own tokens, all experts; where the wide axis is not over "tensor", all of
+    it, which the devices along that axis compute alike."""
     (rows, weight_specs), shape = specs, tokens.shape
-    flat = (part.reshape(-1, part.shape[-1]) for part in (tokens, chosen, shares))
-    gathered = (_varying(jax.lax.all_gather(part, "expert", tiled=True), rows) for part in flat)
-    weights = jax.tree.map(_varying, weights, weight_specs)
+    axes = tuple(axis for axis in AXES if axis != "tensor" or axis in cut)
+    each = [part.reshape(-1, part.shape[-1]) for part in (tokens, chosen, shares)]
+    if "expert" in cut:
+        each = [jax.lax.all_gather(part, "expert", tiled=True) for part in each]
+    each = [_varying(part, rows, axes) for part in each]
+    weights = jax.tree.map(lambda array, spec: _varying(array, spec, axes), weights, weight_specs)
     own = weights["up"]["kernel"].shape[0]
-    part = compute(*gathered, weights, first=jax.lax.axis_index("expert") * own)
-    return jax.lax.psum_scatter(jax.lax.psum(part, "tensor"), "expert", tiled=True).reshape(shape)
+    part = compute(*each, weights, first=jax.lax.axis_index("expert") * own if "expert" in cut else 0)
+    if "tensor" in cut:
+        part = jax.lax.psum(part, "tensor")
+    if "expert" in cut:
+        part = jax.lax.psum_scatter(part, "expert", tiled=True)
+    return part.reshape(shape)
 
 
-def _varying(array: Array, spec: PartitionSpec) -> Array:
-    """An array cut by `spec`, with its copies along the other mesh axes taken for different ones: each device makes
-    its own share of the gradient, which is their sum."""
+def _varying(array: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
+    """An array cut by `spec`, with its copies along the other mesh axes (of these) taken for different ones: each device
+    makes its own share of the gradient, which is their sum."""
     cut = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
-    missing = tuple(axis for axis in AXES if axis not in cut)
+    missing = tuple(axis for axis in axes if axis not in cut)
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 

@@ -9,6 +9,7 @@ import pytest
 from inputs import random_weights, tiny_config
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.precision import Precision
 from cpt_jax.core.tree import flatten, unflatten
 from cpt_jax.models.decoder import abstract_decoder, apply, apply_with_balance
 from cpt_jax.models.experts import Balance, ClampedSwiGLU, ExpertsConfig, load_balancing_loss
@@ -17,6 +18,7 @@ from cpt_jax.sharding.mesh import MeshShape, make_mesh
 from cpt_jax.sharding.placement import place
 from cpt_jax.sharding.rules import shardings
 from cpt_jax.training.loss import make_loss
+from cpt_jax.training.training import place_weights
 
 EXPERTS = ExpertsConfig(count=4, per_token=2, renormalise=True, balance_coefficient=0.1)
 SHARED = dataclasses.replace(EXPERTS, shared_intermediate_size=24)
@@ -38,6 +40,27 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     }
 
 
+def loss_and_gradients(config, sizes, given):
+    """(the weights on a mesh; of the mesh; of one device)."""
+    network, weights = abstract_decoder(config, LORA), random_weights(config, lora=LORA)
+    loss = make_loss(network, jnp.dtype("float32"), lambda path: True, ("text",))
+    gradient = jax.value_and_grad(lambda weights, batch: loss(weights, batch)[0])
+    expected = jax.jit(gradient)(weights_on_device(weights), given)
+    mesh = make_mesh(shape=MeshShape(**sizes))
+    where = shardings(network.logical_axes, network.shapes, mesh)
+    placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
+    with jax.set_mesh(mesh):
+        return placed, jax.jit(gradient)(placed, given), expected
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    references = flatten(expected[1])
+    for path, leaf in flatten(found[1]).items():
+        atol = 1e-4 * float(jnp.abs(references[path]).max())
+        np.testing.assert_allclose(leaf, references[path], rtol=1e-3, atol=atol, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("sizes", "experts"),
     [
@@ -51,28 +74,45 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(sizes, experts):
     config = tiny_config(experts=experts)
-    network = abstract_decoder(config, LORA)
-    weights = random_weights(config, lora=LORA)
-    loss = make_loss(network, jnp.dtype("float32"), lambda path: True, ("text",))
-    gradient = jax.value_and_grad(lambda weights, batch: loss(weights, batch)[0])
-    expected, expected_gradients = jax.jit(gradient)(jax.tree.map(jnp.asarray, weights), batch())
-
-    mesh = make_mesh(shape=MeshShape(**sizes))
-    where = shardings(network.logical_axes, network.shapes, mesh)
-    placed = jax.tree.map(lambda leaf, sharding: place(leaf, leaf.dtype, sharding), weights, where)
+    placed, found, expected = loss_and_gradients(config, sizes, batch())
     held = placed["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
-    assert held.shape[1] == 4 // mesh.shape["expert"]
+    assert held.shape[1] == 4 // sizes["expert"]
     if experts is SHARED:
         shared = placed["layers"]["mlp"]["shared"]["up"]["kernel"].addressable_shards[0].data
-        assert shared.shape[1:] == (config.hidden_size // mesh.shape["fsdp"], 24 // mesh.shape["tensor"])
-    with jax.set_mesh(mesh):
-        found, gradients = jax.jit(gradient)(placed, batch())
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    for path, leaf in flatten(gradients).items():
-        reference = flatten(expected_gradients)[path]
-        np.testing.assert_allclose(
-            leaf, reference, rtol=1e-3, atol=1e-4 * float(jnp.abs(reference).max()), err_msg=path
-        )
+        assert shared.shape[1:] == (config.hidden_size // sizes["fsdp"], 24 // sizes.get("tensor", 1))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "width", "shape"),
+    [
+        (dict(expert=4, fsdp=1, tensor=2), 6, 48, (8, 16)),
+        (dict(expert=2, fsdp=1, tensor=4), 4, 50, (8, 16)),
+        (dict(expert=4, fsdp=1, tensor=2), 6, 49, (8, 16)),
+        (dict(expert=2, fsdp=1, context=4), 4, 48, (3, 18)),
+    ],
+    ids=["experts", "width", "both", "rows and tokens"],
+)
+def test_what_does_not_divide_stays_whole(sizes, count, width, shape):
+    config = tiny_config(experts=dataclasses.replace(BIASED, count=count), intermediate_size=width, num_layers=1)
+    _, found, expected = loss_and_gradients(config, sizes, batch(*shape))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("width", [48, 64])
+def test_scales_of_frozen_experts_that_do_not_divide_stay_whole_with_them(width):
+    """48 inputs have 3 scales in NF4, 64 have one."""
+    config = tiny_config(experts=EXPERTS, intermediate_size=width, num_layers=1)
+    network, precision = abstract_decoder(config), Precision(compute="float32", frozen_kernels="nf4")
+    inputs, found = jnp.asarray(batch()["inputs"]), []
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
+    for mesh in (make_mesh(jax.devices()[:1]), make_mesh(shape=MeshShape(expert=2, tensor=2, fsdp=2))):
+        where = flatten(shardings(network.logical_axes, network.shapes, mesh))
+        _, frozen = place_weights(random_weights(config), lambda path: False, precision, where)
+        with jax.set_mesh(mesh):
+            hidden = jax.jit(lambda weights: apply(network, weights, inputs, positions, None, compute_dtype="float32"))
+            found.append(np.asarray(hidden(frozen)))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
 
 
 def test_the_balance_of_what_is_no_padding_is_in_the_loss_once_a_token_that_is_learnt():
