@@ -154,8 +154,12 @@ class Generation:
             if count < self._new_tokens:
                 index = np.int32(width + count - 1)
                 if self._crosses(index + 1 - first):
-                    so_far = _filled(np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1))
-                    logits, caches = read_prompts(self._weights, so_far, first, index, length)
+                    # Filled up on the left, as prompts are: what layers keep that do not attend ends with the last token.
+                    missing = rounded(width + count) - (width + count)
+                    tokens, first, width = np.pad(tokens, ((0, 0), (missing, 0))), first + missing, width + missing
+                    so_far, index = np.concatenate([tokens, np.stack(chosen, axis=1)], axis=1), index + missing
+                    length = rounded(width + self._new_tokens)
+                    logits, caches = read_prompts(self._weights, so_far, first, np.int32(index), length)
                 else:
                     logits, caches = read_tokens(self._weights, chosen[-1], first, caches, index)
                 chosen.append(choose(logits, keys, np.full(len(first), count, np.int32), self._sampling))
@@ -189,11 +193,6 @@ class Generation:
         """Whether a row has just grown past the length from which all its tokens are turned otherwise."""
         limits = turned_otherwise_beyond(self._network.config)
         return any(lengths[row] == limit + 1 for row in self._live for limit in limits)
-
-
-def _filled(tokens: np.ndarray) -> np.ndarray:
-    """Filled up on the right, where no query that counts sees it."""
-    return np.pad(tokens, ((0, 0), (0, rounded(tokens.shape[1]) - tokens.shape[1])))
 
 
 def generate(

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from contracts.family_configs import CONFIGS, config_json
 from contracts.test_families import reference_model
+from inputs import random_weights, tiny_config
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import FLOAT32
-from cpt_jax.models.decoder import abstract_decoder
+from cpt_jax.models.config import LayerKind
+from cpt_jax.models.decoder import abstract_decoder, apply, logits
 from cpt_jax.models.families import family_for, llama
 from cpt_jax.models.generate import Generation, _functions, generate
+from cpt_jax.models.mamba2 import Mamba2Config
+from cpt_jax.models.rope import LongRoPE, Rope
 from cpt_jax.models.sampling import Sampling
+from cpt_jax.models.short_conv import ShortConvConfig
 from cpt_jax.recipe.model import load_model
 
 
@@ -105,6 +110,37 @@ def test_greedy_of_every_kind_of_layer_is_that_of_transformers(model_type, name,
     new_tokens = min(40, model.config.context_length - 18)
     expected = greedy_of_transformers(reference, prompts, new_tokens)
     assert generate(model.network, model.on_device(FLOAT32), prompts, new_tokens=new_tokens) == expected
+
+
+def test_a_text_that_is_read_anew_leaves_states_where_it_ends():
+    """Past 24 tokens a text is turned otherwise from its beginning; layers that do not attend keep a state of it."""
+    factors = dict(short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 4.0, 8.0))
+    stretched = Rope(theta=1e4, dim=8, scaling=LongRoPE(**factors, original_length=24, attention_factor=1.1))
+    others = (
+        ShortConvConfig(kernel_size=4),
+        Mamba2Config(heads=4, groups=2, head_dim=8, state_size=8, kernel_size=4),
+    )
+    kinds = (LayerKind(rope=stretched), *(LayerKind(rope=None, mixer=mixer) for mixer in others))
+    config = tiny_config(num_layers=3, layer_kinds=kinds, layer_pattern=(1, 2, 0))
+    network, weights = abstract_decoder(config), jax.tree.map(jnp.asarray, random_weights(config))
+
+    prompts = some_prompts((20, 23, 30), 320)
+    found = generate(network, weights, prompts, new_tokens=20)
+    # What each token of the texts was drawn behind, read at once.
+    parts = [prompt + text[:count] for prompt, text in zip(prompts, found, strict=True) for count in range(len(text))]
+    expected = [token for text in found for token in text]
+    tokens = jnp.asarray([part + [0] * (64 - len(part)) for part in parts])
+    ends = jnp.asarray([len(part) for part in parts])
+
+    @jax.jit
+    def following(tokens):
+        places = jnp.broadcast_to(jnp.arange(64)[None], tokens.shape)
+        inside = (places < ends[:, None]).astype(jnp.int32)
+        hidden = apply(network, weights, tokens, places, inside, compute_dtype="float32")
+        last = jnp.take_along_axis(hidden, ends[:, None, None] - 1, axis=1)
+        return logits(network, weights, last, compute_dtype="float32")[:, 0].argmax(-1)
+
+    assert following(tokens).tolist() == expected
 
 
 @pytest.mark.parametrize(
