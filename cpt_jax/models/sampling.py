@@ -54,7 +54,9 @@ def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
     """The logits that a token is drawn by, in the order of transformers' warpers: temperature, top-k, top-p; -inf
     where a token is cut. Of equal ones at the edge all stay. Nothing is sorted: on a CPU that takes longer than the model.
     """
-    logits = logits / sampling.temperature
+    # The likeliest is 0, whatever it is divided by: near a temperature of 0 others would be infinite beside it.
+    least = float(jnp.finfo(logits.dtype).tiny)
+    logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, least)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = jnp.where(logits < _kth_largest(logits, sampling.top_k), -jnp.inf, logits)
     if sampling.top_p is not None and sampling.top_p < 1:

@@ -63,6 +63,15 @@ def test_over_many_blocks_of_the_vocabulary_too():
         np.testing.assert_allclose(shares, expected, atol=5 * 0.5 * draws**-0.5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-38, 1e-40, 1e-300])
+@pytest.mark.parametrize("cut", [{}, dict(top_k=5), dict(top_p=0.9)], ids=str)
+def test_near_a_temperature_of_zero_the_likeliest_is_drawn(temperature, cut):
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 5, (4, 320)), jnp.float32)
+    keys = row_keys(3, np.arange(4, dtype=np.uint32))
+    found = choose(logits, keys, jnp.zeros(4, jnp.int32), Sampling(temperature=temperature, **cut))
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
 def test_equal_tokens_at_the_edge_all_stay():
     logits = jnp.asarray([[2.0, 1.0, 1.0, 0.0, 1.0]])
     for sampling in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.5)):
