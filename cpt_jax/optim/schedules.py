@@ -158,8 +158,9 @@ def _warm_steps(share: float, steps: int) -> int:
 
 
 def _done(step, warm: int, steps: int):
-    """0 at the end of the warm-up, 1 at the last step."""
-    return np.clip((step - warm) / max(1, steps - 1 - warm), 0.0, 1.0)
+    """0 at the end of the warm-up, 1 at the last step, also where that alone is left; 0 of a step that is the only one."""
+    after = steps - 1 - warm
+    return np.clip((step - warm) / after, 0.0, 1.0) if after > 0 else 1.0 * (step >= max(1, warm))
 
 
 def _warming(step, warm: int):

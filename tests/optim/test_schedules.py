@@ -53,6 +53,17 @@ def test_however_few_the_steps_the_last_one_has_decayed(steps):
     assert rates(WarmupStableDecay(warmup=0, decay=0.3, final=0.1), 1) == PEAK
 
 
+@pytest.mark.parametrize("schedule", [Cosine, Linear])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.5, 2), (0.5, 3), (0.8, 5), (0.05, 2), (0.0, 4)])
+def test_the_last_step_is_the_final_one_also_where_the_warm_up_leaves_it_alone(schedule, warmup, steps):
+    found = rates(schedule(warmup=warmup, final=0.1), steps)
+    assert found[-1] == pytest.approx(0.1 * PEAK)
+    assert found.max() == pytest.approx(PEAK)
+    # There is no step that it could have come down to.
+    assert rates(schedule(warmup=warmup, final=0.1), 1) == PEAK
+    assert rates(schedule(warmup=1.0, final=0.1), steps)[-1] == PEAK
+
+
 def test_shares_that_make_up_the_whole_run_are_taken():
     Infinite(warmup=0.33, cooldown=0.56, annealing=0.11)
     WarmupStableDecay(warmup=0.7, decay=0.30000000000000004)
