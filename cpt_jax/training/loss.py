@@ -38,7 +38,8 @@ def make_loss(
     A batch holds inputs, targets, positions, segment_ids, domains (int32 [B, S], indices of `names`) and weights
     (float32 [B, S], 0 where nothing is to be learnt). Metrics are sums by domain (float32 [domains]): "nats", "tokens"
     (that are learnt), "positions" (that are no padding) and, with a teacher, "divergence"; nothing is averaged here, so
-    that parts of a batch can be added up. The experts' load-balancing loss, `z_loss` and `retention` are in the sum.
+    that parts of a batch can be added up. The experts' load-balancing loss, `z_loss` and `retention` are in the sum; the
+    first is a product of means over the batch that is given, so that those of parts do not add up to that of the whole.
 
     What adapters drop follows from the key; without one they drop nothing. `held` is what `retention` needs.
     """

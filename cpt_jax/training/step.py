@@ -38,9 +38,9 @@ def make_train_step(
     away.
 
     The loss is the mean over the batch's weighted tokens. With `accumulate` > 1 the batch's rows are taken in that
-    many parts, one after the other, whose sums are added before the mean: the same step, in less memory. The loss is
-    given a random key that follows from the seed, the step and the part, so that a run that was interrupted draws the
-    same.
+    many parts, one after the other, whose sums are added before the mean: the same step, in less memory; but for experts'
+    balancing loss, which is of each part's own load. The loss is given a random key that follows from the seed, the step
+    and the part, so that a run that was interrupted draws the same.
 
     `optimizer` makes directions of gradients; the step goes against them by the learning rate. A step that it skips
     (`optim.skipping`) changes the average as little as the weights. `start` is what `training.retention` keeps of the
