@@ -222,7 +222,9 @@ def _short(value: Any) -> str:
 def fingerprint(document: Any) -> str:
     """SHA-256 of a JSON document, independent of its keys' order, and of whether a whole number has a point (a recipe's
     alpha=8 comes back from its file as 8.0)."""
-    return hashlib.sha256(json.dumps(_plain(document), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(_plain(document), sort_keys=True, ensure_ascii=False)
+    # The name of a file that is no UTF-8 has halves of pairs in it.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _plain(document: Any) -> Any:

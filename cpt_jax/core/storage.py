@@ -36,8 +36,8 @@ def _says_full(error: Exception) -> bool:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all (UTF-8)."""
-    write_bytes_atomic(path, text.encode())
+    """Writes a text file whole or not at all (UTF-8; what is none, in a file's name, is escaped)."""
+    write_bytes_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
@@ -61,8 +61,10 @@ def write_json_atomic(path: Path, value: object) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """What a JSON file holds. A figure that is no finite number is null, for which JSON has no other word."""
-    return (json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
+    """What a JSON file holds. A figure that is no finite number is null, for which JSON has no other word; what is no UTF-8,
+    in a file's name, is escaped."""
+    text = json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False)
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def json_line(value: Mapping[str, Any]) -> str:

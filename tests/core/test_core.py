@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import math
+import os
 
 import pytest
 
@@ -198,6 +199,15 @@ def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
         write_text_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_name_that_is_no_utf8_is_written_and_told_apart(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9.jsonl", b"caf\xe8.jsonl", "café.jsonl".encode())]
+    write_json_atomic(tmp_path / "file.json", names)
+    assert json.loads((tmp_path / "file.json").read_text()) == names
+    write_text_atomic(tmp_path / "file.txt", names[0])
+    assert (tmp_path / "file.txt").read_text() == r"caf\udce9.jsonl"
+    assert len({fingerprint(name) for name in names}) == 3
 
 
 def test_a_real_full_disk_is_told(tmp_path):
