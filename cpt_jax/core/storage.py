@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cpt_jax.core.errors import UserError
 
@@ -44,15 +45,47 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with disk_full_is_told(path):
-            with partial.open("wb") as file:
+    # Two processes may write the same file: the second waits. What a killed one has left is written over.
+    with locked(partial) as file:
+        try:
+            with disk_full_is_told(path):
+                file.truncate(0)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
+    """A file that nobody else holds meanwhile, made if there is none. Who holds it may remove or rename it.
+
+    Raises:
+      BlockingIOError: another holds it, who is not to be waited for.
+    """
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                # A file system without locks.
+                pass
+            if _is_at(file, path):
+                yield file
+                return
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json_atomic(path: Path, value: object) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import threading
 
 import pytest
 
@@ -199,6 +200,24 @@ def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
         write_text_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_of_two_who_write_a_file_at_once_each_writes_it_whole(tmp_path, monkeypatch):
+    (tmp_path / "file.partial").write_text("what a killed process has left, longer than the file")
+    second = threading.Thread(target=write_text_atomic, args=(tmp_path / "file", "second"))
+    synced = os.fsync
+
+    def meanwhile(file: int) -> None:
+        synced(file)
+        if not second.ident:
+            second.start()
+            second.join(0.5)
+
+    monkeypatch.setattr("os.fsync", meanwhile)
+    write_text_atomic(tmp_path / "file", "first")
+    second.join()
+    assert (tmp_path / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_name_that_is_no_utf8_is_written_and_told_apart(tmp_path):
