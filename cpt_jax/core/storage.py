@@ -141,8 +141,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         with disk_full_is_told(path):
             partial.mkdir(parents=True)
             yield partial
-            if path.exists():
-                shutil.rmtree(path)
-            partial.replace(path)
+            replace_directory(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Moves a directory to `path`. What is there is removed once the new one has its place, and stays where that fails."""
+    old = path.with_name(path.name + ".replaced")
+    try:
+        if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
+        new.replace(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

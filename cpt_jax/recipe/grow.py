@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import number_of, say
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.storage import replace_directory, write_json_atomic
 from cpt_jax.recipe.recipe import Vocabulary
 from cpt_jax.vocab.extend import extend
 from cpt_jax.vocab.fertility import compare
@@ -50,8 +50,7 @@ def grow_tokenizer(
         corpora = [compare(name, before, after, texts) for name, texts in heldout.items()]
         use = piece_use(before, after, new(), extension.candidates)
         check(before, after, heldout, corpora, old_names, use, vocabulary.limits, extension)
-        shutil.rmtree(out, ignore_errors=True)
-        pending.replace(out)
+        replace_directory(pending, out)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
     figures = {"corpora": corpora, **dataclasses.asdict(use), **dataclasses.asdict(done)}

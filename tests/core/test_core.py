@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +204,41 @@ def test_nothing_is_left_of_what_failed(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
+def test_an_old_directory_is_removed_after_the_new_one_is_there(tmp_path, monkeypatch):
+    out, removed = tmp_path / "out", shutil.rmtree
+
+    def replaced(content: str) -> None:
+        with atomic_directory(out) as directory:
+            (directory / "file").write_text(content)
+
+    def interrupted(path, *arguments, **settings):
+        """Ctrl-C while a large one is removed."""
+        is_large = Path(path).exists() and not str(path).endswith(".partial")
+        removed(path, *arguments, **settings)
+        if is_large:
+            raise KeyboardInterrupt
+
+    def cannot_be_moved(path, target):
+        if str(path).endswith(".partial"):
+            raise KeyboardInterrupt
+        return path.rename(target)
+
+    replaced("first")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", interrupted)
+        replaced("second")
+    assert (out / "file").read_text() == "second"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", cannot_be_moved)
+        replaced("third")
+    assert (out / "file").read_text() == "second"
+    # Of one that was killed in between.
+    out.rename(tmp_path / "out.replaced")
+    replaced("fourth")
+    assert (out / "file").read_text() == "fourth"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_of_two_who_write_a_file_at_once_each_writes_it_whole(tmp_path, monkeypatch):
     (tmp_path / "file.partial").write_text("what a killed process has left, longer than the file")
     second = threading.Thread(target=write_text_atomic, args=(tmp_path / "file", "second"))
@@ -230,8 +267,6 @@ def test_a_name_that_is_no_utf8_is_written_and_told_apart(tmp_path):
 
 
 def test_a_real_full_disk_is_told(tmp_path):
-    from pathlib import Path
-
     from cpt_jax.core.storage import disk_full_is_told
 
     if not Path("/dev/full").exists():

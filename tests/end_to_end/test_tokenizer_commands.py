@@ -1,6 +1,7 @@
 """`cpt tokenizer extend` and `cpt tokenizer report` on tiny tokenizers of both kinds."""
 
 import json
+from pathlib import Path
 
 import pytest
 from inputs import chinese, english, hf_config, tiny_config, write_jsonl, write_tokenizer
@@ -84,6 +85,20 @@ def test_what_the_gate_refuses_leaves_what_was_there(cpt, place, grown, capsys):
     assert (grown / "tokenizer.json").read_bytes() == before
     assert sorted(path.name for path in place.iterdir()) == names
     assert "never used" in cpt(*refused[:-1], "raised", "--max-old-documents-changed", 1, "--max-old-tokens-added", 1)
+
+
+def test_an_earlier_tokenizer_stays_until_the_new_one_is_there(cpt, grown, monkeypatch):
+    before, moved = (grown / "tokenizer.json").read_bytes(), Path.replace
+
+    def interrupted(path, target):
+        if path.name.endswith(".unchecked"):
+            raise KeyboardInterrupt
+        return moved(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cpt("extend", "--base", "base", "--corpus", "zh.jsonl", "--new-tokens", 15, "--out", "grown")
+    assert (grown / "tokenizer.json").read_bytes() == before
 
 
 def test_candidates_alone_ban_and_scripts(cpt, place):
