@@ -13,6 +13,18 @@ from typing import IO, Any
 
 from cpt_jax.core.errors import UserError
 
+# Of a name that files are named after: file systems take 255, and something is written before and behind it.
+MOST_BYTES = 200
+
+
+def is_file_name(name: str) -> bool:
+    """Whether files and directories can be named after it."""
+    return (
+        name not in ("", ".", "..")
+        and not {"/", "\0"} & {*name}
+        and len(name.encode(errors="surrogatepass")) <= MOST_BYTES
+    )
+
 
 @contextlib.contextmanager
 def disk_full_is_told(path: Path) -> Iterator[None]:

@@ -9,6 +9,7 @@ from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.config import to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
+from cpt_jax.core.storage import MOST_BYTES, is_file_name
 from cpt_jax.data.cleaning import Cleaning
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.mixture import Phase, Phases, Ramp, Temperature, domains_of
@@ -36,6 +37,10 @@ class Domain:
     heldout: Holdout = Holdout()
     # What is left out of training besides: filtered, said before, or part of an evaluation set.
     cleaning: Cleaning = Cleaning()
+
+    def __post_init__(self) -> None:
+        if not is_file_name(self.name):
+            raise UserError(f"corpus name {self.name!r}: give one of at most {MOST_BYTES} bytes")
 
     @property
     def name(self) -> str:
@@ -136,6 +141,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not is_file_name(self.name):
+            raise UserError(f"recipe name {self.name!r}: give one of at most {MOST_BYTES} bytes without '/'")
         if self.pad_vocabulary_to < 1:
             raise UserError(f"pad_vocabulary_to is {self.pad_vocabulary_to}: give at least 1 (no padding)")
         # Each stage has one of its own behind it, of 32 bits.

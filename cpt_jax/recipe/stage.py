@@ -6,6 +6,7 @@ import math
 from cpt_jax.adapt import Method
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import MOST_BYTES, is_file_name
 from cpt_jax.data.documents import LongDocuments
 from cpt_jax.data.mixture import Mixture, check_mixture, domains_of
 from cpt_jax.data.packing import Packing
@@ -81,9 +82,9 @@ class Stage:
             raise UserError(
                 f"stage {self.name!r}: a batch of {self.batch_size} rows does not divide into accumulate={self.accumulate} parts"
             )
-        if not self.name or "/" in self.name or self.name in ("base", "extended", "export"):
+        if not is_file_name(self.name) or self.name in ("base", "extended", "export"):
             raise UserError(
-                f"stage name {self.name!r}: give one without '/' that is not 'base', 'extended' or 'export'"
+                f"stage name {self.name!r}: give one of at most {MOST_BYTES} bytes without '/' that is not 'base', 'extended' or 'export'"
             )
 
     def check_mesh(self, shape: MeshShape) -> None:

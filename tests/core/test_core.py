@@ -266,6 +266,27 @@ def test_a_name_that_is_no_utf8_is_written_and_told_apart(tmp_path):
     assert len({fingerprint(name) for name in names}) == 3
 
 
+LONGEST = "é" * 100
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../escaped", "/tmp/escaped", "a/b", "a\0b", LONGEST + "n"])
+def test_what_files_cannot_be_named_after_is_told(name):
+    document = to_json(recipe())
+    for where in (document, document["stages"][0]):
+        before, where["name"] = where["name"], name
+        with pytest.raises(UserError, match=r"(recipe|stage) name .*: give one of at most 200 bytes without '/'"):
+            from_json(Recipe, document)
+        where["name"] = before
+    with pytest.raises(UserError, match="corpus name"):
+        Domain(corpus=Corpus(name=name, spec="a.jsonl"), role="new")
+
+
+@pytest.mark.parametrize("name", ["25% replay", "rate=1e-3", "法律-1", "a.b", LONGEST])
+def test_other_names_are_taken(name):
+    stage = dataclasses.replace(recipe().stages[0], name=name)
+    assert dataclasses.replace(recipe(), name=name, stages=(stage,)).name == name
+
+
 def test_a_real_full_disk_is_told(tmp_path):
     from cpt_jax.core.storage import disk_full_is_told
 

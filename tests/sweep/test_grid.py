@@ -110,7 +110,7 @@ WRONG = {
     "varied and given": (("--vary", "seed", "0", "1", "--seed", "3"), "--seed is given for all runs, which differ"),
     "named": (("--vary", "seed", "0", "1", "--name", "x"), "--name is given for all runs, which differ in it"),
     "one name": (("--vary", "base", "a/b", "a-b"), "has 2 runs named 'base-a-b': names must differ"),
-    "a long name": (("--vary", "base", "a", "b" * 250), "is too long: give one of at most 250 bytes"),
+    "a long name": (("--vary", "base", "a", "b" * 250), "give one of at most 200 bytes"),
     "no share": (("--vary", "replay-share", "0.1", "1"), "--vary replay-share 1: give shares from 0 up to, not incl"),
     "share of words": (("--vary", "replay-share", "some", "0"), "--vary replay-share some: give shares from 0 up to"),
     "nothing replayed": (
