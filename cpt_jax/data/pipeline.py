@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
+from pathlib import Path
 
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import progress
+from cpt_jax.core.storage import locked
+from cpt_jax.core.stores import Location, is_address
 from cpt_jax.data import steps
 from cpt_jax.data.prepare import Manifest
 from cpt_jax.data.splits import SPLIT_BYTES, Split, splits_of
@@ -42,15 +45,40 @@ def prepare_corpus(task: Task, workers: int | None = None, *, split_bytes: int =
 
 
 def prepare_by(task: Task, splits: Sequence[Split], each: Each) -> Manifest:
-    """The order of the steps."""
-    if (manifest := steps.begin(task, splits)) is not None:
-        return manifest
-    name = task.corpus.name
-    if task.cleaning.compares:
-        each(f"{name}: looked at", steps.look, task, [s for s in splits if not steps.looked_at(task, s)])
-        steps.compare(task, splits)
-    each(f"{name}: prepared", steps.write, task, [s for s in splits if not steps.written(task, s)])
-    return steps.finish(task, splits)
+    """The order of the steps.
+
+    Raises:
+      UserError: another process is at them in the same place.
+    """
+    with _claimed(task.place):
+        task = steps.identified(task, splits)
+        if (manifest := steps.begin(task, splits)) is not None:
+            return manifest
+        name = task.corpus.name
+        if task.cleaning.compares:
+            each(f"{name}: looked at", steps.look, task, [s for s in splits if not steps.looked_at(task, s)])
+            steps.compare(task, splits)
+        each(f"{name}: prepared", steps.write, task, [s for s in splits if not steps.written(task, s)])
+        return steps.finish(task, splits)
+
+
+@contextmanager
+def _claimed(place: Location) -> Iterator[None]:
+    """Keeps others out of a local directory; in a store, where nothing is locked, their receipts tell them apart."""
+    if is_address(place):
+        yield
+        return
+    lock = Path(place) / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"another process prepares data in {place}: wait for it, or choose another directory"
+            ) from None
+        held.callback(lock.unlink)
+        yield
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.core.config import fingerprint, to_json
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.place import Place
 from cpt_jax.core.storage import json_bytes
 from cpt_jax.core.stores import Location
@@ -62,6 +63,7 @@ class Task:
       apart: documents that are only measured.
       measured: directories of held-out documents, by their domains' names, that are not to be learnt from either where
         `cleaning` says so.
+      source: the fingerprint of all that decides the shards, once it is known (`identified`).
     """
 
     corpus: Corpus
@@ -71,6 +73,8 @@ class Task:
     cleaning: Cleaning = Cleaning()
     apart: MeasuredApart | None = None
     measured: tuple[tuple[str, Path], ...] = ()
+    # Tools are the same with and without it.
+    source: str | None = dataclasses.field(default=None, compare=False)
 
 
 class TextEncoder:
@@ -130,12 +134,17 @@ def identity(task: Task, splits: Sequence[Split]) -> str:
     )
 
 
+def identified(task: Task, splits: Sequence[Split]) -> Task:
+    """The task with its fingerprint."""
+    # The same paths may hold something else by now.
+    tools_of.cache_clear()
+    return dataclasses.replace(task, source=identity(task, splits))
+
+
 def begin(task: Task, splits: Sequence[Split]) -> Manifest | None:
     """Makes the place ready for a task: what was done of the same task stays, and what another left is removed. If all was
     done, its manifest."""
-    # The same paths may hold something else by now.
-    tools_of.cache_clear()
-    place, expected = Place(task.place), identity(task, splits)
+    place, expected = Place(task.place), task.source
     if (content := place.read(MANIFEST)) is not None and json.loads(content).get("source") == expected:
         manifest = manifest_of(content, str(task.place))
         if all(place.size(name) == shard.bytes for name, shard in manifest.shards.items()):
@@ -220,7 +229,7 @@ def _judged(task: Task, split: Split, documents: Iterator[Document]) -> Iterator
 def written(task: Task, split: Split) -> bool:
     """Whether a split's shard is there, as it was written."""
     place = Place(task.place)
-    receipt = _read_receipt(place, split)
+    receipt = _read_receipt(task, split)
     if receipt is None or receipt.shard is None:
         return receipt is not None
     return place.size(shard_name(split.index)) == receipt.shard.bytes
@@ -246,14 +255,14 @@ def write(task: Task, split: Split) -> None:
     else:
         with place.written(shard_name(split.index)) as path:
             receipt = write_shard(path, batches, skipped, statistics)
-    place.write(_part("written", split), json_bytes(dataclasses.asdict(receipt)))
+    place.write(_part("written", split), json_bytes({"source": task.source, **dataclasses.asdict(receipt)}))
 
 
-def _read_receipt(place: Place, split: Split) -> Written | None:
-    content = place.read(_part("written", split))
-    if content is None:
+def _read_receipt(task: Task, split: Split) -> Written | None:
+    """None: there is none, or it is another task's."""
+    read = json.loads(Place(task.place).read(_part("written", split)) or b"{}")
+    if read.pop("source", "") != task.source:
         return None
-    read = json.loads(content)
     shard = None if read["shard"] is None else Shard(**read.pop("shard"))
     return Written(**(read | {"shard": shard}))
 
@@ -262,18 +271,20 @@ def finish(task: Task, splits: Sequence[Split]) -> Manifest:
     """Counts the shards together, and says what is there.
 
     Raises:
-      UserError: no document stayed.
+      UserError: no document stayed, or another task was at work here too.
     """
     place, tools = Place(task.place), tools_of(task)
-    parts = [receipt for split in splits if (receipt := _read_receipt(place, split)) is not None]
-    assert len(parts) == len(splits)
+    parts = [receipt for split in splits if (receipt := _read_receipt(task, split)) is not None]
+    if len(parts) < len(splits):
+        raise UserError(
+            f"something else was prepared in {task.place} at the same time: let it end, and run the same command again"
+        )
     if not sum(part.counts["records" if tools.encoder is None else "trained_tokens"] for part in parts):
         skipped = SkipCounts()
         for part in parts:
             skipped.update(part.skipped)
         raise nothing_usable(task.corpus, skipped)
     tokenizer = "" if tools.encoder is None else tools.encoder.fingerprint
-    source = identity(task, splits)
-    manifest = write_manifest(place, task.corpus.name, task.corpus.format, tokenizer, parts, source)
+    manifest = write_manifest(place, task.corpus.name, task.corpus.format, tokenizer, parts, task.source)
     place.remove(WORK)
     return manifest

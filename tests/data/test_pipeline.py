@@ -20,7 +20,8 @@ from cpt_jax.data import steps
 from cpt_jax.data.cleaning import Cleaning, MeasuredApart
 from cpt_jax.data.holdout import Holdout, read_heldout, training_documents, write_heldout
 from cpt_jax.data.loader import Loader
-from cpt_jax.data.pipeline import prepare_corpus
+from cpt_jax.data.pipeline import _here as here
+from cpt_jax.data.pipeline import prepare_by, prepare_corpus
 from cpt_jax.data.prepare import MANIFEST, NOT_LEARNT, STATISTICS, decode_record, encode_record, read_manifest
 from cpt_jax.data.records import Records
 from cpt_jax.data.sources import Corpus, SkipCounts, read
@@ -339,6 +340,40 @@ def test_ctrl_c_ends_all_processes_without_their_tracebacks(place, tmp_path, mon
     # The first process's own, of which the command line makes one line.
     assert told.rstrip().endswith("KeyboardInterrupt")
     assert "SpawnProcess" not in told
+
+
+def test_two_tasks_at_once_in_one_place_do_not_mix(place, tmp_path):
+    write_tokenizer(tmp_path / "other", chinese(200))
+    one, other = task(place, tmp_path / "out"), task(place, tmp_path / "out", tokenizer=tmp_path / "other")
+    with pytest.raises(UserError, match=r"another process prepares data in .*out: wait for it, or choose another"):
+        prepare_by(one, splits_of(one.corpus), lambda *_: prepare_by(other, splits_of(other.corpus), here))
+    first = prepare_corpus(one, 1)
+    assert first.tokenizer == Tokenizer(place / "tokenizer").fingerprint
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_in_a_store_neither_of_two_tasks_takes_the_others_shards_for_its_own(place, tmp_path):
+    write_tokenizer(tmp_path / "other", chinese(200))
+    one = task(place, f"memory://{tmp_path.name}/out")
+    other, splits = dataclasses.replace(one, tokenizer=tmp_path / "other"), splits_of(one.corpus)
+
+    def overtaken(what: str, step, given: Task, among) -> None:
+        here(what, step, given, among)
+        second = steps.identified(other, splits)
+        steps.begin(second, splits)
+        steps.write(second, splits[0])
+
+    with pytest.raises(UserError, match=r"something else was prepared in memory://.*at the same time"):
+        prepare_by(one, splits, overtaken)
+    assert prepare_by(other, splits, here).tokenizer == Tokenizer(tmp_path / "other").fingerprint
+
+
+def test_a_file_whose_name_is_no_utf8(place, tmp_path):
+    shutil.copy(place / "b.jsonl", tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    corpus = Corpus(name="mixed", spec=str(tmp_path / "*.jsonl"))
+    named = dataclasses.replace(corpus, spec=str(tmp_path / os.fsdecode(b"caf\xe9.jsonl")))
+    for each in (corpus, named):
+        assert prepare_corpus(task(place, tmp_path / "out", corpus=each), 2, split_bytes=SPLIT).records == 101
 
 
 def test_what_another_version_prepared_is_told(place, tmp_path):
