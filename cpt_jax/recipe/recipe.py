@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from cpt_jax.adapt import ByPath, Context, Embeddings, Expand, Full, Linear, LoRA, Theta, Yarn
@@ -21,7 +22,7 @@ from cpt_jax.training.retention import Anchor, L2ToStart, MeanTeacher
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE, Extension
 from cpt_jax.vocab.gate import Limits
-from cpt_jax.vocab.init_rows import InitRows, SubwordMean
+from cpt_jax.vocab.init_rows import InitRows, SubwordMean, Wechsel
 
 Role = Literal["new", "replay", "watch"]
 
@@ -58,6 +59,12 @@ class Vocabulary:
     drop_unreachable: bool = False
     initial_rows: InitRows = SubwordMean()
     limits: Limits = Limits()
+
+    @property
+    def files(self) -> list[Path]:
+        """What the new rows are made from besides the base and texts."""
+        rows = self.initial_rows
+        return [Path(rows.source), Path(rows.target)] if isinstance(rows, Wechsel) else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,9 @@ SAMPLE = "sample.json"
 
 def identity(path: Path) -> list:
     """What tells whether a file, or a model's directory, is still what was read: names, sizes, times. What else lies in
-    the directory (a model card, the hub's bookkeeping) is not the model."""
+    the directory (a model card, the hub's bookkeeping) is not the model. Of what is not there, the name."""
+    if not path.exists():
+        return [str(path)]
     files = sorted(filter(is_of_model, path.iterdir())) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

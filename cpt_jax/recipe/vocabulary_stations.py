@@ -1,6 +1,7 @@
 """The tokenizer and the base of a run, grown if its recipe says so."""
 
 from pathlib import Path
+from typing import Any
 
 from cpt_jax.checkpoint.context import lengthen
 from cpt_jax.core.config import to_json
@@ -12,6 +13,7 @@ from cpt_jax.recipe.copies import copy_tokenizer, link_directory
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
+from cpt_jax.recipe.stations import identity
 from cpt_jax.vocab.init_rows import NEEDS_TEXT
 
 
@@ -70,7 +72,8 @@ class VocabularyStations(Results):
         # was trained with it is kept.
         grown = [self.tokenizer.fingerprint, self.template_given(), to_json(vocabulary.initial_rows), recipe.seed]
         reads = isinstance(vocabulary.initial_rows, NEEDS_TEXT)
-        read = [self.marks[f"hold-out-{name}"] for name in recipe.named("new")] if reads else []
+        read: list[Any] = [self.marks[f"hold-out-{name}"] for name in recipe.named("new")] if reads else []
+        read += map(identity, vocabulary.files)
 
         def grow() -> None:
             rows, seed = vocabulary.initial_rows, recipe.seed

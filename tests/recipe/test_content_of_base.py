@@ -1,13 +1,24 @@
 """A base is known by what its files hold, and read again only where they may hold something else."""
 
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from inputs import chinese, english, write_jsonl
 
+from cpt_jax.data.holdout import Holdout
+from cpt_jax.data.sources import Corpus
 from cpt_jax.recipe import context
+from cpt_jax.recipe import run as runs
 from cpt_jax.recipe.context import RunContext
+from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Vocabulary
+from cpt_jax.recipe.stations import Workdir
+from cpt_jax.vocab.extend import ContinuedBPE
+from cpt_jax.vocab.gate import Limits
+from cpt_jax.vocab.init_rows import Wechsel
 
 
 @pytest.fixture
@@ -39,3 +50,39 @@ def test_what_was_not_touched_is_not_read_again(run, monkeypatch):
     first = run._content_of_base()
     monkeypatch.setattr(context, "checksums", None)
     assert run._content_of_base() == first
+
+
+def recipe(tmp_path: Path, tiny_model: Path, **changes: Any) -> Recipe:
+    shutil.copytree(tiny_model, tmp_path / "base")
+    zh = write_jsonl(tmp_path / "zh.jsonl", chinese(150))
+    domain = Domain(corpus=Corpus(name="zh", spec=str(zh)), role="new", heldout=Holdout(share=0.2, max_bytes=2000))
+    evaluation = Evaluation(sequence_length=64)
+    return Recipe(name="r", base=str(tmp_path / "base"), domains=(domain,), stages=(), evaluation=evaluation, **changes)
+
+
+def test_rows_are_made_anew_from_other_word_vectors(tmp_path, tiny_model):
+    """And not from the same ones."""
+
+    def write_vectors(dimensions: str) -> None:
+        for name, texts in (("en", english(50)), ("zh", chinese(150))):
+            words = sorted({word for text in texts for word in text.split()})
+            (tmp_path / f"{name}.vec").write_text("".join(f"{word} {dimensions}\n" for word in words))
+
+    write_vectors("0.5 0.25")
+    rows = Wechsel(source=str(tmp_path / "en.vec"), target=str(tmp_path / "zh.vec"))
+    limits = Limits(unreachable_pieces=1.0)
+    grown = Vocabulary(extension=ContinuedBPE(new_tokens=20), initial_rows=rows, limits=limits)
+    given = recipe(tmp_path, tiny_model, vocabulary=grown)
+
+    def was_done() -> bool:
+        with Workdir(tmp_path / "run", given) as workdir:
+            pipeline = runs.Pipeline(given, workdir)
+            pipeline.resolve()
+            pipeline.hold_out(given.domains[0])
+            pipeline.vocabulary()
+            return workdir.was_done("base-model")
+
+    assert not was_done()
+    assert was_done()
+    write_vectors("0.25 0.5 ")
+    assert not was_done()
