@@ -85,6 +85,7 @@ def _start(
     directory.log(name).parent.mkdir(parents=True, exist_ok=True)
     log = directory.log(name).open("ab")
     log_start = log.tell()
+    directory.begun_now(name)
     command, recipe, arguments = command_of(directory, name, manner)
     words = [sys.executable, "-m", "cpt_jax", command, recipe, "--workdir", directory.run_location(name)]
     words += ["--shared", str(directory.shared.directory), *arguments]

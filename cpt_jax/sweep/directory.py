@@ -14,7 +14,10 @@ from cpt_jax.core.journal import JOURNAL
 from cpt_jax.core.progress import clock, say
 from cpt_jax.core.storage import json_bytes, numbers, objects_in, write_json_atomic, write_text_atomic
 from cpt_jax.core.stores import Location, Store, is_address, location, state_of
-from cpt_jax.data.sources import files_of
+from cpt_jax.data.catalogues import is_catalogued
+from cpt_jax.data.chat_template import read_template
+from cpt_jax.data.cleaning import evaluation_state
+from cpt_jax.data.sources import corpus_state, files_of
 from cpt_jax.recipe.mirror import MARKS
 from cpt_jax.recipe.recipe import Recipe, saved_form
 from cpt_jax.recipe.shared import SharedStations
@@ -42,6 +45,9 @@ class SweepDirectory:
         self._records: dict[str, dict[str, Any]] = self._found()
         if claim:
             self._claim()
+            # Another sweep may have gone on until this one had the lock.
+            self._records = self._found()
+            self.write()
 
     def _found(self) -> dict[str, dict[str, Any]]:
         text = self._read(SWEEP)
@@ -78,7 +84,6 @@ class SweepDirectory:
                 raise UserError(
                     f"another sweep, or a run that one has begun, is at work in {self.path}: wait for it, or choose another --workdir"
                 ) from None
-        self.write()
 
     def __enter__(self) -> "SweepDirectory":
         return self
@@ -135,8 +140,23 @@ class SweepDirectory:
         """What is recorded of a run."""
         return self._records.get(name, {})
 
+    def begun_now(self, name: str) -> None:
+        """A run begins: what it will have come to is of its inputs as they are now, whatever becomes of them meanwhile."""
+        try:
+            inputs = self._inputs(name)
+        except UserError:
+            # The run itself says so.
+            return
+        self.record(name, **self._forgotten(name, inputs), inputs=inputs)
+
+    def _forgotten(self, name: str, inputs: str) -> dict[str, Any]:
+        """What is to be recorded of a run that has been done with other inputs: it would be shown as this one's."""
+        record = self.of(name)
+        other = record.get("status") == "done" and record.get("inputs") != inputs
+        return {"status": "waiting", "base": {}, "final": {}} if other else {}
+
     def done_now(self, name: str, seconds: float, exports: bool) -> None:
-        """A run is at its end, after so many seconds of this machine."""
+        """A run that has begun is at its end, after so many seconds of this machine."""
         self.record(
             name,
             status="done",
@@ -144,7 +164,6 @@ class SweepDirectory:
             seconds=round(self.of(name).get("seconds", 0.0) + seconds, 1),
             together=self._together(name),
             exports=exports,
-            inputs=self._inputs(name),
             **self.scores(name),
         )
         say(f"sweep: run {name} is done")
@@ -180,9 +199,8 @@ class SweepDirectory:
         be shown as this one's until that is done."""
         left = {name: recipe for name, recipe in self.recipes.items() if not self.is_done(name, exports)}
         for name in left:
-            record = self.of(name)
-            if record.get("status") == "done" and record["inputs"] != self._inputs(name):
-                self.record(name, status="waiting", base={}, final={})
+            if self.of(name).get("status") == "done" and (other := self._forgotten(name, self._inputs(name))):
+                self.record(name, **other)
         return left
 
     def _inputs(self, name: str) -> str:
@@ -194,7 +212,15 @@ class SweepDirectory:
             for file in files_of(domain.corpus)
         ]
         base = Path(recipe.base).expanduser()
-        return fingerprint([saved_form(recipe), corpora, identity(base) if base.exists() else recipe.base])
+        given = [saved_form(recipe), corpora, identity(base) if base.exists() else recipe.base]
+        # Without any of these it is what it was before they were looked at.
+        read: list[Any] = [corpus_state(each.corpus) for each in recipe.domains if is_catalogued(each.corpus.spec)]
+        read += [state for domain in recipe.domains for state in evaluation_state(domain.cleaning)]
+        if recipe.chat_template is not None:
+            read.append(read_template(Path(recipe.chat_template)))
+        if recipe.vocabulary is not None:
+            read += map(identity, recipe.vocabulary.files)
+        return fingerprint([*given, *read])
 
     def settle(self, name: str, exports: bool) -> bool:
         """Whether a run that another process was given is at its end now; notes it if so."""
@@ -207,6 +233,8 @@ class SweepDirectory:
         marks = [json.loads(self._read(f"runs/{name}/{MARKS}/{station}.json") or "{}") for station in behind]
         config = json.loads(self._read(f"runs/{name}/config.json") or "{}")
         if not all(mark.get("done") for mark in marks) or differences(config, to_json(recipe)):
+            return False
+        if self.of(name).get("inputs") != self._inputs(name):
             return False
         self.done_now(name, 0.0, exports)
         return True

@@ -109,6 +109,7 @@ def submit(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) -
         }
         if not directory.in_store:
             settings["CPT_SHARED"] = str(directory.shared.directory)
+        directory.begun_now(name)
         # By its name until there is a number: a queue may accept a job, and not come to say so.
         directory.record(name, status="queued", job=job_name(directory, name))
         job = queue.submit(job_name(directory, name), settings)

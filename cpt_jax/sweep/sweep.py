@@ -155,6 +155,8 @@ def _here(directory: SweepDirectory, left: dict[str, Recipe], manner: Manner) ->
         for names in groups_of(left, most):
             say(f"sweep: {_told(names, list(directory.recipes))}{pace.left()}")
             started = time.monotonic()
+            for name in names:
+                directory.begun_now(name)
 
             def failed(name: str, error: Exception) -> None:
                 directory.failed_now(name, error)

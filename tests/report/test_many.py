@@ -212,7 +212,8 @@ def ended(root, **runs):
         write_json_atomic(directory.run(name) / "config.json", to_json(recipe))
         write_json_atomic(directory.run(name) / "eval.json", entries)
         for domain in recipe.domains:
-            Path(domain.corpus.spec).write_text("{}")
+            Path(domain.corpus.spec).touch()
+        directory.begun_now(name)
         directory.done_now(name, 1.0, bool(recipe.export.interpolate_base))
     return directory
 
@@ -290,6 +291,7 @@ def test_a_run_without_stages_that_a_queue_was_given_is_found_done(tmp_path):
     (tmp_path / "zh.jsonl").write_text("{}")
     recipe = Recipe(name="a", base="b", domains=(domain,), stages=())
     with SweepDirectory(tmp_path / "sweep", "e", {"a": recipe}) as directory:
+        directory.begun_now("a")
         directory.record("a", status="queued", job="1")
         assert not directory.settle("a", exports=False)
         write_json_atomic(directory.run("a") / "config.json", to_json(recipe))
