@@ -31,6 +31,11 @@ from cpt_jax.training.trackers import Tracking
 from cpt_jax.vocab.tokenizer import Tokenizer
 
 
+def is_read(path: Path) -> bool:
+    """Whether a file decides what a base is. One that was made of another file says when that was, too."""
+    return is_of_model(path) and path.name != MADE_OF
+
+
 class RunContext:
     """One run while it is worked on: its recipe, its directory, its base, and the fingerprints of the stations that are
     done, which link those that depend on each other."""
@@ -114,9 +119,7 @@ class RunContext:
         kept, seen = self.path / ".base.json", identity(self.source)
         if kept.exists() and (found := json.loads(kept.read_text()))["seen"] == seen:
             return found["content"]
-        # A base that was made of another file says when that was.
-        files = [path for path in self.source.iterdir() if is_of_model(path) and path.name != MADE_OF]
-        content = checksums(self.source, files)
+        content = checksums(self.source, filter(is_read, self.source.iterdir()))
         write_json_atomic(kept, {"seen": seen, "content": content})
         return content
 

@@ -309,6 +309,12 @@ class Workdir:
         """Whether a station was finished at its last try, with whatever inputs."""
         return self._mark(name).get("done", False)
 
+    def is_made_of(self, name: str, inputs: object) -> bool:
+        """Whether a station was finished at its last try, with these inputs."""
+        return self.is_done(name) and self._mark(name)["fingerprint"] == fingerprint(
+            {"inputs": inputs, "format": FORMAT}
+        )
+
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""
         return name in self._found_done

@@ -4,17 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from cpt_jax.checkpoint.context import lengthen
-from cpt_jax.core.config import to_json
+from cpt_jax.core.checksums import sha256
+from cpt_jax.core.config import fingerprint, to_json
+from cpt_jax.core.errors import UserError
 from cpt_jax.core.progress import number_of, say
 from cpt_jax.core.storage import write_text_atomic
 from cpt_jax.data.holdout import read_heldout, training_documents
 from cpt_jax.data.sources import SkipCounts
+from cpt_jax.recipe.context import is_read
 from cpt_jax.recipe.copies import copy_tokenizer, link_directory
 from cpt_jax.recipe.grow import grow_tokenizer
 from cpt_jax.recipe.results import Results
 from cpt_jax.recipe.rows import grow_model
 from cpt_jax.recipe.stations import identity
 from cpt_jax.vocab.init_rows import NEEDS_TEXT
+
+# What `lengthen` may write: not the base's file any more.
+_LENGTHENED = ("config.json", "tokenizer_config.json")
 
 
 class VocabularyStations(Results):
@@ -28,10 +34,8 @@ class VocabularyStations(Results):
     def vocabulary(self) -> None:
         """The tokenizer and the base model, grown if the recipe says so."""
         recipe, tokenizer, base = self.recipe, self.path / "tokenizer", self.path / "base"
-        # A recipe without a longer context has the fingerprints that it had before there was such a thing.
-        context = [] if recipe.context is None else [to_json(recipe.context)]
         if recipe.vocabulary is None:
-            inputs = ["unchanged", self.marks["base"], *context]
+            inputs = self._as_it_came(self.marks["base"])
 
             def copy() -> None:
                 copy_tokenizer(self.source, tokenizer)
@@ -66,7 +70,7 @@ class VocabularyStations(Results):
             self._lengthen(tokenizer)
 
         outputs = [tokenizer, self.path / "fertility.json"]
-        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given(), *context]
+        inputs = [to_json(vocabulary), self.marks["base"], upstream, self.template_given(), *self._context_given()]
         self._station("tokenizer", inputs, outputs, extend, common=True)
         # The tokenizer by its content: where other limits, or a domain that is measured only, lead to the same one, what
         # was trained with it is kept.
@@ -80,7 +84,44 @@ class VocabularyStations(Results):
             grow_model(self.source, tokenizer, rows, seed, base, lambda: self._training_texts("new"))
             self._lengthen(base)
 
-        self._station("base-model", [self.marks["base"], grown, read, *context], [base], grow, common=True)
+        inputs = [self.marks["base"], grown, read, *self._context_given()]
+        self._station("base-model", inputs, [base], grow, common=True)
+
+    def _context_given(self) -> list:
+        """A recipe without a longer context has the fingerprints that it had before there was such a thing."""
+        return [] if self.recipe.context is None else [to_json(self.recipe.context)]
+
+    def _as_it_came(self, content: str) -> list:
+        """The inputs of a base that no vocabulary was grown for, by the fingerprint of its content."""
+        return ["unchanged", content, *self._context_given()]
+
+    def check_base(self) -> None:
+        """Makes sure that the stages were trained on what is there. Its files may be the user's under another name, who may
+        have written over them.
+
+        Raises:
+          UserError: they hold something else.
+        """
+        base = self.path / "base"
+        if self.recipe.vocabulary is None and not self.workdir.is_made_of(
+            "base-model", self._as_it_came(fingerprint(self._content_of(base)))
+        ):
+            raise UserError(
+                f"{base} is not what was trained on: its files are those of {self.recipe.base}, which were written over since: "
+                f"put these back, remove {base}, and run `cpt run {self.workdir.location}/config.json --workdir {self.workdir.location}`"
+            )
+
+    def _content_of(self, base: Path) -> dict[str, str]:
+        """SHA-256 of the files as they came. What is still the same file as in the base is not read again."""
+        of_source = self._content_of_base()
+        own = () if self.recipe.context is None else _LENGTHENED
+        content = {name: of_source[name] for name in own if name in of_source}
+        for file in filter(is_read, base.iterdir() if base.exists() else ()):
+            if file.name not in own:
+                source = self.source / file.name
+                is_same = source.exists() and file.samefile(source)
+                content[file.name] = of_source[file.name] if is_same else sha256(file)
+        return content
 
     def _lengthen(self, directory: Path) -> None:
         if self.recipe.context is not None:

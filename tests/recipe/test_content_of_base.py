@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from inputs import chinese, english, write_jsonl
+from safetensors.numpy import load_file, save_file
 
+from cpt_jax.core.errors import UserError
 from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.recipe import context
 from cpt_jax.recipe import run as runs
 from cpt_jax.recipe.context import RunContext
-from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Vocabulary
+from cpt_jax.recipe.recipe import Context, Domain, Evaluation, Recipe, Vocabulary
 from cpt_jax.recipe.stations import Workdir
 from cpt_jax.vocab.extend import ContinuedBPE
 from cpt_jax.vocab.gate import Limits
@@ -58,6 +60,38 @@ def recipe(tmp_path: Path, tiny_model: Path, **changes: Any) -> Recipe:
     domain = Domain(corpus=Corpus(name="zh", spec=str(zh)), role="new", heldout=Holdout(share=0.2, max_bytes=2000))
     evaluation = Evaluation(sequence_length=64)
     return Recipe(name="r", base=str(tmp_path / "base"), domains=(domain,), stages=(), evaluation=evaluation, **changes)
+
+
+@pytest.mark.parametrize("longer", [None, Context(length=512)], ids=["as it is", "longer"])
+def test_what_was_written_through_its_link_is_not_exported(tmp_path, tiny_model, longer):
+    given, workdir = recipe(tmp_path, tiny_model, context=longer), tmp_path / "run"
+    file, as_it_was = tmp_path / "base" / "model.safetensors", tmp_path / "as it was"
+    shutil.copy2(file, as_it_was)
+    save_file({name: value / 2 for name, value in load_file(file).items()}, tmp_path / "other", {"format": "pt"})
+    runs.run(given, workdir, only="train")
+
+    def exported(name: str) -> bytes:
+        runs.export_run(workdir, tmp_path / name, {})
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    def is_refused() -> None:
+        with pytest.raises(UserError, match=r"run/base is not what was trained on: .*put these back, remove "):
+            exported("refused")
+        assert not (tmp_path / "refused").exists()
+
+    first = exported("first")
+    shutil.copyfile(tmp_path / "other", file)
+    is_refused()
+    # The old one under the user's name is not yet the run's.
+    file.unlink()
+    shutil.copy2(as_it_was, file)
+    is_refused()
+    shutil.rmtree(workdir / "base")
+    runs.run(given, workdir, only="train")
+    assert exported("again") == first
+    # What takes the name of the user's file leaves the run's as it is.
+    (tmp_path / "other").replace(file)
+    assert exported("later") == first
 
 
 def test_rows_are_made_anew_from_other_word_vectors(tmp_path, tiny_model):
