@@ -16,7 +16,7 @@ from cpt_jax.core.config import fingerprint, override, to_json
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import number_of
-from cpt_jax.core.storage import write_json_atomic
+from cpt_jax.core.storage import is_file_name, write_json_atomic
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.chat_template import read_template
 from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
@@ -322,7 +322,7 @@ def adapt_recipe(
     )
     compute = fastest_type()
     recipe = Recipe(
-        name=workdir.name or "adapt",
+        name=workdir.name if is_file_name(workdir.name) else "adapt",
         base=base,
         domains=domains,
         vocabulary=Vocabulary(extension=ContinuedBPE(new_tokens=pieces)) if pieces else None,
