@@ -183,9 +183,10 @@ def pack_documents(
         for window in _windows([start, *tokens], np.ones(len(tokens)), sequence_length, places)
     ]
     rows, tokens = _rows(windows, sequence_length), sum(len(ids) for ids in encoded)
-    if unknown := sum(ids.count(tokenizer.unknown_id) for ids in encoded):
+    stands_for_any = tokenizer.unknown_id
+    if stands_for_any is not None and (unknown := sum(ids.count(stands_for_any) for ids in encoded)):
         say(
-            f"evaluation: {unknown:,} of {tokens:,} tokens stand for text that the tokenizer cannot spell ({tokenizer.piece(tokenizer.unknown_id)}): bits per byte leave out what it is, and are too low"
+            f"evaluation: {unknown:,} of {tokens:,} tokens stand for text that the tokenizer cannot spell ({tokenizer.piece(stands_for_any)}): bits per byte leave out what it is, and are too low"
         )
     held = np.clip(np.asarray(sizes)[:, None] - _STARTS, 0, np.diff(_STARTS, append=1 << 62)).sum(0)
     return PackedDocuments(rows, tokens, sum(sizes), held if by_position else None)

@@ -90,7 +90,7 @@ def _sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, directory: Path) ->
         tokens=max(1, probe_tokens * size // max(1, probe_bytes)),
         whole=whole,
         first=texts[0],
-        unknown=tokens[tokenizer.unknown_id] / max(1, probe_tokens),
+        unknown=0.0 if tokenizer.unknown_id is None else tokens[tokenizer.unknown_id] / max(1, probe_tokens),
         row_size=size_of_rows(weights[name]["base"] for name in ("embed", "head") if name in weights),
     )
 
