@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from inputs import chinese, english, write_jsonl
@@ -72,3 +73,20 @@ def test_a_recipe_says_what_is_left_out(recipe, tmp_path):
     changed = dataclasses.replace(recipe, domains=(dataclasses.replace(first, cleaning=Cleaning()), second))
     assert prepared(changed, run) == {"zh": False, "en": True}
     assert "duplicate" not in read_manifest(run / "data" / "zh").skipped
+
+
+def test_conversations_are_written_anew_by_another_template(recipe, tmp_path, tiny_model):
+    base, talk, run = tmp_path / "base", tmp_path / "talk.jsonl", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    lines = [{"prompt": text, "completion": text[::-1]} for text in english(60)]
+    talk.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    zh, en = recipe.domains
+    chat = dataclasses.replace(en, corpus=Corpus(name="en", spec=str(talk), format="chat"), cleaning=Cleaning())
+    recipe = dataclasses.replace(recipe, base=str(base), domains=(dataclasses.replace(zh, cleaning=Cleaning()), chat))
+    template = "{% for m in messages %}ROLE{{ m.role }}: {{ m.content }}<|im_end|>{{ sep_token }}{% endfor %}"
+    for role, done in (("", [False, False]), ("", [True, True]), ("the ", [True, False])):
+        (base / "chat_template.jinja").write_text(template.replace("ROLE", role))
+        assert list(prepared(recipe, run).values()) == done
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"sep_token": " and"}))
+    assert prepared(recipe, run) == {"zh": True, "en": False}
