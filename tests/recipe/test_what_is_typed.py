@@ -261,6 +261,7 @@ def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, f
         rates = [optimizer.learning_rate * optimizer.new_rows_multiplier for optimizer in optimizers]
         assert rates == pytest.approx([alone, last][-len(rates) :], rel=0.05)
         assert ("new rows" in reasons) == (given == "10")
+        assert getattr(recipe.stages[-1].method, "new_rows", True)
     # Another base is looked at anew.
     words[2] = str(tiny_model)
     arguments, _ = parser().parse_known_args([*words, "--new-tokens", "10", "--tokens", "1000"])
