@@ -57,7 +57,7 @@ def adapt(arguments: argparse.Namespace, overrides: list[str]) -> None:
     recipe, reasons = adapt_recipe(**given, overrides=overrides)
     print(explain(recipe, reasons), file=sys.stderr, flush=True)
     if arguments.dry_run:
-        claim(recipe, arguments.workdir, update=arguments.update)
+        claim(recipe, arguments.workdir, update=arguments.update, mesh=machine["mesh"])
     else:
         run(recipe, arguments.workdir, update=arguments.update, **machine)
 

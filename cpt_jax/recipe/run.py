@@ -78,14 +78,16 @@ def run(
         print(f"\nmodel:  {workdir}/export\nreport: {workdir}/report.html")
 
 
-def claim(recipe: Recipe, workdir: Location, *, update: bool = False) -> None:
+def claim(recipe: Recipe, workdir: Location, *, update: bool = False, mesh: MeshShape | None = None) -> None:
     """Writes a recipe into its work directory and says what can be done with it.
 
     Raises:
-      UserError: the directory is not free for it.
+      UserError: the directory is not free for it, or its base, or the devices, do not go with it.
     """
-    with Workdir(workdir, recipe, update=update):
-        pass
+    with Workdir(workdir, recipe, update=update) as claimed:
+        pipeline = Pipeline(recipe, claimed)
+        pipeline.mesh = mesh
+        pipeline.resolve()
     config = f"{workdir}/config.json"
     if processes.is_first():
         print(f"{config}: nothing was run yet")

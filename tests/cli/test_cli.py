@@ -131,13 +131,27 @@ def test_a_dry_run_tells_the_choices_and_writes_the_recipe_alone(place, tiny_mod
     second = find_recipe("run/config.json")
     assert sum(stage.tokens for stage in second.stages) == 8192
     assert second.stages[-1].retention == (Anchor(weight=0.5, domains=("en",)),)
-    assert {path.name for path in (place / "run").iterdir()} == {"config.json", "sample.json", ".lock"}
+    assert {path.name for path in (place / "run").iterdir()} == {"config.json", "sample.json", ".base.json", ".lock"}
     with Workdir(Path("run"), second) as claimed:
         assert not claimed.seconds
         for name in ("one", "two"):
             claimed.station(name, [], [], lambda: None)
     events = [json.loads(line)["event"] for line in Path("run/events.jsonl").read_text().splitlines()]
     assert events == ["run", "begin", "done", "begin", "done"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mesh", "fsdp=3"), "fsdp 3 x expert 1 x context 1 x tensor 1 does not cover 8 devices"),
+        (("--stages.0.sequence_length", "100000"), "sequence_length 100000 is longer than the model's context of"),
+    ],
+)
+def test_a_dry_run_tells_what_could_not_be_run(place, tiny_model, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(model=tiny_model) for argument in (*ADAPT, "--dry-run", *words)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
