@@ -344,7 +344,7 @@ def adapt_recipe(
         if replay
         else "none: no --replay was given, expect the old domain to be forgotten (without old text, the base can write some: cpt data generate)",
         "method": f"{method}, after the new rows alone" if len(stages) > 1 else method,
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}: {shape['batch_size']} rows of {shape['sequence_length']} a step",
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "precision": recipe.precision.compute
         + {
             "bfloat16": "",
@@ -361,6 +361,8 @@ def adapt_recipe(
             f"{context:,} tokens, {context / reads:.3g} times the base's {reads:,}: {rope}, and rows of that length, which teach it where documents have more than {reads:,}"
         )
     recipe = apply_overrides(recipe, overrides)
+    trained = recipe.stages[-1]
+    reasons["hardware"] += f": {trained.batch_size} rows of {trained.sequence_length} a step"
     if fit is not None:
         recipe, reasons["memory"] = fit(recipe, hf_config)
     return recipe, reasons

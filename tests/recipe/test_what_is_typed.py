@@ -151,8 +151,11 @@ def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_mode
     arguments, overrides = parser().parse_known_args([*words, "--domains.1.corpus.text_field", "content"])
     with pytest.raises(UserError, match="its records have content; name the one with text"):
         adapt_recipe(**adapting(arguments))
-    recipe, reasons = adapt_recipe(**adapting(arguments), overrides=overrides)
+    recipe, reasons = adapt_recipe(
+        **adapting(arguments), overrides=[*overrides, "--stages.1.batch_size", "3", "--stages.1.sequence_length", "50"]
+    )
     told = explain(recipe, reasons)
+    assert ": 3 rows of 50 a step" in told
     assert "of the new domains each has as many, whatever its size" in told
     assert "tokens: more 50% zh 50%" in told
     assert [domain.corpus.text_field for domain in recipe.domains] == ["text", "content"]
