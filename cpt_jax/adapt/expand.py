@@ -14,8 +14,8 @@ from cpt_jax.models.vocab_table import NEW_ROWS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expand:
     """Copies of `blocks` blocks, at equal distances, each behind its original; their output projections (or the norms
-    behind these, where a model has them) begin at zero, so that the model's logits are unchanged. The copies train, and besides the new rows, where there are any; the model
-    stays that much deeper."""
+    behind these, where a model has them) begin at zero, so that the model's logits are unchanged. The copies train, and
+    besides the new rows, where there are any; the model stays that much deeper."""
 
     blocks: int
     new_rows: bool = True

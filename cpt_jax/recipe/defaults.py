@@ -1,7 +1,6 @@
 """The recipe of `cpt adapt`: defaults from the model, the text and the hardware, each with its reason."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,31 @@ import jax
 
 from cpt_jax.adapt import POSITIONS, Context, Embeddings, Expand, Full, LoRA, Method, usual_blocks
 from cpt_jax.checkpoint.base import resolve_base
-from cpt_jax.checkpoint.hf import load, read_config
-from cpt_jax.core import processes
-from cpt_jax.core.config import fingerprint, override, to_json
+from cpt_jax.checkpoint.hf import read_config
+from cpt_jax.core.config import override
 from cpt_jax.core.errors import UserError
 from cpt_jax.core.precision import Precision
 from cpt_jax.core.progress import number_of
-from cpt_jax.core.storage import is_file_name, write_json_atomic
+from cpt_jax.core.storage import is_file_name
 from cpt_jax.core.tree import flatten
 from cpt_jax.data.chat_template import read_template
 from cpt_jax.data.mixture import Mixture, Ramp, described, domains_of
-from cpt_jax.data.sources import Corpus, SkipCounts, corpus_state, named_corpora, read
+from cpt_jax.data.sources import named_corpora
 from cpt_jax.models.decoder import abstract_decoder
 from cpt_jax.models.families import family_for
 from cpt_jax.optim.averaging import EMA
 from cpt_jax.optim.optimizer import OPTIMIZERS, AdamW, Optimizer
 from cpt_jax.optim.schedules import Cosine
 from cpt_jax.recipe.find import apply_overrides, model_named, overrides_of
+from cpt_jax.recipe.first_look import Sample, kept_sample
 from cpt_jax.recipe.recipe import Domain, Evaluation, Recipe, Role, Samples, Stage, Vocabulary
-from cpt_jax.recipe.stations import SAMPLE, holds_nothing_else
 from cpt_jax.sharding.hardware import fastest_type
 from cpt_jax.training.retention import Anchor, MeanTeacher, Retention
 from cpt_jax.training.watch import RaiseReplay, Stop, Watch
 from cpt_jax.vocab.extend import ContinuedBPE
-from cpt_jax.vocab.init_rows import ROWS_STEP, size_of_rows
+from cpt_jax.vocab.init_rows import ROWS_STEP
 from cpt_jax.vocab.tokenizer import Tokenizer
 
-# Text read to decide: enough for the tokenizer's rate, and whole for a small corpus.
-SAMPLE_BYTES = 16 << 20
 # Below this many bytes a token the base's tokenizer wastes tokens on the text (English: 4 to 5; Chinese with an
 # English one: 1.7).
 WASTEFUL_BYTES_PER_TOKEN = 3.0
@@ -50,62 +46,6 @@ ACCELERATOR_TOKENS = 1_000_000_000
 MIN_TOKENS = 100
 # As ROWS_STEP, of new rows beside other weights, and of old rows (LOG.md).
 CALMER_ROWS_STEP = 0.037
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What a look at the new text found, and one at the base: the `row_size` of its vocabulary; `unknown`: the share of
-    tokens that stand for what its tokenizer cannot spell."""
-
-    bytes: int
-    tokens: int
-    whole: bool
-    first: str
-    row_size: float
-    unknown: float = 0.0
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes / self.tokens
-
-
-def _sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, directory: Path) -> Sample:
-    texts, size, whole = [], 0, True
-    for corpus in corpora:
-        taken = 0
-        for document in read(corpus, SkipCounts()):
-            texts.append(document.text)
-            taken += len(document.text.encode())
-            if taken > SAMPLE_BYTES:
-                whole = False
-                break
-        size += taken
-    _, weights, _ = load(directory)
-    probe = texts[:: max(1, len(texts) // 500)]
-    probe_bytes = sum(len(text.encode()) for text in probe)
-    tokens = tokenizer.count(probe)
-    probe_tokens = tokens.total()
-    return Sample(
-        bytes=size,
-        tokens=max(1, probe_tokens * size // max(1, probe_bytes)),
-        whole=whole,
-        first=texts[0],
-        unknown=0.0 if tokenizer.unknown_id is None else tokens[tokenizer.unknown_id] / max(1, probe_tokens),
-        row_size=size_of_rows(weights[name]["base"] for name in ("embed", "head") if name in weights),
-    )
-
-
-def _kept_sample(corpora: Sequence[Corpus], tokenizer: Tokenizer, base: str, directory: Path, workdir: Path) -> Sample:
-    """What a look at the new text and the base finds, or found when the run began: it goes on while they are out of
-    reach."""
-    kept = workdir / SAMPLE
-    of = fingerprint([[to_json(corpus), corpus_state(corpus)] for corpus in corpora] + [tokenizer.fingerprint, base])
-    if kept.exists() and (found := json.loads(kept.read_text()))["of"] == of:
-        return Sample(**found["sample"])
-    sample = _sample(corpora, tokenizer, directory)
-    if processes.is_first() and (kept.exists() or holds_nothing_else(workdir)):
-        write_json_atomic(kept, {"of": of, "sample": dataclasses.asdict(sample)})
-    return sample
 
 
 def _new_pieces(sample: Sample, given: int | None) -> tuple[int, str]:
@@ -280,7 +220,7 @@ def adapt_recipe(
     size = sum(leaf.size for leaf in flatten(network.shapes).values())
     tokenizer = Tokenizer(directory)
     corpora = [domain.corpus for domain in domains if domain.role == "new"]
-    sample = _kept_sample(corpora, tokenizer, base, directory, workdir)
+    sample = kept_sample(corpora, tokenizer, base, directory, workdir)
     alone, calmer = (_rounded(step * sample.row_size) for step in (ROWS_STEP, CALMER_ROWS_STEP))
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
