@@ -44,8 +44,9 @@ CPU_TOKENS = 150_000
 ACCELERATOR_TOKENS = 1_000_000_000
 # Fewer are a mistake: both stages want a step.
 MIN_TOKENS = 100
-# As ROWS_STEP, of new rows beside other weights, and of old rows (LOG.md).
+# As ROWS_STEP, of new rows beside other weights, and of old rows, which say something already (LOG.md).
 CALMER_ROWS_STEP = 0.037
+OLD_ROWS_STEP = 0.004
 
 
 def _new_pieces(sample: Sample, given: int | None) -> tuple[int, str]:
@@ -221,7 +222,8 @@ def adapt_recipe(
     tokenizer = Tokenizer(directory)
     corpora = [domain.corpus for domain in domains if domain.role == "new"]
     sample = kept_sample(corpora, tokenizer, base, directory, workdir)
-    alone, calmer = (_rounded(step * sample.row_size) for step in (ROWS_STEP, CALMER_ROWS_STEP))
+    steps_of_rows = (ROWS_STEP, CALMER_ROWS_STEP, OLD_ROWS_STEP)
+    alone, calmer, of_old = (_rounded(step * sample.row_size) for step in steps_of_rows)
     on_cpu = jax.default_backend() == "cpu"
     pieces, pieces_reason = _new_pieces(sample, new_tokens)
     total, total_reason = _training_tokens(sample, 1 - share, tokens, on_cpu)
@@ -253,7 +255,9 @@ def adapt_recipe(
             mixture=mixture,
             tokens=rest,
             watch=_watch(watch_every, forgetting_budget, on_forgetting, steps, bool(replay and share)),
-            optimizer=_optimizer(optimizer, method, size, alone if pieces and method == "embeddings" else calmer),
+            optimizer=_optimizer(
+                optimizer, method, size, calmer if method != "embeddings" else alone if pieces else of_old
+            ),
             schedule=Cosine(),
             ema=EMA(decay=0.98 if on_cpu else 0.999),
             retention=_retention(anchor, mean_teacher, [name for name, _ in replay if name in domains_of(mixture)]),

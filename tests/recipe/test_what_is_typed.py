@@ -21,7 +21,7 @@ from cpt_jax.data.holdout import Holdout
 from cpt_jax.data.sources import Corpus
 from cpt_jax.optim.optimizer import AdamW
 from cpt_jax.recipe.copies import link_directory
-from cpt_jax.recipe.defaults import CALMER_ROWS_STEP, _optimizer, adapt_recipe, explain
+from cpt_jax.recipe.defaults import CALMER_ROWS_STEP, OLD_ROWS_STEP, _optimizer, adapt_recipe, explain
 from cpt_jax.recipe.find import find_recipe, model_named
 from cpt_jax.recipe.generate_command import read_prompts
 from cpt_jax.recipe.recipe import Domain, Evaluation, Export, Recipe, Samples, Stage
@@ -253,9 +253,9 @@ def test_new_rows_take_steps_by_the_size_of_the_old_ones(tiny_model, tmp_path, f
     size = np.median(np.sqrt(np.mean(table.astype(np.float64) ** 2, axis=1))) * np.sqrt(head or 1.0)
     (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
     words = ["adapt", "--base", str(base), "--new", f"zh={tmp_path}/zh.jsonl", "--workdir", str(tmp_path / "run")]
-    alone, calmer = (step * size for step in (ROWS_STEP, CALMER_ROWS_STEP))
+    alone, calmer, of_old = (step * size for step in (ROWS_STEP, CALMER_ROWS_STEP, OLD_ROWS_STEP))
     beside = [(method, "10", calmer) for method in ("lora", "expand", "full")]
-    for method, given, last in (*beside, ("embeddings", "10", alone), ("embeddings", "0", calmer)):
+    for method, given, last in (*beside, ("embeddings", "10", alone), ("embeddings", "0", of_old)):
         arguments, _ = parser().parse_known_args(
             [*words, "--new-tokens", given, "--tokens", "1000", "--method", method]
         )
