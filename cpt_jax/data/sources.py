@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt_jax.core.errors import UserError
+from cpt_jax.core.storage import MOST_BYTES, is_file_name
 from cpt_jax.core.stores import Location, glob_addresses, is_address, state_of
 from cpt_jax.data import conversations
 from cpt_jax.data.catalogues import is_catalogued, named_records, named_state
@@ -49,6 +50,8 @@ class Corpus:
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"corpus name {self.name!r}: use letters, digits, '-' and '_'")
+        if not is_file_name(self.name):
+            raise UserError(f"corpus name {self.name!r}: give one of at most {MOST_BYTES} bytes, as in NAME=SPEC")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,10 +39,6 @@ class Domain:
     # What is left out of training besides: filtered, said before, or part of an evaluation set.
     cleaning: Cleaning = Cleaning()
 
-    def __post_init__(self) -> None:
-        if not is_file_name(self.name):
-            raise UserError(f"corpus name {self.name!r}: give one of at most {MOST_BYTES} bytes")
-
     @property
     def name(self) -> str:
         return self.corpus.name
