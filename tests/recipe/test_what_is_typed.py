@@ -143,6 +143,16 @@ def test_a_base_that_cannot_spell_the_new_text_is_to_grow(tmp_path):
         adapt_recipe(**adapting(missing))
 
 
+@pytest.mark.parametrize(("workdir", "name"), [("..", "adapt"), ("run", "run"), ("n" * 201, "adapt")])
+def test_a_recipe_is_called_by_its_directory_where_that_has_a_name(tiny_model, tmp_path, monkeypatch, workdir, name):
+    write_jsonl(tmp_path / "zh.jsonl", chinese(40))
+    (tmp_path / "within").mkdir()
+    monkeypatch.chdir(tmp_path / "within")
+    words = ["adapt", "--base", str(tiny_model), "--new", "zh=../zh.jsonl", "--workdir", workdir, "--tokens", "1000"]
+    arguments, _ = parser().parse_known_args(words)
+    assert adapt_recipe(**adapting(arguments))[0].name == name
+
+
 def test_corpora_of_cpt_adapt_may_have_their_texts_in_different_fields(tiny_model, tmp_path):
     (tmp_path / "zh.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in chinese(40)))
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chinese(40)))
