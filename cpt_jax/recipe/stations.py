@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from cpt_jax.checkpoint.keep import Keep
 from cpt_jax.checkpoint.stored import is_trained
@@ -47,6 +47,11 @@ def identity(path: Path) -> list:
 def holds_nothing_else(path: Path) -> bool:
     """Whether nothing is in a work directory but what is written there before its run begins."""
     return not path.exists() or (path.is_dir() and set(os.listdir(path)) <= {".lock", "source", SAMPLE})
+
+
+def _given(inputs: object) -> dict[str, Any]:
+    """What a station's fingerprint is of."""
+    return {"inputs": inputs, "format": FORMAT}
 
 
 class Begun(NamedTuple):
@@ -215,7 +220,7 @@ class Workdir:
     ) -> "Begun":
         """The first half of `station`: whether it is done, and if not, it is begun, and `end` is to follow."""
         # Files have other times on other hosts: the first process's count.
-        content, sources = {"inputs": inputs, "format": FORMAT}, dict(sources or {})
+        content, sources = _given(inputs), dict(sources or {})
         changes = {"changeable": changeable, "sources": sources}
         expected = processes.told(fingerprint(content if changeable is None else content | changes))
         fixed = processes.told(fingerprint(content))
@@ -311,9 +316,7 @@ class Workdir:
 
     def is_made_of(self, name: str, inputs: object) -> bool:
         """Whether a station was finished at its last try, with these inputs."""
-        return self.is_done(name) and self._mark(name)["fingerprint"] == fingerprint(
-            {"inputs": inputs, "format": FORMAT}
-        )
+        return self.is_done(name) and self._mark(name)["fingerprint"] == fingerprint(_given(inputs))
 
     def was_done(self, name: str) -> bool:
         """Whether a station was found done, and nothing was computed."""
